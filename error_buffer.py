@@ -1,0 +1,170 @@
+"""Replay the model's own mistakes into its training context.
+
+Paper: section 3.1, Eq. 1-2 (past); section 3.2, Eq. 4-5 (past and memory). Training code: not released.
+
+    x0_hat = x_σ − σ·v_hat                what the model thought the clean latent was
+    δ = x0_hat − x0 = −σ·(v_hat − v)      how it was wrong                       Eq. 1, 4   push()
+    x̃ = x + γ·δ′,  δ′ ~ Uniform(E)        an imperfect frame for a later clip    Eq. 2, 5   perturb()
+
+Why: at play time every past and memory frame is the model's own output; training on clean ones hides that.
+The target stays clean, perturbed frames carry no loss, and nothing is injected when the model is used.
+
+Whose residual: that of the current latents only. Past and memory enter at σ = 0, where x0_hat is the input
+and δ nothing but what was injected, so Eq. 4's buffer over all three cannot be literal. One buffer serves
+both: call perturb once with γ_h for the past and once with γ_m for the memory.
+
+Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per clip. Ours are in
+ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per sample.
+
+The alternative, buckets=50, is the parent method (Stable Video Infinity): one shelf per noise level.
+E then no longer follows the density of training σ, and perturb(..., sigma=σ) draws from one level alone.
+
+Demo: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ErrorConfig:
+    gamma: float = 1.0              # γ: scale of an injected error
+    jitter: float = 0.2             # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
+    probability: float = 0.5        # chance that a sample is perturbed at all; the others stay bit-identical
+    capacity: int = 500             # latent frames kept, per bucket if there are buckets
+    warmup: int = 50                # pushes before the first injection: early errors are an untrained net's
+    per_push: int = 16              # frames banked per step: an entry lives about capacity / per_push steps
+    replacement: str = "random"     # or "nearest": the L2-nearest old entry makes room, so rare ones stay
+    buckets: int = 0                # 0: one shelf for every σ (the paper); 50: shelves by noise level
+    shift: float = 5.0              # buckets are even along the unshifted σ, like the sampler's steps
+    dtype: str = "float16"          # storage on the CPU; "bfloat16" has range instead of precision
+
+    def __post_init__(self):
+        allowed = {"replacement": ("random", "nearest"), "dtype": ("float16", "bfloat16", "float32")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"ErrorConfig.{name} must be one of {values}, got {getattr(self, name)!r}")
+        if self.capacity < 1 or self.per_push < 1 or self.buckets < 0 or not 0 <= self.probability <= 1:
+            raise ValueError(f"need capacity, per_push >= 1, buckets >= 0, 0 <= probability <= 1, got {self}")
+
+
+class ErrorBuffer:
+    """State: the stored frames, how many each shelf holds, how many pushes there were."""
+
+    def __init__(self, cfg: ErrorConfig = ErrorConfig()):
+        self.cfg, self.pushes = cfg, 0
+        self.shelves = max(1, cfg.buckets)
+        self.counts = [0] * self.shelves
+        self.entries: Tensor | None = None      # (shelves·capacity, C, h, w), allocated by the first push
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def shelf(self, sigma: float) -> int:
+        """The bucket of a noise level: 0 holds the noisiest."""
+        # σ = s·u / (1 + (s−1)·u)  ⇔  u = σ / (s − (s−1)·σ)
+        u = sigma / (self.cfg.shift - (self.cfg.shift - 1) * sigma)
+        return min(self.shelves - 1, max(0, int((1 - u) * self.shelves)))
+
+    def push(
+        self,
+        delta: Tensor,                              # (B, C, T, h, w) δ = x̂0 − x0 of the current latents
+        sigma: Tensor,                              # (B,) noise level at which δ was made
+        generator: torch.Generator | None = None,   # on the CPU; None takes the global one
+    ) -> None:
+        if delta.ndim != 5 or sigma.shape != delta.shape[:1]:
+            raise ValueError("push needs delta (B, C, T, h, w) and sigma (B,), "
+                             f"got {tuple(delta.shape)} and {tuple(sigma.shape)}")
+        B, C, T, h, w = delta.shape
+        self._check(C, h, w)
+        picks = torch.randperm(B * T, generator=generator)[: self.cfg.per_push].to(delta.device)
+        frames = delta.detach().transpose(1, 2).flatten(0, 1)[picks].to("cpu", getattr(torch, self.cfg.dtype))
+        if not frames.isfinite().all():
+            raise ValueError(f"push got NaN or more than {self.cfg.dtype} can hold: the step diverged")
+        if self.entries is None:
+            self.entries = torch.empty(self.shelves * self.cfg.capacity, C, h, w, dtype=frames.dtype)
+        for frame, level in zip(frames, sigma[picks // T].tolist(), strict=True):
+            self.entries[self._slot(frame, self.shelf(level), generator)] = frame
+        self.pushes += 1
+
+    def perturb(
+        self,
+        x: Tensor,                                  # (B, C, T, h, w) past or memory latents, clean
+        gamma: float | None = None,                 # γ_h or γ_m; None takes the config's
+        generator: torch.Generator | None = None,   # on the CPU; None takes the global one
+        sigma: float | None = None,                 # with buckets: only errors made at this level
+    ) -> Tensor:                                    # (B, C, T, h, w) x̃; x itself until the warm-up is over
+        if x.ndim != 5:
+            raise ValueError(f"perturb needs latents (B, C, T, h, w), got {tuple(x.shape)}")
+        B, C, T, h, w = x.shape
+        self._check(C, h, w)
+        gamma = self.cfg.gamma if gamma is None else gamma
+        slots = self._filled(None if sigma is None else self.shelf(sigma))
+        if gamma == 0 or T == 0 or not len(slots) or self.pushes < self.cfg.warmup:
+            return x
+        hit = torch.rand(B, generator=generator) < self.cfg.probability
+        scale = gamma * (1 + self.cfg.jitter * (2 * torch.rand(B, generator=generator) - 1))
+        picks = slots[torch.randint(len(slots), (B, T), generator=generator)]
+        delta = self.entries[picks].transpose(1, 2).to(x)                           # (B, C, T, h, w)
+        # Eq. 2, 5  x̃ = x + γ·δ′
+        x_tilde = x + scale.to(x).view(B, 1, 1, 1, 1) * delta
+        return torch.where(hit.to(x.device).view(B, 1, 1, 1, 1), x_tilde, x)
+
+    def state_dict(self) -> dict:
+        """Plain tensors, numbers and strings: torch.load(weights_only=True) reads it back."""
+        kept = None if self.entries is None else self.entries[self._filled()].clone()
+        return {"cfg": asdict(self.cfg), "pushes": self.pushes, "counts": list(self.counts), "entries": kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        layout = [(self.cfg.capacity, self.cfg.buckets, self.cfg.dtype)]
+        layout += [tuple(state["cfg"][name] for name in ("capacity", "buckets", "dtype"))]
+        if layout[0] != layout[1]:
+            raise ValueError(f"this error buffer has (capacity, buckets, dtype) = {layout[0]}, the saved one "
+                             f"{layout[1]}: pass the saved values, or start a new run with --fresh")
+        self.pushes, self.counts, self.entries = state["pushes"], list(state["counts"]), None
+        if state["entries"] is not None:
+            self.entries = torch.empty(self.shelves * self.cfg.capacity, *state["entries"].shape[1:],
+                                       dtype=state["entries"].dtype)
+            self.entries[self._filled()] = state["entries"]
+
+    def _filled(self, shelf: int | None = None) -> Tensor:      # (n,) slots that hold an entry
+        shelves = range(self.shelves) if shelf is None else [shelf]
+        start = [torch.arange(self.counts[s]) + s * self.cfg.capacity for s in shelves]
+        return torch.cat(start)
+
+    def _slot(self, frame: Tensor, shelf: int, generator: torch.Generator | None) -> int:
+        """Where the next frame of this shelf goes: a free slot, else by the replacement rule."""
+        first = shelf * self.cfg.capacity
+        if self.counts[shelf] < self.cfg.capacity:
+            self.counts[shelf] += 1
+            return first + self.counts[shelf] - 1
+        if self.cfg.replacement == "random":
+            return first + int(torch.randint(self.cfg.capacity, (), generator=generator))
+        stored = self.entries[first : first + self.cfg.capacity].flatten(1).float()
+        return first + int(torch.cdist(frame.float().view(1, -1), stored).argmin())
+
+    def _check(self, *frame: int) -> None:
+        if self.entries is not None and tuple(self.entries.shape[1:]) != frame:
+            held = tuple(self.entries.shape[1:])
+            raise ValueError(f"got latent frames (C, h, w) = {frame}, the buffer holds {held}: "
+                             "one buffer serves one preset; start a new run with --fresh")
+
+
+if __name__ == "__main__":
+    g = torch.Generator().manual_seed(0)
+    sigma = torch.tensor([0.95, 0.7, 0.4, 0.1])
+    x0, v_error = torch.randn(4, 16, 10, 8, 8, generator=g), torch.randn(4, 16, 10, 8, 8, generator=g)
+    delta = -sigma.view(-1, 1, 1, 1, 1) * v_error                                   # Eq. 1  δ = −σ·(v̂ − v)
+    for name, cfg in {"one shelf": ErrorConfig(warmup=1, probability=1.0, per_push=40),
+                      "50 shelves": ErrorConfig(warmup=1, probability=1.0, per_push=40, buckets=50)}.items():
+        buffer = ErrorBuffer(cfg)
+        before = (buffer.perturb(x0) - x0).square().mean().sqrt()
+        buffer.push(delta, sigma, g)
+        after = (buffer.perturb(x0, generator=g) - x0).square().mean().sqrt()
+        print(f"{name:10s}: rms of x̃ − x  empty {before:.3f}  ·  {len(buffer)} stored frames {after:.3f}"
+              f"  (rms of δ {delta.square().mean().sqrt():.3f})")
+    for level in sigma.tolist():
+        rms = (buffer.perturb(x0, generator=g, sigma=level) - x0).square().mean().sqrt()
+        print(f"            errors of shelf {buffer.shelf(level):2d} (σ {level:.2f}) alone: rms {rms:.3f}")
