@@ -1,0 +1,238 @@
+"""INT8: the integers are the released ones, the error is small and known, only what was asked is converted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, load_file, save
+from torch import nn
+
+from quant import (
+    Fp8Linear,
+    Int8Linear,
+    chosen,
+    fp8_available,
+    fuse_,
+    int_mm,
+    int_mm_plain,
+    load_quantized_,
+    nbytes,
+    quantise_rows,
+    quantise_weight,
+    quantised,
+    quantize_,
+    report,
+)
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "int8.safetensors")
+
+
+def linear_of(weight, bias):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return linear
+
+
+def random_linear(K=64, N=48, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(K, N)
+
+
+class Block(nn.Module):
+    """Names as in the real model, and decoys that end in the same letters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.self_attn = nn.ModuleDict({n: nn.Linear(32, 32) for n in ("q", "k", "v", "o")})
+        self.cross_attn = nn.ModuleDict({n: nn.Linear(32, 32) for n in ("q", "k", "v", "o")})
+        self.ffn = nn.Sequential(nn.Linear(32, 80), nn.GELU(), nn.Linear(80, 32))
+        self.action_model = nn.ModuleDict({"mouse_attn_q": nn.Linear(32, 32), "t_qkv": nn.Linear(32, 96)})
+        self.norm_q = nn.LayerNorm(32)
+
+    def forward(self, x):
+        a = self.self_attn
+        h = x + a["o"](torch.softmax(a["q"](x) @ a["k"](x).mT / 32 ** 0.5, -1) @ a["v"](x))
+        return h + self.ffn(h)
+
+
+def relative(y, ref):
+    return ((y - ref).norm() / ref.norm()).item()
+
+
+# ---- identity
+
+def test_weights_and_activations_equal_the_golden_integers_exactly():
+    weight_int8, weight_scales = quantise_weight(GOLDEN["weight"])
+    x_int8, x_scales = quantise_rows(GOLDEN["x"])
+    assert torch.equal(weight_int8, GOLDEN["weight_int8"]) and torch.equal(weight_scales, GOLDEN["weight_scales"])
+    assert torch.equal(x_int8, GOLDEN["x_int8"])
+    torch.testing.assert_close(x_scales, GOLDEN["x_scales"], rtol=1e-6, atol=0)
+
+
+def test_the_layer_reproduces_the_golden_output():
+    layer = Int8Linear(linear_of(GOLDEN["weight"], GOLDEN["bias"]))
+    torch.testing.assert_close(layer(GOLDEN["x"]), GOLDEN["out"], rtol=0, atol=1e-5)
+
+
+def test_every_weight_row_reaches_127():
+    weight_int8, _ = quantise_weight(random_linear().weight)
+    assert (weight_int8.abs().amax(1) == 127).all()
+
+
+def test_saving_and_loading_is_exact():
+    model, twin = Block(), Block()
+    quantize_(model, "qkvo+ffn")
+    with torch.device("meta"):
+        twin = Block()                                                # the float weights are never needed again
+    names = load_quantized_(twin, load(save(model.state_dict())))
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        assert len(names) == 6 and torch.equal(model(x), twin(x))
+
+
+# ---- limits
+
+@pytest.mark.parametrize("M, K, N", [(1, 64, 48), (16, 64, 48), (17, 64, 48), (5, 6, 7), (40, 3096, 8)])
+def test_the_integer_product_is_exact_for_any_shape(M, K, N):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, s, generator=g).to(torch.int8) for s in ((M, K), (N, K)))
+    exact = (a.long()[:, None] * b.long()[None]).sum(-1)
+    assert torch.equal(int_mm(a, b).long(), exact) and torch.equal(int_mm_plain(a, b).long(), exact)
+
+
+def test_a_single_row_still_works():
+    layer, x = Int8Linear(random_linear()), torch.randn(20, 64)
+    torch.testing.assert_close(layer(x[3:4]), layer(x)[3:4])          # and a token never depends on its neighbours
+    assert layer(x.view(4, 5, 64)).shape == (4, 5, 48) and layer(x[0]).shape == (48,)
+
+
+def test_an_all_zero_token_gives_the_bias():
+    linear = random_linear()
+    torch.testing.assert_close(Int8Linear(linear)(torch.zeros(3, 64)), linear.bias.expand(3, 48))
+    assert Fp8Linear(linear)(torch.zeros(3, 64)).isfinite().all()
+
+
+def test_a_layer_without_bias_and_an_outlier_token_are_fine():
+    linear = linear_of(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), None)
+    x = torch.randn(6, 64) * torch.tensor([1e-4, 1, 1, 1, 1, 1e4])[:, None]
+    error = (Int8Linear(linear)(x) - linear(x)).norm(dim=1) / linear(x).norm(dim=1)
+    assert error.max() < 0.02                                         # scales are per token: the outlier hurts nobody
+
+
+# ---- reference
+
+def test_int8_matches_official_in_its_rounding_mode():
+    layer = Int8Linear(linear_of(GOLDEN["weight"], GOLDEN["bias"]), released=True)
+    truncated, _ = quantise_rows(GOLDEN["x"], released=True)
+    divided = (GOLDEN["x"] / GOLDEN["x_scales"][:, None]).trunc().to(torch.int8)
+    assert (divided != GOLDEN["x_int8"]).sum() == 808                 # of 1632
+    maxima = GOLDEN["x"].abs() == GOLDEN["x"].abs().amax(1, keepdim=True)
+    assert (truncated == divided)[~maxima].all()  # the kernel's x·(127/a) and x/(a/127) part only at 127 itself
+    assert torch.equal(layer.weight_scales, GOLDEN["weight_scales"].bfloat16().float())
+    acc = truncated.float() @ GOLDEN["weight_int8"].float().t()       # (acc·s_x)·s_w -> bf16, then the bias
+    y = acc * GOLDEN["x_scales"][:, None] * layer.weight_scales
+    assert torch.equal(layer(GOLDEN["x"]), (y.bfloat16() + GOLDEN["bias"].bfloat16()).float())
+
+
+def test_true_rounding_is_closer():
+    exact = GOLDEN["x"] @ GOLDEN["weight"].t()
+    ours = relative(Int8Linear(linear_of(GOLDEN["weight"], None))(GOLDEN["x"]), exact)
+    released = relative(Int8Linear(linear_of(GOLDEN["weight"], None), released=True)(GOLDEN["x"]), exact)
+    assert ours < 0.009 and released > 1.5 * ours, (ours, released)
+
+
+# ---- behaviour
+
+@pytest.mark.parametrize("kind, low, high", [("int8", 0.005, 0.02), ("fp8", 0.02, 0.06)])
+def test_the_error_on_gaussian_data_lies_in_its_band(kind, low, high):
+    layer, twin = random_linear(256, 256), quantised(random_linear(256, 256), kind)
+    x = torch.randn(200, 256)
+    assert low < relative(twin(x), layer(x).detach()) < high
+
+
+def test_only_q_k_v_o_are_converted():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])})
+    names = quantize_(model)
+    assert names == [f"blocks.{i}.self_attn.{n}" for i in (0, 1) for n in "qkvo"]
+    converted = {n for n, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert converted == set(names)
+
+
+@pytest.mark.parametrize("which, count", [("qkvo", 4), ("cross", 4), ("qkvo+cross", 8), ("ffn", 2), ("all", 12)])  # of one block
+def test_each_choice_of_layers_means_what_it_says(which, count):
+    assert len(chosen(nn.ModuleDict({"blocks": nn.ModuleList([Block()]), "head": nn.Linear(2, 2)}), which)) == count
+
+
+def test_weights_take_a_quarter_of_fp32():
+    model = Block()
+    before = sum(model.self_attn[n].weight.nbytes for n in "qkvo")
+    quantize_(model)
+    assert sum(model.self_attn[n].weight_int8.nbytes for n in "qkvo") * 4 == before
+    assert nbytes(model.self_attn) < 0.33 * before                    # scales and bias included
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_casting_the_model_to_bf16_leaves_scales_and_weights_alone(kind):
+    model = Block()
+    quantize_(model, kind=kind)
+    before = {k: v.clone() for k, v in model.state_dict().items() if "weight_" in k}
+    model.bfloat16()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and len(before) == 8
+    with torch.no_grad():
+        assert model(torch.randn(2, 9, 32).bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_report_measures_each_layer_and_leaves_the_model_as_it_was():
+    model, x = Block(), torch.randn(2, 30, 32)
+    with torch.no_grad():
+        before = model(x)
+        rows = report(model, lambda: model(x), "qkvo")
+        assert torch.equal(model(x), before)
+    assert [r.name for r in rows] == [f"self_attn.{n}" for n in "qkvo"]
+    q, y = rows[0], model.self_attn["q"](x).detach()
+    y_hat = Int8Linear(model.self_attn["q"])(x)
+    assert abs(q.sqnr - 20 * torch.log10(y.norm() / (y - y_hat).norm()).item()) < 1e-3
+    assert abs(q.max_error - (y - y_hat).abs().max().item()) < 1e-6
+    assert q.sqnr > 35 and q.cosine > 0.999 and q.verdict == "EXCELLENT"
+
+
+# ---- bad input
+
+def test_wrong_requests_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="qkvo, cross, ffn, all"):
+        quantize_(Block(), "attention")
+    with pytest.raises(ValueError, match="int8, released"):
+        quantize_(Block(), kind="int4")
+    model = Block()
+    quantize_(model)
+    with pytest.raises(ValueError, match="left to convert"):
+        quantize_(model)
+    with pytest.raises(ValueError, match="not quantised"):
+        load_quantized_(Block(), Block().state_dict())
+    with pytest.raises(ValueError, match="no gradient"):
+        model.self_attn["q"](torch.randn(2, 32, requires_grad=True))
+
+
+# ---- CUDA
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+def test_cuda_equals_cpu(rows):
+    linear, x = random_linear(256, 128), torch.randn(rows, 256)
+    torch.testing.assert_close(Int8Linear(linear).cuda()(x.cuda()).cpu(), Int8Linear(linear)(x), rtol=1e-5, atol=1e-5)
+    fp8 = Fp8Linear(linear).cuda()
+    assert not fp8_available(torch.device("cuda")) or relative(fp8(x.cuda()).cpu(), Fp8Linear(linear)(x)) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_fused_form_equals_the_plain_form(kind):
+    model = nn.Sequential(quantised(random_linear(512, 512), kind)).cuda().bfloat16()
+    x = torch.randn(1024, 512).cuda().bfloat16()
+    with torch.no_grad():
+        plain = model(x)
+        fuse_(model)
+        assert relative(model(x).float(), plain.float()) < 4e-3
