@@ -1,0 +1,279 @@
+"""Turn the many-step model into a 3-step one by judging what it makes of its own output.
+
+Paper: section 3.3, Eq. 8, Fig. 6. Training code: not released; the loss has Self-Forcing's (DMD2's) form.
+
+Student G, teacher ("real") and critic ("fake") start as copies of one memory-augmented base. x = G(noise, c)
+is what the student makes; the critic learns what that looks like, the teacher knows what data look like.
+
+    x_τ = (1−τ)·x + τ·ε                             re-noise the student's output
+    ∇KL(fake_τ ‖ real_τ) = E[(s_fake − s_real)(x_τ)·(1−τ)·∂x/∂θ]          Eq. 8; s = gradient of log density
+    s = −(x_τ − (1−τ)·x̂)/τ²                         a score is a clean estimate x̂ = x_τ − τ·v in disguise
+    s_fake − s_real = (1−τ)/τ²·(x̂_fake − x̂_real)
+    g = (x̂_fake − x̂_real) / mean|x − x̂_real|        factors of τ dropped, the teacher's own error divides
+    L_student = ½·mean (x − stopgrad(x − g))²       so that ∂L/∂x = g / numel             generator_loss
+    L_critic  = mean (v_fake(x_τ', τ') − (ε' − x))²  flow matching on the student's x      critic_loss
+
+If fake equals real, g is 0. All three see the same context: past, memory, actions, cameras, text.
+
+Self-rollout: segment after segment on the student's own output; its last 4 latents are the next past, the
+memory is retrieved from the pool of all it made. Earlier segments run to their last step; the last one stops
+at a random step, and that one forward pass alone has a graph. Cold start: few_step on true past and memory.
+
+Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between; τ shifted uniform in [.02, .98];
+"n updates" read as n critic updates per student update (turns() offers both); the mask p = 0.2 on past and
+memory makes the rollout a single image-to-video segment; no guidance in the teacher unless asked for.
+
+Demo: python dmd.py      Tests: pytest tests/test_dmd.py
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dit
+import memory
+from memory import Context, Memory, MemoryBank, Window
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    steps: int = 3                  # of the student
+    shift: float = 5.0              # of its σ grid and of τ
+    tau_min: float = 0.02           # below, teacher and critic agree on everything
+    tau_max: float = 0.98           # above, they know nothing
+    guidance: float = 1.0           # of the teacher, as in dit.sample: 1 is none, 4 the lineage's "w = 3"
+    segments: int = 6               # K: longest self-rollout
+    p_mask: float = 0.2             # share of rollouts without past and memory: one image-to-video segment
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The world a rollout happens in: one true latent, and where the player goes."""
+
+    image: Tensor                   # (B, C, 1, h, w) latent 0
+    c2w: Tensor                     # (B, F, 4, 4) of every frame, F >= Window().frames(segments)
+    keyboard: Tensor                # (B, F, 6)
+    mouse: Tensor                   # (B, F, 2)
+    text: Tensor                    # (B, n, text_dim)
+    encoding: str = "anchored"      # of the rays, as in memory.make_context
+    stride: int = 8                 # pixels per latent cell
+
+
+# ---- what an iteration draws -----------------------------------------------------------------------------
+
+def draw_segments(cfg: DMDConfig, generator: torch.Generator | None = None) -> int:
+    """k ~ U{1..K}, or 1 where past and memory are masked. The same on every rank that has the same seed."""
+    masked = float(torch.rand((), generator=generator)) < cfg.p_mask
+    k = int(torch.randint(1, cfg.segments + 1, (), generator=generator))
+    return 1 if masked else k
+
+
+def draw_exit(cfg: DMDConfig, generator: torch.Generator | None = None) -> int:     # step of the last segment
+    return int(torch.randint(cfg.steps, (), generator=generator))
+
+
+def turns(step: int, ratio: int) -> tuple[bool, bool]:      # is it the critic's turn, is it the student's?
+    """n > 0: n critic updates per student update (our reading). n < 0: −n student updates per critic's."""
+    if ratio == 0:
+        raise ValueError("ratio must be n > 0 (critic updates per student update) or n < 0 (reversed), got 0")
+    return ratio > 0 or step % -ratio == 0, ratio < 0 or step % ratio == 0
+
+
+def draw_tau(B: int, cfg: DMDConfig, generator: torch.Generator | None = None) -> Tensor:    # (B,)
+    return dit.sample_sigma(B, cfg.shift, generator).clamp(cfg.tau_min, cfg.tau_max)
+
+
+def fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise drawn on the CPU: the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+# ---- the two losses --------------------------------------------------------------------------------------
+
+def generator_loss(
+    x0: Tensor,                                 # (B, C, N, h, w) of the student, with its graph
+    context: Context,                           # what the student was given
+    real: Callable,                             # teacher
+    fake: Callable,                             # critic
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> Tensor:                                    # scalar: its value says little, its gradient is Eq. 8's
+    """Move x to where the teacher would put it, away from where the critic would."""
+    with torch.no_grad():
+        x = x0.detach().float()
+        tau = draw_tau(len(x), cfg, generator).to(x)
+        x_tau = dit.add_noise(x, fresh(x, generator), tau)                  # x_τ = (1−τ)·x + τ·ε
+        v_real = real(x_tau, tau, context).float()
+        if cfg.guidance != 1:                                               # v = v_null + g·(v_full − v_null)
+            v_null = real(x_tau, tau, context.null()).float()
+            v_real = v_null + cfg.guidance * (v_real - v_null)
+        x_real = dit.x0_from_v(x_tau, v_real, tau)                          # x̂ = x_τ − τ·v
+        x_fake = dit.x0_from_v(x_tau, fake(x_tau, tau, context).float(), tau)
+        # g = (x̂_fake − x̂_real) / mean|x − x̂_real|
+        error = (x - x_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+        g = ((x_fake - x_real) / error).nan_to_num(0.0, 0.0, 0.0)
+    # L = ½·mean (x − stopgrad(x − g))²
+    return 0.5 * (x0.float() - (x - g)).square().mean()
+
+
+def critic_loss(
+    x0: Tensor,                                 # (B, C, N, h, w) of the student
+    context: Context,
+    fake: Callable,
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Plain flow matching with the student's x in the place of data."""
+    x = x0.detach().float()
+    tau, noise = draw_tau(len(x), cfg, generator).to(x), fresh(x, generator)
+    v = fake(dit.add_noise(x, noise, tau), tau, context).float()
+    return (v - dit.velocity(x, noise)).square().mean()                     # ‖v_fake − (ε' − x)‖²
+
+
+# ---- the student at work ---------------------------------------------------------------------------------
+
+def few_step(
+    student: Callable,
+    context: Context,
+    noise: Tensor,                              # (B, C, N, h, w)
+    exit_step: int | None = None,               # give this step's clean estimate; None: the last one's
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> Tensor:                                    # (B, C, N, h, w) x0, with the graph of the exit step alone
+    """dit.sample(…, "renoise") with a way out and a gradient."""
+    sigmas = dit.sigma_grid(cfg.steps, cfg.shift).tolist()
+    exit_step, graph, x = cfg.steps - 1 if exit_step is None else exit_step, torch.is_grad_enabled(), noise
+    for i in range(exit_step + 1):
+        sigma = torch.full((len(x),), sigmas[i], device=x.device)
+        with torch.set_grad_enabled(graph and i == exit_step):
+            x0 = dit.x0_from_v(x, student(x, sigma, context).float(), sigma)        # x̂0 = x_σ − σ·v
+        if i < exit_step:                                                   # x_σ' = (1−σ')·x̂0 + σ'·ε
+            x = dit.add_noise(x0, fresh(x0, generator), torch.full_like(sigma, sigmas[i + 1]))
+    return x0
+
+
+def rollout(
+    student: Callable,
+    clip: Clip,
+    segments: int,                              # k, from draw_segments
+    exit_step: int | None = None,               # of the last segment; None finishes it
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Context]:                    # the last segment's x0 (B, C, N, h, w), and its context
+    """Let the student live on its own output; only the exit step of the last segment has a graph."""
+    frames = Window().frames(segments)
+    if segments < 1 or clip.c2w.shape[1] < frames:
+        raise ValueError(f"{segments} segments need cameras and actions of {frames} frames (and at least one "
+                         f"segment), the clip has {clip.c2w.shape[1]}")
+    past, graph = clip.image, torch.is_grad_enabled()
+    banks = [MemoryBank("released" if clip.encoding == "released" else "uniform") for _ in past]
+    remember(banks, past, memory.segment_cameras(clip.c2w, 0, 1), torch.zeros(1, dtype=torch.long))
+    for k in range(segments):
+        (first, end, P), last = Window().segment(k), k == segments - 1
+        times, cameras = torch.arange(first, end), memory.segment_cameras(clip.c2w, first, end - first)
+        asks = [latent - first for latent in Window().queries(k)]
+        found = recall(banks, cameras[:, asks, -1], first) if k else None
+        mouse, keyboard = (memory.action_windows(a, first, end - first) for a in (clip.mouse, clip.keyboard))
+        context = memory.make_context(past, times.expand(len(past), -1), cameras, mouse, keyboard, clip.text,
+                                      found, clip.encoding, clip.stride).to(past.device)
+        noise = fresh(past[:, :, :1].expand(-1, -1, end - first - P, -1, -1), generator)
+        with torch.set_grad_enabled(graph and last):
+            x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
+        if not last:
+            remember(banks, x0, cameras[:, P:], times[P:])
+            past = torch.cat([past, x0.to(past)], 2)[:, :, -Window.past:]   # the next past: its own tail
+    return x0, context
+
+
+def remember(banks: list[MemoryBank], latents: Tensor, cameras: Tensor, times: Tensor) -> None:
+    for bank, x, c2w in zip(banks, latents, cameras, strict=True):
+        bank.append(x, c2w.float(), times)
+
+
+def recall(banks: list[MemoryBank], query: Tensor, before: int) -> Memory:  # query (B, M, 4, 4)
+    """What each world of the batch remembers of its own past."""
+    found = [bank.read(bank.retrieve(ask.float(), before)[0]) for bank, ask in zip(banks, query, strict=True)]
+    return Memory(*(torch.cat([getattr(m, name) for m in found]) for name in ("latents", "times", "cameras")))
+
+
+# ---- a Gaussian world, where every answer is known -------------------------------------------------------
+
+class Gaussian(nn.Module):
+    """The exact velocity of data ~ N(mean, factor·factorᵀ): a perfect teacher, or what critics become."""
+
+    def __init__(self, mean: Tensor, factor: Tensor):                               # (C,), (C, C)
+        super().__init__()
+        self.mean, self.factor = nn.Parameter(mean), nn.Parameter(factor)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, context: object) -> Tensor:   # (B, C, 1, 1, 1)
+        cov, s = self.factor @ self.factor.T, sigma[:, None]
+        spread = (1 - s[..., None]) ** 2 * cov + s[..., None] ** 2 * torch.eye(len(cov))        # of x_σ
+        # E[x0 | x_σ] = μ + (1−σ)·Σ·[(1−σ)²Σ + σ²I]⁻¹·(x_σ − (1−σ)·μ)
+        away = x_sigma.flatten(1) - (1 - s) * self.mean
+        x0 = self.mean + (1 - s) * (torch.linalg.solve(spread, away) @ cov)
+        return (x_sigma - x0.view_as(x_sigma)) / s.view(-1, 1, 1, 1, 1)             # v = (x_σ − x̂0)/σ
+
+
+class Affine(nn.Module):
+    """The smallest student: at each of its steps x̂0 = A·x + b."""
+
+    def __init__(self, C: int, cfg: DMDConfig):
+        super().__init__()
+        self.sigmas = dit.sigma_grid(cfg.steps, cfg.shift)[:-1]
+        self.A = nn.Parameter(0.3 * torch.eye(C).repeat(cfg.steps, 1, 1))
+        self.b = nn.Parameter(torch.zeros(cfg.steps, C))
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, context: object) -> Tensor:
+        i = (self.sigmas - sigma[0]).abs().argmin()
+        x0 = x_sigma.flatten(1) @ self.A[i].T + self.b[i]
+        return (x_sigma - x0.view_as(x_sigma)) / sigma.view(-1, 1, 1, 1, 1)
+
+
+def distil_gaussian(real: Gaussian, iterations: int = 600, seed: int = 0) -> Iterator[Affine]:
+    """The whole algorithm at the size of a proof; yields the student after every iteration.
+
+    Rollouts end at the last step here. With random exits the critic sees the mixture of what the exits make,
+    and a critic that can only be one Gaussian finds no fault with a mixture whose two moments are right.
+    """
+    cfg, g, C = DMDConfig(), torch.Generator().manual_seed(seed), len(real.mean)
+    student, fake = Affine(C, cfg), Gaussian(torch.zeros(C), torch.eye(C))
+    opt, opt_fake = (torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)) for net in (student, fake))
+    for step in range(iterations):
+        fade = min(1.0, 1.5 * (1 - step / iterations))
+        opt.param_groups[0]["lr"], opt_fake.param_groups[0]["lr"] = 0.03 * fade, 0.06 * fade
+        x0 = few_step(student, None, torch.randn(1024, C, 1, 1, 1, generator=g), cfg=cfg, generator=g)
+        if turns(step, 2)[1]:                               # the student every second time, the critic always
+            opt.zero_grad()
+            generator_loss(x0, None, real, fake, cfg, g).backward()
+            opt.step()
+        opt_fake.zero_grad()
+        critic_loss(x0, None, fake, cfg, g).backward()
+        opt_fake.step()
+        yield student
+
+
+def toy_teacher() -> Gaussian:
+    factor = torch.tensor([[1.0, 0, 0], [0.6, 0.5, 0], [-0.3, 0.2, 0.8]])
+    return Gaussian(torch.tensor([1.0, -0.5, 2.0]), factor).requires_grad_(False)
+
+
+@torch.no_grad()
+def distance(student: Affine, real: Gaussian) -> tuple[float, float]:               # of mean and covariance
+    x0 = few_step(student, None, torch.randn(200_000, len(real.mean), 1, 1, 1)).flatten(1)
+    cov = real.factor @ real.factor.T
+    return (((x0.mean(0) - real.mean).norm() / real.mean.norm()).item(),
+            ((x0.T.cov() - cov).norm() / cov.norm()).item())
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    teacher = toy_teacher()
+    for i, student in enumerate(distil_gaussian(teacher)):
+        if i in (0, 100, 200, 400, 599):
+            mean, cov = distance(student, teacher)
+            print(f"iteration {i:3d}: 3-step student off by {mean:6.1%} in mean, {cov:6.1%} in covariance")
+    x0 = torch.randn(64, 3, 1, 1, 1, requires_grad=True)
+    generator_loss(x0, None, teacher, toy_teacher()).backward()
+    print(f"largest gradient when the critic equals the teacher: {x0.grad.abs().max():.0e}")

@@ -1,0 +1,264 @@
+"""Distillation: the gradient is Eq. 8's, the right networks move, and a student lives on what it made itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dit
+import dmd
+import memory
+from dmd import Clip, DMDConfig, few_step, generator_loss, rollout
+
+MICRO = dit.PRESETS["micro"]
+CFG = DMDConfig()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = dit.DiT(MICRO)
+    with torch.no_grad():
+        for p in model.parameters():                                 # a fresh network predicts zero
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def clip(segments=1, B=2, **changes):
+    """A player who walks and turns, so that some places come back."""
+    F, g = memory.Window().frames(segments), seeded(3)
+    keyboard = torch.zeros(B, F, 6)
+    keyboard[..., 0] = 1
+    mouse = torch.zeros(B, F, 2)
+    mouse[..., 1] = 0.2
+    poses = [memory.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)]
+    c2w = memory.pose_to_c2w(torch.stack(poses))
+    fields = {"image": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g), "c2w": c2w.float(), "keyboard": keyboard,
+              "mouse": mouse, "text": torch.randn(B, 2, MICRO.text_dim, generator=g)}
+    return Clip(**fields | changes)
+
+
+class Spy:
+    """A network that remembers what it was asked, and whether a graph was kept."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, []
+
+    def __call__(self, x_sigma, sigma, context):
+        v = self.model(x_sigma, sigma, context)
+        self.calls.append({"x": x_sigma.detach().clone(), "sigma": sigma.clone(), "context": context,
+                           "graph": v.requires_grad, "x0": dit.x0_from_v(x_sigma, v, sigma).detach()})
+        return v
+
+
+def grads(model):
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+# ---- identity and limits
+
+def test_gradient_vanishes_when_fake_equals_real():
+    x0, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    x0.retain_grad()
+    generator_loss(x0, context, network(1), network(1), CFG, seeded(1)).backward()
+    assert torch.equal(x0.grad, torch.zeros_like(x0))
+
+
+def test_gradient_is_the_difference_of_clean_estimates_over_the_teachers_error():
+    x0 = torch.randn(2, MICRO.in_dim, 14, 4, 4, generator=seeded()).requires_grad_()
+    _, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    real, fake = Spy(network(1)), Spy(network(2))
+    generator_loss(x0, context, real, fake, CFG, seeded(1)).backward()
+    x_real, x_fake = real.calls[0]["x0"], fake.calls[0]["x0"]
+    error = (x0.detach() - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(x0.grad, (x_fake - x_real) / error / x0.numel())       # ∂L/∂x = g / numel
+
+
+def test_a_perfect_student_gives_no_nan():
+    x0 = torch.randn(2, 3, 1, 1, 1, requires_grad=True)
+    generator_loss(x0, None, lambda x, s, c: (x - x0.detach()) / s.view(-1, 1, 1, 1, 1),
+                   lambda x, s, c: x, CFG, seeded()).backward()      # the teacher's error is zero
+    assert x0.grad.isfinite().all()
+
+
+def test_the_gradient_of_two_gaussians_is_known_in_closed_form():
+    """Equal covariance s²I, means m apart: x̂_fake − x̂_real = [1 − (1−τ)²s²/((1−τ)²s² + τ²)]·m for every x."""
+    m, s2 = torch.tensor([0.5, -1.0, 0.2]), 0.8
+    real = dmd.Gaussian(torch.zeros(3), s2**0.5 * torch.eye(3)).requires_grad_(False)
+    fake = dmd.Gaussian(m, s2**0.5 * torch.eye(3)).requires_grad_(False)
+    x0 = torch.randn(16, 3, 1, 1, 1, generator=seeded()).requires_grad_()
+    spy = Spy(real)
+    generator_loss(x0, None, spy, fake, CFG, seeded(1)).backward()
+    tau, x_real = spy.calls[0]["sigma"][:, None], spy.calls[0]["x0"]
+    left = 1 - (1 - tau) ** 2 * s2 / ((1 - tau) ** 2 * s2 + tau**2)
+    g = left * m / (x0.detach() - x_real).abs().mean(1).view(-1, 1)
+    torch.testing.assert_close(x0.grad.view(16, 3), g / x0.numel(), rtol=2e-3, atol=1e-5)
+
+
+def test_the_toy_teacher_is_exact():
+    """Its velocity is what flow matching would learn, E[ε − x0 | x_σ]: the rest does not correlate with x_σ."""
+    teacher, g = dmd.toy_teacher(), seeded()
+    x0 = teacher.mean + torch.randn(200_000, 3, generator=g) @ teacher.factor.T
+    noise = torch.randn(200_000, 3, generator=g)
+    sigma = torch.full((200_000,), 0.6)
+    x_sigma = dit.add_noise(x0, noise, sigma)
+    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - dit.velocity(x0, noise)
+    assert residual.mean(0).abs().max() < 0.02
+    assert (residual.T @ x_sigma / len(x_sigma)).abs().max() < 0.02
+
+
+# ---- behaviour
+
+def test_student_moves_toward_the_teacher_on_a_gaussian():
+    teacher = dmd.toy_teacher()
+    *_, student = dmd.distil_gaussian(teacher)
+    torch.manual_seed(0)
+    mean, cov = dmd.distance(student, teacher)
+    assert mean < 0.02 and cov < 0.02
+
+
+def test_critic_step_leaves_student_untouched():
+    student, fake = network(), network(1)
+    x0, context = rollout(student, clip(), 1, 1, CFG, seeded())
+    dmd.critic_loss(x0, context, fake, CFG, seeded(1)).backward()
+    assert not grads(student) and grads(fake)
+
+
+def test_student_step_leaves_teacher_and_critic_untouched():
+    student, real, fake = network(), network(1), network(2)
+    x0, context = rollout(student, clip(), 1, 1, CFG, seeded())
+    generator_loss(x0, context, real, fake, CFG, seeded(1)).backward()
+    assert grads(student) and not grads(real) and not grads(fake)
+    assert all(g.isfinite().all() for g in grads(student))
+
+
+def test_a_critic_learns_what_the_student_makes():
+    fake = network(1)
+    x0, context = rollout(network(), clip(), 1, None, CFG, seeded())
+    opt = torch.optim.Adam(fake.parameters(), 3e-3)
+    losses = []
+    for i in range(25):
+        loss = dmd.critic_loss(x0, context, fake, CFG, seeded(i % 3))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+# ---- the rollout
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_only_the_last_segment_has_gradient(exit_step):
+    student = Spy(network())
+    x0, _ = rollout(student, clip(3), 3, exit_step, CFG, seeded())
+    graphs = [call["graph"] for call in student.calls]
+    assert len(graphs) == 2 * CFG.steps + exit_step + 1              # earlier segments always finish
+    assert graphs == [False] * (len(graphs) - 1) + [True] and x0.requires_grad
+
+
+def test_a_rollout_without_grad_has_no_graph():
+    student = Spy(network())
+    with torch.no_grad():
+        x0, _ = rollout(student, clip(), 1, None, CFG, seeded())
+    assert not x0.requires_grad and len(student.calls) == CFG.steps
+
+
+def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from_its_own_pool():
+    student, world = Spy(network()), clip(3)
+    x0, context = rollout(student, world, 3, None, CFG, seeded())
+    made = [student.calls[i]["x0"] for i in (2, 5, 8)]               # the last step of each segment
+    assert torch.equal(x0.detach(), made[2]) and x0.shape[2] == 10
+    pool = torch.cat([world.image, made[0], made[1]], 2)             # 25 latents: what it has lived
+    first, _, P = memory.Window().segment(2)
+    assert torch.equal(context.past, pool[:, :, first : first + P])
+    for b in range(2):
+        times = context.times[b, :5]
+        assert (times < first).all() and torch.equal(context.memory[b], pool[b][:, times])
+    assert context.times[0, 5:].tolist() == list(range(21, 35))
+
+
+def test_the_first_segment_is_image_to_video_without_memory():
+    world = clip()
+    x0, context = rollout(network(), world, 1, None, CFG, seeded())
+    assert x0.shape[2] == 14 and context.memory.shape[2] == 0 and torch.equal(context.past, world.image)
+
+
+def test_the_context_is_the_one_that_play_and_training_build():
+    """A rollout's context equals clip_context on the latents it made: one convention everywhere."""
+    student, world = Spy(network()), clip(2)
+    _, context = rollout(student, world, 2, None, CFG, seeded())
+    lived = torch.cat([world.image, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2)
+    _, same = memory.clip_context(lived, world.c2w, world.keyboard, world.mouse, world.text,
+                                  torch.tensor([15, 15]), 10, 4, context.times[:, :5])
+    for name in ("past", "memory", "times", "rays", "mouse", "keyboard"):
+        assert torch.equal(getattr(context, name), getattr(same, name)), name
+
+
+def test_the_finished_rollout_is_the_sampler_the_student_is_played_with():
+    student, world = network().eval(), clip()
+    x0, context = rollout(student, world, 1, None, CFG, seeded())
+    g = seeded()
+    noise = torch.randn(x0.shape, generator=g)
+    played = dit.sample(student, context, dit.sigma_grid(CFG.steps, CFG.shift), noise, "renoise", generator=g)
+    torch.testing.assert_close(x0.detach(), played, rtol=0, atol=1e-5)
+
+
+def test_an_exit_step_gives_that_steps_clean_estimate():
+    student = Spy(network())
+    _, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    noise = torch.randn(2, MICRO.in_dim, 14, 4, 4, generator=seeded())
+    x0 = few_step(student, context, noise, 1, CFG, seeded(1))
+    assert len(student.calls) == 2 and torch.equal(x0.detach(), student.calls[1]["x0"])
+
+
+def test_all_networks_read_sigma_from_the_same_function():
+    student, real, fake = Spy(network()), Spy(network(1)), Spy(network(2))
+    x0, context = rollout(student, clip(), 1, None, CFG, seeded())
+    generator_loss(x0, context, real, fake, CFG, seeded(1))
+    assert [c["sigma"][0].item() for c in student.calls] == dit.sigma_grid(3, 5.0)[:-1].tolist()
+    a, b = real.calls[0], fake.calls[0]
+    assert torch.equal(a["x"], b["x"]) and torch.equal(a["sigma"], b["sigma"])
+    assert a["context"] is context and b["context"] is context
+    drawn = dit.sample_sigma(2, CFG.shift, seeded(1)).clamp(CFG.tau_min, CFG.tau_max)
+    assert torch.equal(a["sigma"], drawn)
+
+
+def test_guidance_asks_the_teacher_twice_and_without_memory():
+    real = Spy(network(1))
+    x0, context = rollout(network(), clip(2), 2, 0, CFG, seeded())
+    generator_loss(x0, context, real, network(2), replace(CFG, guidance=4.0), seeded(1))
+    with_memory, null = (call["context"] for call in real.calls)
+    assert with_memory.memory.shape[2] == 5 and null.memory.shape[2] == 0 and (null.mouse == 1).all()
+
+
+def test_a_seed_fixes_a_rollout():
+    student = network()
+    a, b, c = (rollout(student, clip(2), 2, 1, CFG, seeded(s))[0] for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ---- what an iteration draws
+
+def test_turns_count_critic_updates_per_student_update_or_the_reverse():
+    for ratio, critic, student in ((5, 30, 6), (3, 30, 10), (1, 30, 30), (-5, 6, 30)):
+        taken = [dmd.turns(step, ratio) for step in range(30)]
+        assert (sum(c for c, _ in taken), sum(s for _, s in taken)) == (critic, student), ratio
+    with pytest.raises(ValueError, match="got 0"):
+        dmd.turns(3, 0)
+
+
+def test_a_fifth_of_the_rollouts_is_masked_and_the_rest_is_uniform():
+    g = seeded()
+    drawn = torch.tensor([dmd.draw_segments(CFG, g) for _ in range(6000)])
+    share = torch.bincount(drawn, minlength=7)[1:] / 6000
+    assert abs(share[0] - (0.2 + 0.8 / 6)) < 0.02 and (share[1:] - 0.8 / 6).abs().max() < 0.02
+    assert {dmd.draw_exit(CFG, g) for _ in range(50)} == {0, 1, 2}
+
+
+def test_a_clip_too_short_for_the_rollout_says_how_long_it_must_be():
+    with pytest.raises(ValueError, match="3 segments need cameras and actions of 137 frames .* the clip has 97"):
+        rollout(network(), clip(2), 3, None, CFG, seeded())
