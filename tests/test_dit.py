@@ -1,0 +1,684 @@
+"""dit.py: the released network key for key and number for number, and every fast form equal to its plain form."""
+
+import math
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import dit
+import memory
+from dit import DiT, DiTConfig, attention, random_context, sample, sigma_grid
+
+GOLDEN = Path(__file__).parent / "golden"
+MICRO = dit.PRESETS["micro"]
+GOLDEN_CONFIG = DiTConfig(                       # tests/golden/meta.json in our names
+    dim=64, heads=2, layers=2, ffn=128, in_dim=48, text_dim=64, text_len=16, freq_dim=256, ray_channels=1536,
+    sigma_theta=0.0, action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4)
+CASES = ("first_segment", "later_segment_with_memory", "later_segment_without_memory", "perturbed_rope_sigma_0.3")
+
+
+def loud(cfg: DiTConfig, seed: int = 0) -> DiT:
+    """A network with nothing silent: layers that start at zero are random, so that every path counts."""
+    torch.manual_seed(seed)
+    model = DiT(cfg).requires_grad_(False)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape) * 0.15 + (p.ndim == 1 and p.mean().item() == 1))
+    return model
+
+
+def inputs(cfg: DiTConfig, B: int = 2, memory: int = 2, past: int = 2, new: int = 3, size: int = 4):
+    torch.manual_seed(1)
+    return torch.randn(B, cfg.in_dim, new, size, size), torch.rand(B), random_context(cfg, B, memory, past, new, size)
+
+
+def rel(ours: Tensor, golden: Tensor) -> float:
+    return float((ours - golden).detach().norm() / golden.detach().norm())
+
+
+# ---- the plain form: one timestep per token, every token through every block, loops instead of batches -------------
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:          # (B, L, heads, head_dim)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def plain_rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def plain_rope(x: Tensor, angles: Tensor) -> Tensor:                     # (B, L, heads, d), (..., heads | 1, d/2)
+    turn = torch.polar(torch.ones_like(angles), angles)                  # complex128
+    return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x)
+
+
+def plain_actions(m: dit.ActionModule, x: Tensor, c: SimpleNamespace, cfg: DiTConfig) -> Tensor:   # (B, T, S, D)
+    M, (B, T, S, _) = c.memory.shape[2], x.shape
+    d = cfg.action_width // cfg.action_heads
+    local = torch.tensor([*range(M), *range(T - M)]).double()
+    angles = torch.zeros(T, 1, d // 2, dtype=torch.float64)
+    for j in range(cfg.action_rope // 2):
+        angles[:, 0, j] = local * 256 ** (-j / (cfg.action_rope // 2))
+    windows = torch.stack([m.keyboard_embed(c.keyboard[:, i]).flatten(1) for i in range(T)], 1)
+    k, v = m.keyboard_attn_kv(windows).view(B, T, 2, cfg.action_heads, d).unbind(2)
+    k, out = plain_rope(plain_rms(k), angles), []
+    for s in range(S):
+        here = x[:, :, s]
+        qkv = m.t_qkv(m.mouse_mlp(torch.cat([here, c.mouse.flatten(2)], -1)))
+        q2, k2, v2 = qkv.view(B, T, 3, cfg.action_heads, d).unbind(2)
+        y = plain_attention(plain_rope(plain_rms(q2), angles), plain_rope(plain_rms(k2), angles), v2)
+        here = here + m.proj_mouse(y.flatten(2))
+        q = plain_rope(plain_rms(m.mouse_attn_q(here).view(B, T, cfg.action_heads, d)), angles)
+        out.append(here + m.proj_keyboard(plain_attention(q, k, v).flatten(2)))
+    return torch.stack(out, 2)
+
+
+def plain_block(b: dit.Block, x: Tensor, e0: Tensor, rays: Tensor, text: Tensor, angles: Tensor, c, cfg) -> Tensor:
+    D, T = x.shape[-1], c.times.shape[1]
+    split = lambda y: y.unflatten(-1, (cfg.heads, -1))
+    norm = lambda y: F.layer_norm(y, (D,), eps=1e-6)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (b.modulation[:, None] + e0).unbind(2)
+    a, s, t = norm(x) * (1 + scale1) + shift1, b.self_attn, b.cross_attn
+    q, k = (plain_rope(split(plain_rms(f(a), n.weight)), angles) for f, n in ((s.q, s.norm_q), (s.k, s.norm_k)))
+    x = x + s.o(plain_attention(q, k, split(s.v(a))).flatten(2)) * gate1
+    g = b.cam_injector_layer2(F.silu(b.cam_injector_layer1(rays))) + rays
+    x = b.norm3((1 + b.cam_scale_layer(g)) * x + b.cam_shift_layer(g))
+    q, k = split(plain_rms(t.q(x), t.norm_q.weight)), split(plain_rms(t.k(text), t.norm_k.weight))
+    x = x + t.o(plain_attention(q, k, split(t.v(text))).flatten(2))
+    if b.action_model is not None:
+        x = plain_actions(b.action_model, x.unflatten(1, (T, -1)), c, cfg).flatten(1, 2)
+    return x + b.ffn(norm(x) * (1 + scale2) + shift2) * gate2
+
+
+def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) -> Tensor:
+    """Every latent's velocity, memory and past included: (B, C, M+P+N, h, w)."""
+    cfg, N = m.cfg, x_sigma.shape[2]
+    latents = torch.cat([c.memory, c.past, x_sigma], 2)
+    B, T, h, w = len(latents), latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
+    x = m.patch_embedding(latents).flatten(2).mT                                             # (B, L, D)
+    t = torch.zeros(B, T, dtype=torch.float64)
+    t[:, -N:] = 1000 * sigma.double()[:, None]
+    half = cfg.freq_dim // 2
+    angle = t.repeat_interleave(h * w, 1)[..., None] * 10000 ** (-torch.arange(half).double() / half)
+    e = m.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).float())                  # per token
+    e0 = m.time_projection(e).unflatten(-1, (6, -1))
+    cells = F.pixel_unshuffle(c.rays.transpose(1, 2).flatten(0, 1), 2).flatten(2).mT         # (B·T, h·w, R·4)
+    p = m.patch_embedding_wancamctrl(cells.reshape(B, T * h * w, -1))
+    rays = p + m.c2ws_hidden_states_layer2(F.silu(m.c2ws_hidden_states_layer1(p)))
+    text = m.text_embedding(F.pad(c.text, (0, 0, 0, cfg.text_len - c.text.shape[1])))
+    pairs = cfg.dim // cfg.heads // 2
+    angles = torch.zeros(B, T, h, w, cfg.heads, pairs, dtype=torch.float64)
+    for head in range(cfg.heads):
+        theta = 10000 * (1 + cfg.sigma_theta * (2 * head / (cfg.heads - 1) - 1))
+        position = [c.times[:, :, None, None], torch.arange(h)[:, None], torch.arange(w)]
+        sizes, first = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3), 0
+        for axis, n in zip(position, sizes, strict=True):
+            for j in range(n):
+                angles[..., head, first + j] = axis.double() * theta ** (-j / n)
+            first += n
+    angles = angles.flatten(1, 3)                                                            # (B, L, heads, pairs)
+    for block in m.blocks:
+        x = plain_block(block, x, e0, rays, text, angles, c, cfg)
+    shift, scale = (m.head.modulation[:, None] + e[:, :, None]).unbind(2)
+    y = m.head.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+    y = y.view(B, T, h, w, 2, 2, cfg.in_dim)
+    return torch.einsum("bthwpqc->bcthpwq", y).reshape(B, cfg.in_dim, T, 2 * h, 2 * w)
+
+
+# ---- identities -----------------------------------------------------------------------------------------------------
+
+def test_velocity_recovers_the_clean_latent():
+    g = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(8, 4, 3, 4, 4, generator=g) for _ in range(2))
+    sigma = dit.sample_sigma(8, 5.0, g)
+    x_sigma = dit.add_noise(x0, noise, sigma)
+    assert torch.allclose(dit.x0_from_v(x_sigma, dit.velocity(x0, noise), sigma), x0, atol=1e-5)
+    assert (sigma > 0).all() and (sigma <= 1).all()
+    for end, value in ((x0, 0.0), (noise, 1.0)):
+        assert torch.allclose(dit.add_noise(x0, noise, torch.full((8,), value)), end, atol=1e-6)
+
+
+def test_the_shift_of_five_spends_forty_percent_of_the_draws_above_0_875():
+    sigma = dit.sample_sigma(100_000, 5.0, torch.Generator().manual_seed(0))
+    assert abs((sigma > 0.875).float().mean() - 0.417) < 0.01
+    assert torch.equal(dit.shift(sigma, 1.0), sigma)
+
+
+def test_patchify_round_trips():
+    x = torch.randn(2, 3, 4, 6, 8)
+    tokens = dit.patchify(x, (1, 2, 2))                                  # channel, row, column
+    assert tokens.shape == (2, 4, 12, 12)
+    channel_last = tokens.unflatten(-1, (3, 4)).mT.flatten(-2)           # row, column, channel: the head's order
+    assert torch.equal(dit.unpatchify(channel_last, 6, 8, (1, 2, 2)), x)
+
+
+@pytest.mark.parametrize("memories", [0, 2])
+@pytest.mark.parametrize("actions", [(0,), (0, 1)])
+def test_the_fast_form_equals_the_plain_form(memories: int, actions: tuple[int, ...]):
+    model = loud(replace(MICRO, action_blocks=actions))
+    x, sigma, c = inputs(model.cfg, memory=memories)
+    plain = plain_forward(model, x, sigma, c)
+    assert rel(model(x, sigma, c), plain[:, :, -3:]) < 2e-6
+    assert rel(model(x, sigma, c, return_past=True), plain[:, :, -5:]) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_equals_direct_at_every_noise_level(dtype: torch.dtype):
+    model = loud(MICRO).to(dtype)
+    x, _, c = inputs(MICRO)
+    prepared = model.prepare(c)
+    for level in (1.0, 0.5, 0.01):
+        sigma = torch.full((2,), level)
+        assert torch.equal(model(x, sigma, c, prepared), model(x, sigma, c))
+
+
+def test_a_batch_equals_its_samples_one_by_one():
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO, B=3)
+    c.times = c.times + torch.tensor([[0], [7], [900]])
+    one_by_one = [model(x[i:i + 1], sigma[i:i + 1], SimpleNamespace(**{k: v[i:i + 1] for k, v in vars(c).items()}))
+                  for i in range(3)]
+    assert torch.allclose(model(x, sigma, c), torch.cat(one_by_one), atol=1e-5)
+
+
+def test_conditioning_frames_leave_the_sampler_untouched():
+    model = loud(MICRO)
+    x, _, c = inputs(MICRO)
+    before = {name: value.clone() for name, value in vars(c).items()}
+    x0 = sample(model, c, sigma_grid(3), x, "unipc")
+    assert x0.shape == x.shape and not torch.equal(x0, x)
+    assert all(torch.equal(before[name], value) for name, value in vars(c).items())
+
+
+def test_memory_is_read_but_never_predicted():
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO)
+    v = model(x, sigma, c)
+    assert v.shape == x.shape
+    c.memory = torch.randn_like(c.memory)
+    assert rel(model(x, sigma, c), v) > 1e-3
+
+
+def test_zero_initialised_action_modules_change_nothing():
+    torch.manual_seed(0)
+    model = DiT(MICRO)
+    x, sigma, c = inputs(MICRO)
+    assert not model(x, sigma, c).any()                                  # the output layer starts silent as well
+    nn.init.normal_(model.head.head.weight)
+    v = model(x, sigma, c)
+    c.mouse, c.keyboard, c.rays = torch.randn_like(c.mouse), -torch.ones_like(c.keyboard), torch.randn_like(c.rays)
+    assert torch.equal(model(x, sigma, c), v)
+    nn.init.normal_(model.blocks[0].action_model.proj_keyboard.weight)
+    assert not torch.equal(model(x, sigma, c), v)
+
+
+def test_the_action_norm_weights_are_loaded_and_ignored_unless_switched_on():
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO)
+    v = model(x, sigma, c)
+    multiplied = loud(replace(MICRO, action_norm_weight=True))
+    assert rel(multiplied(x, sigma, c), v) > 1e-3
+    for norm in ("img_attn_q_norm", "img_attn_k_norm", "key_attn_q_norm", "key_attn_k_norm"):
+        for m in (model, multiplied):
+            nn.init.ones_(getattr(m.blocks[0].action_model, norm).weight)
+    assert torch.equal(model(x, sigma, c), v)
+    assert rel(multiplied(x, sigma, c), v) < 1e-6
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+def test_perturbed_rope_has_the_released_angles():
+    angles = dit.rope_angles(torch.tensor([[0, 1]]), 2, 2, dit.PRESETS["5b"])[0, 1]          # latent 1
+    first, last = angles[2, 0], angles[2, 23]                            # row 1, column 0
+    golden = {(0, 1): 0.7078694702, (0, 21): 0.0007063449, (0, 23): 0.6963187592}
+    golden |= {(23, 1): 0.6405875924, (23, 21): 8.67259e-05, (23, 23): 0.627145017}
+    for (head, pair), value in golden.items():
+        assert math.isclose((first if head == 0 else last)[pair], value, rel_tol=1e-6)
+    assert first[0] == first[22] == 1 and not first[43:].any()           # pair 0 of each axis turns one radian a step
+
+
+def test_without_perturbation_all_heads_share_one_clock():
+    angles = dit.rope_angles(torch.tensor([[5]]), 2, 2, replace(MICRO, sigma_theta=0.0))
+    assert torch.equal(angles[..., 0, :], angles[..., 1, :])
+    angles = dit.rope_angles(torch.tensor([[5]]), 2, 2, MICRO)
+    assert not torch.equal(angles[..., 0, :], angles[..., 1, :])
+
+
+@pytest.mark.parametrize("later", [100, 5000, 1_000_000])
+def test_only_differences_of_time_count_and_there_is_no_wall_at_2048(later: int):
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO)
+    v = model(x, sigma, c)
+    c.times = c.times + later
+    assert rel(model(x, sigma, c), v) < 1e-5
+
+
+def test_a_rotation_keeps_lengths_and_turns_pairs():
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    rope = torch.stack([angles.cos(), angles.sin()], -1).float()
+    y = dit.rotate(x, rope)
+    assert torch.allclose(y, plain_rope(x, angles), atol=1e-6)
+    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(dit.rotate(x, torch.tensor([1.0, 0.0]).expand(rope.shape)), x)
+
+
+# ---- attention and norms --------------------------------------------------------------------------------------------
+
+def naive_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    return torch.cat([plain_attention(q[i:i + 1], k[i:i + 1, :n], v[i:i + 1, :n]) for i, n in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("backend", ["softmax", "sdpa", "flash", ""])
+def test_ragged_attention_equals_naive_attention(backend: str, monkeypatch: pytest.MonkeyPatch):
+    # the real kernel needs a GPU; a stand-in with its axes shows that ours reach it in its order
+    monkeypatch.setattr(dit, "flash_attn", lambda: plain_attention)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 4, 8, generator=g, requires_grad=True) for n in (7, 9, 9))
+    for lengths in (torch.tensor([9, 4, 1]), None):
+        real = torch.full((3,), 9) if lengths is None else lengths
+        ours, naive = attention(q, k, v, lengths, backend), naive_ragged(q, k, v, real)
+        assert torch.allclose(ours, naive, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(ours.sin().sum(), (q, k, v)),
+                        torch.autograd.grad(naive.sin().sum(), (q, k, v)), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_attention_picks_sdpa_when_the_scores_would_be_large(monkeypatch: pytest.MonkeyPatch):
+    q = torch.empty(1, 17600, 24, 1)
+    assert dit.pick_backend(q, q, False) == "sdpa"
+    assert dit.pick_backend(q[:, :304, :4], q[:, :304, :4], False) == "softmax"
+
+
+def test_flash_attn_is_named_once_when_absent_and_when_broken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dit, "say", print)
+    monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
+    assert dit.flash_attn.__wrapped__() is None
+    assert "attention: SDPA (flash-attn not installed; same result, slower on long clips)" in capsys.readouterr().out
+    monkeypatch.delitem(__import__("sys").modules, "flash_attn")
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dit.flash_attn.__wrapped__() is None
+    assert ("flash-attn is installed but does not load (undefined symbol: _ZN3c10): built for another torch. "
+            "Using SDPA.") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 6, 32, generator=g).to(dtype).requires_grad_(), torch.randn(32, generator=g).to(dtype)
+    ours, torchs = dit.rms(x, weight), F.rms_norm(x, (32,), weight, 1e-6)
+    assert rel(ours, torchs) < tolerance
+    assert rel(*(torch.autograd.grad(y.float().sin().sum(), x)[0] for y in (ours, torchs))) < 2 * tolerance
+
+
+# ---- against the release --------------------------------------------------------------------------------------------
+
+def released_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every name and shape of the released checkpoint."""
+    D, A, hidden, window = c.dim, c.action_width, c.action_hidden, c.action_window
+    out = {"patch_embedding.weight": (D, c.in_dim, 1, 2, 2), "patch_embedding.bias": (D,),
+           "head.modulation": (1, 2, D)}
+
+    def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> None:
+        out[f"{name}.weight"] = (n_out, n_in)
+        out.update({f"{name}.bias": (n_out,)} if bias else {})
+
+    for name, n_in, n_out in (
+            ("patch_embedding_wancamctrl", 4 * c.ray_channels, D), ("c2ws_hidden_states_layer1", D, D),
+            ("c2ws_hidden_states_layer2", D, D), ("text_embedding.0", c.text_dim, D), ("text_embedding.2", D, D),
+            ("time_embedding.0", c.freq_dim, D), ("time_embedding.2", D, D), ("time_projection.1", D, 6 * D),
+            ("head.head", D, 4 * c.in_dim)):
+        linear(name, n_in, n_out)
+    for b in (f"blocks.{i}." for i in range(c.layers)):
+        out |= {f"{b}modulation": (1, 6, D), f"{b}norm3.weight": (D,), f"{b}norm3.bias": (D,)}
+        for kind in ("self_attn", "cross_attn"):
+            out |= {f"{b}{kind}.norm_q.weight": (D,), f"{b}{kind}.norm_k.weight": (D,)}
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k",
+                     "cross_attn.v", "cross_attn.o", "cam_injector_layer1", "cam_injector_layer2",
+                     "cam_scale_layer", "cam_shift_layer"):
+            linear(b + name, D, D)
+        linear(f"{b}ffn.0", D, c.ffn)
+        linear(f"{b}ffn.2", c.ffn, D)
+    for a in (f"blocks.{i}.action_model." for i in c.action_blocks):
+        linear(f"{a}keyboard_embed.0", 6, hidden)
+        linear(f"{a}keyboard_embed.2", hidden, hidden)
+        linear(f"{a}mouse_mlp.0", D + 2 * window, A)
+        linear(f"{a}mouse_mlp.2", A, A)
+        out |= {f"{a}mouse_mlp.3.weight": (A,), f"{a}mouse_mlp.3.bias": (A,)}
+        out |= {f"{a}{n}_norm.weight": (A // c.action_heads,)
+                for n in ("img_attn_q", "img_attn_k", "key_attn_q", "key_attn_k")}
+        for name, n_in, n_out in (("t_qkv", A, 3 * A), ("proj_mouse", A, D), ("mouse_attn_q", D, A),
+                                  ("keyboard_attn_kv", hidden * window, 2 * A), ("proj_keyboard", A, D)):
+            linear(a + name, n_in, n_out, bias=False)
+    return out
+
+
+def test_5b_has_exactly_the_1356_released_tensors():
+    with torch.device("meta"):
+        state = DiT(dit.PRESETS["5b"]).state_dict()
+    assert {name: tuple(p.shape) for name, p in state.items()} == released_shapes(dit.PRESETS["5b"])
+    assert len(state) == 1356
+    assert sum(p.numel() for p in state.values()) == 6_469_915_584
+    assert state["blocks.14.action_model.mouse_mlp.0.weight"].shape == (1024, 3096)
+    assert state["patch_embedding_wancamctrl.weight"].shape == (3072, 6144)
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny", "small", "14b"])
+def test_every_preset_is_the_same_network_in_another_size(preset: str):
+    with torch.device("meta"):
+        model = DiT(dit.PRESETS[preset])
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == released_shapes(model.cfg)
+    if preset == "tiny":
+        assert sum(p.numel() for p in model.parameters()) <= 7_950_000
+
+
+@pytest.mark.parametrize("steps, s, sigmas, integers, rounded", [
+    (3, 5.0, [0.99979985, 0.9088428, 0.71397942, 0], [999, 908, 713], [1000, 908, 712]),
+    (4, 5.0, [0.99979985, 0.93726546, 0.83305538, 0.62468737, 0], [999, 937, 833, 624], [1000, 936, 832, 624]),
+])
+def test_sigma_grids_and_timesteps_are_the_released_ones(steps, s, sigmas, integers, rounded):
+    grid = sigma_grid(steps, s)
+    assert grid.dtype == torch.float32 and grid[-1] == 0
+    assert torch.allclose(grid, torch.tensor(sigmas), atol=1e-7)
+    assert dit.timestep(grid[:-1], "integer").tolist() == integers
+    assert dit.timestep(grid[:-1], "bf16").tolist() == rounded
+    assert torch.equal(dit.timestep(grid), 1000 * grid.double())
+
+
+def test_the_fifty_timesteps_of_the_base_model_are_the_released_ones():
+    integers, rounded = ([int(t) for t in line.split()] for line in (
+        "999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843 833 821 "
+        "809 796 783 768 753 737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172 92",
+        "1000 996 992 988 984 976 972 968 964 956 952 944 940 936 928 920 912 904 896 888 880 872 864 856 844 832 820 "
+        "808 796 784 768 752 736 720 700 680 660 636 612 584 556 520 488 448 404 356 302 241 172 92"))
+    grid = sigma_grid(50)[:-1]
+    assert dit.timestep(grid, "integer").tolist() == integers
+    assert dit.timestep(grid, "bf16").tolist() == rounded
+
+
+@pytest.mark.parametrize("steps, s", [(3, 5), (4, 3), (50, 5)])
+def test_unipc_matches_official(steps: int, s: int):
+    golden = {k.split(".", 1)[1]: v for k, v in load_file(GOLDEN / "unipc.safetensors").items()
+              if k.startswith(f"n{steps}_shift{s}.")}
+    grid = sigma_grid(steps, float(s))
+    assert torch.allclose(grid, golden["sigmas"], atol=1e-7)
+    assert torch.equal(dit.timestep(grid[:-1], "integer").float(), golden["timesteps"])
+
+    def v(x: Tensor, sigma: float) -> Tensor:
+        t = float(dit.timestep(torch.tensor(sigma, dtype=torch.float64), "integer"))
+        return torch.einsum("ij,bjthw->bithw", golden["A"], x) * (0.5 + t / 1000)
+
+    ours = torch.stack(list(dit.unipc(v, golden["x0"], grid)))
+    assert (ours - golden["trajectory"]).abs().max() < 1e-5
+    euler = torch.stack(list(dit.euler(v, golden["x0"], grid)))
+    assert rel(euler[-1], golden["trajectory"][-1]) > 5e-4               # another sampler is visibly another
+
+
+def golden_model(**changes) -> DiT:
+    weights = {k.removeprefix("weights."): v.float() for k, v in load_file(GOLDEN / "dit.safetensors").items()
+               if k.startswith("weights.")}
+    model = DiT(replace(GOLDEN_CONFIG, **changes)).requires_grad_(False)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def golden_case(case: str) -> tuple[Tensor, Tensor, SimpleNamespace, Tensor]:
+    """x_sigma, sigma, context and output of one stored forward."""
+    g = {k.removeprefix(case + "."): v for k, v in load_file(GOLDEN / "dit.safetensors").items()
+         if k.startswith(case + ".")}
+    P = int((g["timestep"][0] == 0).sum()) // 2                          # two tokens per latent
+    bank, new = g.get("memory", g["x"][:, :, :0]), range(*g["latent_range"].tolist())
+    M = bank.shape[2]
+    mouse, keyboard = (memory.released_windows(g[name]) for name in ("mouse", "keyboard"))
+    context = SimpleNamespace(
+        past=g["x"][:, :, :P], memory=bank, rays=g["plucker"].float(), text=g["context"][None],
+        times=torch.tensor([[*g.get("memory_latent_idx", torch.tensor([])).long().tolist(), *new]]),
+        mouse=torch.cat([torch.ones(1, M, 12, 2), mouse], 1),
+        keyboard=torch.cat([-torch.ones(1, M, 12, 6), keyboard], 1))
+    return g["x"][:, :, P:], g["timestep"].max()[None].double() / 1000, context, g["out"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_official_on_golden_weights(case: str):
+    model = golden_model(sigma_theta=0.3 if "perturbed" in case else 0.0)
+    x, sigma, context, out = golden_case(case)
+    assert rel(model(x, sigma, context, return_past=True), out) < 2e-6
+    assert rel(model(x, sigma, context, model.prepare(context)), out[:, :, -x.shape[2]:]) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_matches_official_on_a_gpu(case: str):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = golden_model(sigma_theta=0.3 if "perturbed" in case else 0.0).cuda()
+    x, sigma, context, out = golden_case(case)
+    context = SimpleNamespace(**{name: value.cuda() for name, value in vars(context).items()})
+    assert rel(model(x.cuda(), sigma.cuda(), context, return_past=True).cpu(), out) < 5e-6
+
+
+def test_a_wrong_perturbation_is_visible():
+    x, sigma, context, out = golden_case("perturbed_rope_sigma_0.3")
+    assert rel(golden_model()(x, sigma, context, return_past=True), out) > 1e-4
+
+
+def rollout_context(g: dict, k: int, history: Tensor) -> memory.Context:
+    """Segment k of the stored rollout, from actions and cameras to retrieved memory, as the release does it."""
+    window = memory.Window()
+    first, end, P = window.segment(k)
+    frames = slice(0, 57) if k == 0 else slice(40 * k + 1, 40 * k + 57)
+    c2w, past, bank = memory.from_released(g["extrinsics"])[None], history[:, :, -P:], None
+    if k > 0:
+        queries = [frames.stop - 1 - 8 * slot for slot in range(5)]
+        scores = memory.overlap(c2w[0, queries], c2w[0, 1:frames.start], "released")
+        chosen = g[f"segment{k}.selected_before_sink"] - 1
+        assert (scores.amax(1) - g[f"segment{k}.overlap"]).abs().max() < 2e-3
+        assert (scores.amax(1) - scores.gather(1, chosen[:, None])[:, 0]).abs().max() < 2e-3
+        picked = torch.tensor([window.latent_of(int(f)) for f in chosen[:4] + 1] + [1])      # the sink comes last
+        assert torch.equal(picked, g[f"segment{k}.memory_latents_idx"])
+        cameras = torch.cat([memory.segment_cameras(c2w, int(i), 1) for i in picked], 1)
+        bank = memory.Memory(history[:, :, picked], picked[None], cameras)
+    context = memory.make_context(
+        past, torch.arange(first, end)[None], memory.segment_cameras(c2w, first, end - first),
+        *(memory.released_windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
+        g["context"][None], bank, encoding="released", stride=16)
+    assert g[f"segment{k}.latent_range"].tolist() == [first, end]
+    assert torch.allclose(context.rays[0, ::97, :, 1, 2], g[f"segment{k}.plucker_sample"], atol=2e-6)
+    return context
+
+
+def test_a_rollout_of_four_segments_matches_official():
+    g = load_file(GOLDEN / "rollout.safetensors")
+    model, history = golden_model(timestep="integer"), g["image_latent"]
+    for k in range(4):
+        context = rollout_context(g, k, history)
+        noise = g[f"segment{k}.noise"][:, :, context.past.shape[2]:]
+        history = torch.cat([history, sample(model, context, sigma_grid(3), noise, "unipc")], 2)
+        ours = history if k == 0 else history[:, :, -10:]
+        assert rel(ours, g[f"segment{k}.latents"]) < 5e-6
+
+
+# ---- samplers -------------------------------------------------------------------------------------------------------
+
+class Straight:
+    """A world of one clean latent: v = (x − x0)/σ. Every sampler must arrive at it, however few its steps."""
+
+    def __init__(self, x0: Tensor):
+        self.x0, self.calls, self.prepared = x0, 0, 0
+
+    def prepare(self, context, group=None):
+        self.prepared += 1
+        return context
+
+    def __call__(self, x: Tensor, sigma: Tensor, context, prepared=None) -> Tensor:
+        self.calls += 1
+        scale = getattr(context, "scale", 1.0)
+        return scale * (x - self.x0) / sigma.view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["euler", "unipc", "renoise"])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_every_sampler_arrives_where_all_paths_lead(method: str, steps: int):
+    x0, noise = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
+    world = Straight(x0)
+    assert torch.allclose(sample(world, None, sigma_grid(steps), noise, method), x0, atol=1e-3)
+    assert world.calls == steps and world.prepared == 1
+
+
+def test_guidance_extrapolates_from_the_null_branch():
+    x0, noise = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 2, 2, 2)
+    context = SimpleNamespace(scale=1.0, null=lambda: SimpleNamespace(scale=0.5))
+    world, grid = Straight(x0), torch.tensor([0.5, 0.0])
+    guided = sample(world, context, grid, noise, guidance=5.0)
+    # v = v_null + 5·(v_full − v_null) = (0.5 + 5·0.5)·v_full
+    assert torch.allclose(guided, noise - 3 * (noise - x0), atol=1e-5)
+    assert world.calls == world.prepared == 2
+
+
+def test_renoising_repeats_with_its_generator_and_the_model_need_not_prepare():
+    noise = torch.randn(1, 2, 2, 2, 2)
+    bent = lambda x, sigma, context, prepared=None: x.sin()
+    a, b, c = (sample(bent, None, sigma_grid(3), noise, "renoise", generator=torch.Generator().manual_seed(s))
+               for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_unipc_is_ten_times_closer_than_euler_in_as_many_steps():
+    # data N(1, 0.3²): the flow is known, x(0) = 1 + 0.3·(x(σ) − (1−σ))/std(σ)
+    spread, x = 0.3, torch.full((1, 1, 1, 1, 1), 2.0, dtype=torch.float64)
+    std = lambda s: math.hypot((1 - s) * spread, s)
+    v = lambda x, s: -1 + (x - (1 - s)) * (s - (1 - s) * spread**2) / std(s) ** 2
+    grid = sigma_grid(20, 1.0)
+    exact = 1 + spread * (x - (1 - float(grid[0]))) / std(float(grid[0]))
+    euler, unipc = (abs(float(list(f(v, x, grid))[-1] - exact)) for f in (dit.euler, dit.unipc))
+    assert unipc < 0.1 * euler
+
+
+# ---- precision, training, bad input ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fp32_stream", [False, True])
+def test_bf16_weights_stay_near_float32(fp32_stream: bool):
+    model = loud(replace(MICRO, fp32_stream=fp32_stream))
+    x, sigma, c = inputs(MICRO)
+    v = model(x, sigma, c)
+    low = model.bfloat16()(x, sigma, c)
+    assert low.dtype == torch.float32 and rel(low, v) < 0.05
+
+
+def test_autocast_changes_little():
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x, sigma, c)
+    assert rel(low.float(), model(x, sigma, c)) < 0.05
+
+
+def test_the_loss_falls_and_every_parameter_learns():
+    torch.manual_seed(0)
+    model = loud(MICRO).requires_grad_(True)
+    opt = torch.optim.AdamW(model.parameters(), 3e-3)
+    x0, sigma, c = inputs(MICRO, B=4)
+    noise, losses = torch.randn_like(x0), []
+    for _ in range(40):
+        v = model(dit.add_noise(x0, noise, sigma), sigma, c)
+        loss = (v - dit.velocity(x0, noise)).square().mean()             # Eq. 3, 6
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    # ignored as released; and a shift of all keys by one vector moves no softmax
+    assert {name for name in silent if not name.endswith("attn.k.bias")} == {
+        f"blocks.0.action_model.{n}_norm.weight" for n in ("img_attn_q", "img_attn_k", "key_attn_q", "key_attn_k")}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x=torch.zeros(2, 4, 4, 4, 4)), "x_sigma must be"), (dict(x=torch.zeros(2, 4, 3, 4)), "x_sigma must be"),
+    (dict(sigma=torch.zeros(1)), "sigma must be"), (dict(rays=torch.zeros(2, 59, 7, 4, 4)), "rays must be"),
+    (dict(times=torch.zeros(1, 7).long()), "times must be"), (dict(mouse=torch.zeros(2, 7, 4, 2)), "mouse must be"),
+    (dict(keyboard=torch.zeros(2, 6, 12, 6)), "keyboard must be"), (dict(text=torch.zeros(2, 5, 8)), "at most 4 rows"),
+    (dict(text=torch.zeros(1, 3, 8)), "text must be"), (dict(memory=torch.zeros(2, 4, 2, 8, 8)), "memory must be"),
+])
+def test_wrong_shapes_are_named(change: dict, message: str):
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO)
+    c = SimpleNamespace(**(vars(c) | {k: v for k, v in change.items() if k not in ("x", "sigma")}))
+    with pytest.raises(ValueError, match=message):
+        model(change.get("x", x), change.get("sigma", sigma), c)
+
+
+def test_wrong_words_are_answered_with_the_right_ones():
+    model = loud(MICRO)
+    x, sigma, c = inputs(MICRO, size=3)
+    q = torch.zeros(1, 2, 4, 8)
+    for call, message in (
+            (lambda: model(x, sigma, c), "must divide into 2x2 patches, got 3x3"),
+            (lambda: sample(model, c, sigma_grid(3), x, "heun"), "euler, unipc, renoise, got 'heun'"),
+            (lambda: sigma_grid(0), "at least 1, got 0"),
+            (lambda: dit.timestep(sigma, "half"), "exact, integer, bf16, got 'half'"),
+            (lambda: attention(q, q, q, backend="xformers"), "got 'xformers'"),
+            (lambda: attention(q, q[:, :, :1], q[:, :, :1]), r"must be \(1, 2, 4, 8\)")):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.slow   # a minute: speed needs a quiet machine and repetitions
+def test_the_fast_form_trains_faster_than_the_plain_form():
+    model = loud(dit.PRESETS["tiny"]).requires_grad_(True)
+    x, sigma, c = inputs(model.cfg, B=8, memory=5, past=4, new=10, size=8)
+    seconds = {}
+    for form in (plain_forward, DiT.forward) * 3:
+        start = time.perf_counter()
+        form(model, x, sigma, c)[:, :, -10:].square().mean().backward()
+        seconds[form] = min(seconds.get(form, math.inf), time.perf_counter() - start)
+    assert seconds[DiT.forward] < 0.7 * seconds[plain_forward]
+
+
+# ---- many ranks -----------------------------------------------------------------------------------------------------
+
+def rank_main(rank: int, port: int, expected: dict[str, Tensor], path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    pair = dist.new_group([0, 1])
+    x, sigma, c = inputs(MICRO)
+    errors = {}
+    for name, group in (("three", dist.group.WORLD), ("two", pair)):     # 3 ranks: 4 places and 2 heads, both uneven
+        for dtype in (torch.float32, torch.bfloat16):
+            if name == "two" and rank == 2:
+                continue
+            model = loud(MICRO).to(dtype)
+            v = model(x, sigma, c, model.prepare(c, group), return_past=True)
+            errors[f"{name} {dtype}"] = rel(v, expected[str(dtype)])
+    x0 = sample(loud(MICRO), c, sigma_grid(2), x, group=dist.group.WORLD)
+    torch.save({"errors": errors, "x0": x0}, f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_that_share_places_compute_what_one_computes(tmp_path: Path):
+    x, sigma, c = inputs(MICRO)
+    expected = {str(t): loud(MICRO).to(t)(x, sigma, c, return_past=True) for t in (torch.float32, torch.bfloat16)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (port, expected, str(tmp_path)), nprocs=3)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    for name, error in {k: v for r in results for k, v in r["errors"].items()}.items():
+        assert error < (2e-6 if "float32" in name else 2e-2), name
+    alone = sample(loud(MICRO), c, sigma_grid(2), x)
+    assert all(rel(r["x0"], alone) < 2e-6 and torch.equal(r["x0"], results[0]["x0"]) for r in results)
+
+
+def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    with pytest.raises(ValueError, match="5 ranks cannot share 4 places; use at most 4 ranks"):
+        dit.shares(4, SimpleNamespace())
+    assert dit.shares(16, SimpleNamespace()) == ([4, 3, 3, 3, 3], slice(0, 4))
