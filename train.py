@@ -1,0 +1,741 @@
+"""Every stage as a loop you can read.
+
+Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).  Official training code: not released.
+
+    stage       from    learns                                          loop
+    vae         -       frames <-> latents                              train_vae
+    lightvae    vae     the same latents through a thinner decoder      train_lightvae
+    base        vae     v(x_σ, σ | past, memory, actions, cameras)      train_base       Eq. 1-6
+    distill     base    the same in three steps, on its own outputs     train_distill    Eq. 8
+    moe         vae     one expert per noise range and view             train_base on a part of the σ axis
+
+One step of `base`:  x_σ = (1 − σ)·x0 + σ·ε on the new latents only; past and memory are at t = 0, corrupted by residuals
+the model itself made earlier (error_buffer.py); with p = 0.2 there is neither, and the model learns image-to-video.
+
+Departures from the paper: learning rates (the paper's suit 5 B parameters; ours stand in STAGES), Muon on the block matrices
+of small models, latents encoded once and cached, revisits drawn more often than they occur, one convention for action windows.
+All that is drawn in a step (clips, windows, σ, noise, drops) is a function of (seed, step) alone: resuming is exact, and N
+ranks that each take their share of the same batch compute the losses of one process.
+
+Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, diffusion_pytorch_model.safetensors,
+ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+import dit
+import dmd
+import error_buffer
+import memory
+import moe
+import vae as vae_file
+
+
+def opt(default: object, help: str, group: str = "run", paper: str = "", choices: tuple = ()) -> object:
+    """A field that becomes a flag: default, help, and what the paper used."""
+    return field(default=default, metadata={"help": help, "group": group, "paper": paper, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    stage: str = opt("base", "what to train", choices=("vae", "lightvae", "base", "distill", "moe"))
+    preset: str = opt("tiny", "size of everything", choices=("micro", "tiny", "small", "5b", "14b"))
+    run: str = opt("", "name under runs/; an existing one is resumed (default: STAGE-PRESET)")
+    fresh: bool = opt(False, "delete the run of this name first")
+    seed: int = opt(0, "of every draw")
+    device: str = opt("auto", "auto | cpu | cuda")
+    dtype: str = opt("auto", "compute precision; weights stay float32", choices=("auto", "float32", "bfloat16"))
+    save_every: int = opt(250, "steps between checkpoints")
+    sample_every: int = opt(500, "steps between sample strips and held-out scores; 0 = never")
+    log_every: int = opt(20, "steps between log lines")
+    keep: int = opt(2, "checkpoints kept")
+    dry_run: bool = opt(False, "print the memory table and stop")
+    deterministic: bool = opt(False, "torch.use_deterministic_algorithms")
+    tensorboard: bool = opt(False, "also write TensorBoard events (needs tensorboard)")
+    data: str = opt("", "dataset folder (default: datasets/PRESET, rendered on first use)", "data")
+    vae: str = opt("", "VAE weights (default: assets/PRESET/vae.safetensors)", "data")
+    init: str = opt("", "weights to start from: a run, a folder or a file", "data")
+    overfit: int = opt(0, "train on this many clips only; the loss must fall towards 0", "data")
+    steps: int = opt(1000, "optimiser steps", "optimisation", "50,000")
+    lr: float = opt(1e-3, "AdamW learning rate", "optimisation", "2e-5, §5.1")
+    muon: float = opt(1e-2, "Muon learning rate of the matrices inside blocks; 0 = AdamW everywhere", "optimisation", "not stated")
+    warmup: int = opt(50, "steps of linear warm-up", "optimisation", "not stated")
+    batch: int = opt(16, "clips per step, all ranks together", "optimisation", "not stated")
+    accum: int = opt(1, "micro-batches per step", "optimisation", "not stated")
+    clip: float = opt(1.0, "gradient norm limit", "optimisation", "not stated")
+    decay: float = opt(0.01, "weight decay", "optimisation", "not stated")
+    ema: float = opt(0.995, "decay of the averaged weights", "optimisation", "not stated")
+    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass", "optimisation", "not stated")
+    shift: float = opt(2.0, "of the training σ; small latents need less", "optimisation", "5 (lineage)")
+    p_i2v: float = opt(0.2, "batches without past and memory: image to video", "memory", "0.2, §3.1")
+    p_memory_off: float = opt(0.15, "other batches without memory, so that it can be switched off", "memory", "part of the 0.2")
+    p_null: float = opt(0.1, "samples with null text and actions, for guidance", "memory", "not stated")
+    revisit: float = opt(0.5, "samples whose window looks at a place seen before and since left", "memory", "palindromes, share not stated")
+    encoding: str = opt("anchored", "ray encoding", "memory", "frame-wise relative", ("anchored", "released"))
+    gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated")
+    p_error: float = opt(0.5, "share of samples with injected errors; 0 = off", "error buffer", "not stated")
+    inject: str = opt("both", "where errors go", "error buffer", "past and memory, Eq. 5", ("both", "past", "memory"))
+    error_kind: str = opt("real", "replay residuals, or Gaussian noise of equal variance", "error buffer", "real", ("real", "gaussian"))
+    rate: float = opt(0.75, "share of decoder channels removed (lightvae)", "light VAE", "0.5 and 0.75, Table 2")
+    expert: str = opt("high-first", "which expert (moe)", "experts", "two high-noise ones by view, one low",
+                      ("high-first", "high-third", "low"))
+    boundary: float = opt(0.9, "σ at which the experts change", "experts", "by SNR, value not stated")
+    cold_start: int = opt(60, "iterations on one segment with true past", "distillation", "600, §5.1")
+    ratio_cold: int = opt(5, "critic updates per student update in the cold start", "distillation", "5")
+    ratio: int = opt(3, "critic updates per student update afterwards", "distillation", "3")
+    segments: int = opt(6, "K: longest self-rollout", "distillation", "6")
+    lr_critic: float = opt(1e-4, "critic learning rate", "distillation", "1e-7, §5.1")
+    guidance: float = opt(1.0, "teacher guidance scale; 1 = none", "distillation", "not stated")
+    exit: str = opt("random", "which of the student's steps carries the gradient", "distillation", "not stated", ("random", "last"))
+
+
+VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
+BIG = dict(lr=2e-5, muon=0.0, batch=64, steps=50_000, shift=5.0, encoding="released", checkpoint_activations=True, ema=0.999)
+CHANGES = {  # what differs from the defaults above: by stage, then by preset
+    "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
+    "distill": dict(steps=240, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, sample_every=80,
+                    log_every=5),
+    "micro": dict(batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
+}
+FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
+WINDOW = memory.Window()
+
+
+@dataclass
+class Run:
+    """Where one training stands: its folder, its step, its place among the ranks."""
+    folder: Path
+    cfg: TrainConfig
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    step: int = 0
+    stop: bool = False
+
+    @property
+    def saves(self) -> bool:                       # at the end, when asked to stop, and every save_every steps
+        return self.step >= self.cfg.steps or self.stop or self.step % self.cfg.save_every == 0
+
+
+@dataclass
+class Clips:
+    """A dataset as latents in memory; row e is one episode."""
+    latents: Tensor     # (E, C, T, h, w) float16
+    c2w: Tensor         # (E, F, 4, 4)
+    keyboard: Tensor    # (E, F, 6)
+    mouse: Tensor       # (E, F, 2)
+    text: Tensor        # (E, n, D_text)
+    revisit: Tensor     # (E, T) how much a window that starts here shows of what was seen before its past
+    paths: list[str]
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+def parse(argv: list[str]) -> TrainConfig:
+    """Flags from the fields of TrainConfig; the stage and the preset choose the defaults."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", default="base")
+    first.add_argument("--preset", default="tiny")
+    known = first.parse_known_args(argv)[0]
+    base = dataclasses.replace(TrainConfig(), **CHANGES.get(known.stage, {}) | CHANGES.get(known.preset, {}))
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     epilog="also: python train.py --plot RUN [RUN ...]   loss curves (needs matplotlib)")
+    groups, names = {}, []
+    for f in dataclasses.fields(TrainConfig):
+        value, names = getattr(base, f.name), [*names, "--" + f.name.replace("_", "-")]
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        text = f"{f.metadata['help']} (default {value!r}" + (f"; paper: {f.metadata['paper']})" if f.metadata["paper"] else ")")
+        kind = {"type": type(value), "choices": f.metadata["choices"] or None, "metavar": type(value).__name__}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else kind
+        group.add_argument(names[-1], default=value, help=text.replace("%", "%%"), **kind)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    cfg = TrainConfig(**vars(args))
+    return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ setup
+def setup(cfg: TrainConfig) -> Run:
+    """Ranks, device, precision and the run folder; refuses a folder that holds another configuration."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device.startswith("cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cfg.batch % (world * cfg.accum):
+        raise ValueError(f"--batch {cfg.batch} does not divide among {world} ranks x {cfg.accum} micro-batches; "
+                         f"use a multiple of {world * cfg.accum}")
+    if world > 1 and (cfg.muon or cfg.stage in ("vae", "lightvae")):
+        raise ValueError("several ranks hold shards, and Muon needs whole matrices: add --muon 0 (the VAE stages run on one rank)")
+    if world > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    folder = Path("runs") / cfg.run
+    if cfg.fresh and rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world > 1:
+        dist.barrier()
+    old = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    new = dataclasses.asdict(cfg)
+    rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k) != new[k]]
+    if rows:
+        raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
+                         + "\nadd --fresh to start over, or choose another --run NAME")
+    name = cfg.dtype if cfg.dtype != "auto" else old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.")
+    if rank == 0:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        moe.write_text(folder / "config.json", json.dumps(new | {"resolved_dtype": name, "torch": torch.__version__}, indent=1))
+    run = Run(folder, cfg, device, getattr(torch, name), rank, world)
+
+    def ask_to_stop(*_: object) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    return run
+
+
+def generator(cfg: TrainConfig, step: int) -> torch.Generator:
+    """The one source of randomness of a step."""
+    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+
+
+def share(run: Run, x: Tensor) -> Tensor:
+    """This rank's rows of a batch that every rank draws alike."""
+    return x[run.rank::run.world]
+
+
+def shard(model: nn.Module, run: Run) -> nn.Module:
+    """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
+    if run.cfg.checkpoint_activations:
+        for block in model.blocks:
+            block.forward = lambda *args, plain=block.forward: checkpoint(plain, *args, use_reentrant=False)
+    if run.world > 1:
+        mesh = init_device_mesh(run.device.type, (run.world,))
+        policy = MixedPrecisionPolicy(run.dtype if run.dtype != torch.float32 else None, torch.float32)
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def twin(model: nn.Module, run: Run) -> nn.Module:
+    """The model that computes: a copy in the run's precision, or the model itself."""
+    return model if run.world > 1 or run.dtype == torch.float32 else copy.deepcopy(model).to(run.dtype)
+
+
+@torch.no_grad()
+def refresh(low: nn.Module, model: nn.Module) -> nn.Module:
+    """Float32 weights into the computing copy, before a forward pass."""
+    if low is not model:
+        torch._foreach_copy_(list(low.parameters()), list(model.parameters()))
+    return low
+
+
+def collect(low: nn.Module, model: nn.Module) -> None:
+    """Gradients of the computing copy onto the float32 weights, after a backward pass."""
+    for q, p in zip(low.parameters(), model.parameters(), strict=True):
+        if low is not model and q.grad is not None:
+            p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
+            q.grad = None
+
+
+# ------------------------------------------------------------------------------------------------------- update, save, log
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
+    done = min(1.0, max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def optimizers(model: nn.Module, cfg: TrainConfig, lr: float, betas: tuple[float, float] = (0.9, 0.95)) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
+    inside = {n: p for n, p in model.named_parameters() if cfg.muon and ("blocks." in n or "coder." in n)
+              and p.ndim > 1 and min(p.flatten(1).shape) > 16}
+    found = [torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inside], lr=lr, betas=betas, weight_decay=cfg.decay)]
+    if inside:
+        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]             # share the weights' memory
+        found += [torch.optim.Muon(views, lr=cfg.muon, weight_decay=cfg.decay)]
+        found[-1].viewed = list(inside.values())
+    for o in found:
+        o.param_groups[0]["top"] = o.param_groups[0]["lr"]
+    return found
+
+
+def update(opts: list, model: nn.Module, ema: list[Tensor], factor: float, cfg: TrainConfig) -> float:
+    """Clip, step, zero, average. Returns the gradient norm."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    for o in opts:
+        for p, view in zip(getattr(o, "viewed", ()), o.param_groups[0]["params"], strict=False):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        o.param_groups[0]["lr"] = o.param_groups[0]["top"] * factor
+        o.step()
+        o.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+    if ema:
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - cfg.ema)
+    return float(moe.whole(norm))
+
+
+def average(model: nn.Module) -> list[Tensor]:
+    """The start of the averaged weights."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
+    said = {k: getattr(run.cfg, k) for k in ("stage", "preset", "shift", "encoding", "seed")} | {"step": run.step}
+    moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
+
+
+def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
+    state = moe.restore(run.folder, models, ema, opts)
+    run.step = state.get("step", 0)
+    if run.step and run.rank == 0:
+        print(f"resuming {run.folder} at step {run.step} (--fresh starts over)", flush=True)
+    return state
+
+
+class Progress:
+    """One line per log step and a log.jsonl; a bar when somebody watches."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.start, self.first, self.sums = run, time.perf_counter(), run.step, {}
+        self.bar = tqdm(total=run.cfg.steps, initial=run.step, disable=run.rank > 0 or not sys.stderr.isatty(), unit="step")
+
+    def __call__(self, **numbers: float) -> None:
+        run = self.run
+        for name, value in numbers.items():
+            self.sums.setdefault(name, []).append(float(value))
+        self.bar.update(1)
+        if run.rank == 0 and (run.step % run.cfg.log_every == 0 or run.step == run.cfg.steps or run.stop):
+            rate = (run.step - self.first) / (time.perf_counter() - self.start)
+            line = {"step": run.step} | {k: round(sum(v) / len(v), 5) for k, v in self.sums.items()} | {"it_s": round(rate, 3)}
+            self.sums.clear()
+            record(run, line)
+            text = "  ".join(f"{k} {v:.5g}" for k, v in line.items())
+            self.bar.set_postfix_str(text) if not self.bar.disable else print(text, flush=True)
+
+
+def record(run: Run, line: dict) -> None:
+    """One line of log.jsonl, and of TensorBoard if asked for."""
+    with open(run.folder / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+    if run.cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter     # optional: pip install tensorboard
+        with SummaryWriter(str(run.folder)) as events:
+            for name, value in line.items():
+                events.add_scalar(name, value, line["step"])
+
+
+def finite(run: Run, loss: Tensor, model: nn.Module, **batch: Tensor) -> None:
+    """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
+    if not torch.isfinite(loss.detach()):
+        bad = next((n for n, p in model.named_parameters() if not torch.isfinite(moe.whole(p)).all()), "none: activations overflowed")
+        moe.write_weights(run.folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()}, {"step": run.step})
+        raise ValueError(f"loss is {loss.item()} at step {run.step}; batch in {run.folder}/nan_dump.safetensors; first bad weight: {bad}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+def dataset(run: Run) -> Path:
+    """The dataset folder; the default one is rendered on first use."""
+    root = Path(run.cfg.data or f"datasets/{run.cfg.preset}")
+    if run.cfg.data and not root.exists():
+        raise ValueError(f"--data {root} does not exist; make one with: python data.py make --preset {run.cfg.preset} --out {root}")
+    if run.rank == 0 and not run.cfg.data:
+        data.make_dataset(root, preset=run.cfg.preset)      # skips every finished episode
+    if run.world > 1:
+        dist.barrier()
+    return root
+
+
+def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:      # (B, 3, F, H, W) in [-1, 1]
+    """Random clips of mixed length: a VAE trained on 9 frames alone fades on longer ones."""
+    g = generator(cfg, step)
+    frames, scale = ((9, 1), (9, 1), (17, 2), (33, 4))[int(torch.randint(4, (), generator=g))]
+    clips = []
+    for _ in range(max(1, cfg.batch // scale)):
+        video = videos[int(torch.randint(len(videos), (), generator=g))]
+        start = int(torch.randint(len(video) - frames + 1, (), generator=g))
+        clips.append(torch.from_numpy(np.array(video[start:start + frames])))
+    return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
+    path = Path(cfg.vae or f"assets/{cfg.preset}/vae.safetensors")
+    if not path.exists():
+        raise ValueError(f"no VAE at {path}; make one with: python train.py --stage vae --preset {cfg.preset}")
+    return vae_file.from_weights(*moe.read_weights(path)).float().to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
+    """Episodes as latents: encoded once per VAE and dataset, then read from the cache beside the episodes."""
+    cfg, size = run.cfg, dit.PRESETS[run.cfg.preset]
+    paths = data.list_episodes(root, split)
+    paths = paths[:cfg.overfit] if cfg.overfit and split != "tune" else paths
+    if not paths:
+        raise ValueError(f"no episodes of split {split!r} in {root}; make them with: python data.py make --preset {cfg.preset} --out {root}")
+    digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
+    for tensor in vae.state_dict().values():
+        digest.update(tensor.double().sum().item().hex().encode())
+    cache = root / f"latents-{split}-{digest.hexdigest()[:12]}.safetensors"
+    if run.rank == 0 and not cache.exists():
+        encoder, rows = copy.deepcopy(vae).to(run.dtype), []
+        for path in tqdm(paths, desc=f"encoding {split}", disable=not sys.stderr.isatty()):
+            episode = data.read_episode(path)
+            video = torch.from_numpy(np.array(episode.video)).permute(3, 0, 1, 2)[None].to(run.device, run.dtype) / 127.5 - 1
+            c2w = torch.from_numpy(np.array(episode.c2w))
+            rows.append({"latents": encoder.encode(video)[0].half().cpu(), "c2w": c2w, "revisit": revisit_score(c2w),
+                         "keyboard": torch.from_numpy(np.array(episode.keyboard)), "mouse": torch.from_numpy(np.array(episode.mouse)),
+                         "text": data.embed_prompt(episode.text, size.text_dim, size.text_len).half()})
+        moe.write_weights(cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split})
+    if run.world > 1:
+        dist.barrier()
+    return Clips(**moe.read_weights(cache)[0], paths=[str(p) for p in paths])
+
+
+def revisit_score(c2w: Tensor) -> Tensor:                                      # (F, 4, 4) -> (T,)
+    """For every possible first new latent: how well older memory covers the views to come, beyond what the past window does."""
+    poses = torch.cat((c2w[:1], c2w[WINDOW.stride::WINDOW.stride]))            # one camera per latent
+    seen = memory.overlap(poses, poses, points=64)                             # (T, T): query row, candidate column
+    score = torch.zeros(len(seen))
+    for start in range(WINDOW.past + 2, len(seen) - WINDOW.new + 1):
+        new, past = seen[start:start + WINDOW.new], start - WINDOW.past
+        score[start] = (new[:, 1:past].amax(1) - new[:, past:start].amax(1)).clamp(min=0).mean()
+    return score
+
+
+def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
+    """The batch of a step: a share of the episodes, a window in each, and its memory."""
+    cfg, g = run.cfg, generator(run.cfg, step)
+    E, T = clips.revisit.shape
+    rows = torch.randint(E, (cfg.batch,), generator=g)
+    i2v, off = (torch.rand(2, generator=g) < torch.tensor([cfg.p_i2v, cfg.p_memory_off])).tolist()
+    uniform = torch.ones(cfg.batch, T)
+    uniform[:, :WINDOW.past + 1], uniform[:, T - WINDOW.new + 1:] = 0, 0       # a past of whole latents, a window inside the clip
+    often = torch.rand(cfg.batch, 1, generator=g) < cfg.revisit
+    start = torch.multinomial(torch.where(often, clips.revisit[rows] + 1e-6 * uniform, uniform), 1, generator=g)[:, 0]
+    null = share(run, torch.rand(cfg.batch, generator=g) < cfg.p_null)
+    rows, start = share(run, rows), share(run, torch.ones_like(start) if i2v else start)
+    n_past, n_new = (1, WINDOW.first - 1) if i2v else (WINDOW.past, WINDOW.new)
+    index = None if i2v or off else memory.select_training(clips.c2w[rows], start, n_new, generator=g)
+    x0, context = memory.clip_context(
+        clips.latents[rows].float(), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows], clips.text[rows].float(),
+        start, n_new, n_past, index, cfg.encoding, vae_file.PRESETS[cfg.preset].stride[1])
+    return x0.to(run.device), context.mute(null).to(run.device)
+
+
+def rows_of(context: memory.Context, rows: slice) -> memory.Context:
+    return memory.Context(**{f.name: getattr(context, f.name)[rows] for f in dataclasses.fields(context)})
+
+
+# ------------------------------------------------------------------------------------------------ stages: vae, lightvae
+def train_vae(run: Run) -> None:
+    """Frames to latents of unit variance and back (losses in vae.py)."""
+    cfg, light = run.cfg, run.cfg.stage == "lightvae"
+    root = dataset(run)
+    videos = [np.array(data.read_episode(p).video) for split in ("train", "third") for p in data.list_episodes(root, split)]
+    torch.manual_seed(cfg.seed)
+    preset = vae_file.PRESETS[cfg.preset]
+    teacher = load_vae(cfg, run.device) if light else None
+    model = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else preset).to(run.device)
+    helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(preset.z_dim)
+    if cfg.init:
+        model.load_state_dict(moe.read_weights(cfg.init)[0])
+    both = nn.ModuleList((model, helper.to(run.device)))
+    opts, ema = optimizers(both, cfg, cfg.lr), average(both)
+    both.cfg = model.cfg
+    restore(run, {"training": both}, ema, opts)
+    low, progress = twin(both, run), Progress(run)
+    teacher = teacher.to(run.dtype) if light else None
+    while run.step < cfg.steps and not run.stop:
+        video, g = frame_batch(videos, cfg, run.step).to(run.device, run.dtype), generator(cfg, run.step)
+        helper.train(run.step < 0.9 * cfg.steps)             # at last the decoder sees the very statistics that will be folded in
+        fast, fast_helper = refresh(low, both)
+        loss, parts = (vae_file.light_loss(fast, teacher, fast_helper, video) if light
+                       else vae_file.vae_loss(fast, video, helper, generator=g))
+        finite(run, loss, both, video=video)
+        loss.backward()
+        collect(low, both)
+        norm = update(opts, both, ema, lr_at(run.step, cfg), cfg)
+        run.step += 1
+        progress(loss=loss.detach(), norm=norm, **parts)
+        if run.saves:
+            save(run, {"training": both}, ema, opts)
+            export_vae(run, both, ema, videos)
+
+
+@torch.no_grad()
+def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np.ndarray]) -> None:
+    """The averaged weights with the latent statistics folded in, as the one file that everything else loads, and a picture of it."""
+    model, helper = copy.deepcopy(both)
+    for p, e in zip((*model.parameters(), *helper.parameters()), ema, strict=True):
+        p.copy_(e)
+    if isinstance(helper, vae_file.LatentNorm):
+        helper.fold(model)
+    moe.write_weights(run.folder / "vae.safetensors", {k: v.bfloat16() for k, v in model.state_dict().items()},
+                      vae_file.metadata(model) | {"stage": run.cfg.stage, "step": run.step})
+    full = model if model.cfg.dim else load_vae(run.cfg, run.device)
+    truth = torch.from_numpy(np.stack([v[100:133] for v in videos[:6]])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    again = model.eval().decode(full.encode(truth.to(run.device))).clamp(-1, 1).cpu()
+    strip = torch.cat((truth[:, :, ::8], again[:, :, ::8]), 2).permute(0, 3, 2, 4, 1)         # (N, H, 2·5, W, 3): truth | reconstruction
+    data.write_png(run.folder / "samples" / f"step_{run.step:06d}.png", (strip.flatten(2, 3).flatten(0, 1) + 1) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------- stages: base, moe
+def train_base(run: Run) -> None:
+    """Flow matching on the new latents, with memory, past and the model's own mistakes."""
+    cfg = run.cfg
+    root, decoder = dataset(run), load_vae(cfg, run.device)
+    third = cfg.stage == "moe" and cfg.expert == "high-third"
+    clips, held = (load_clips(run, decoder, root, split) for split in ("third" if third else "train", "tune"))
+    low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
+    model = shard(start_model(cfg).to(run.device), run)
+    opts, ema = optimizers(model, cfg, cfg.lr), average(model)
+    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error))
+    saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
+    errors.load_state_dict(saved.get("errors", errors.state_dict()))
+    low, progress = twin(model, run), Progress(run)
+    while run.step < cfg.steps and not run.stop:
+        x0, context = draw(clips, run, run.step)
+        g = generator(cfg, run.step + 500_000_000)
+        sigma = share(run, low_sigma + (high_sigma - low_sigma) * dit.sample_sigma(cfg.batch, cfg.shift, g)).to(run.device)
+        noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
+        context = inject(errors, context, cfg, g)                                # imperfect past and memory     Eq. 2, 5
+        x_sigma = dit.add_noise(x0, noise, sigma)                                # x_σ = (1 − σ)·x0 + σ·ε
+        losses, refreshed = [], refresh(low, model)
+        for rows in (slice(part, None, cfg.accum) for part in range(cfg.accum)):
+            v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], rows_of(context, rows).to(dtype=run.dtype)).float()
+            loss = (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()         # v = ε − x0            Eq. 3, 6
+            finite(run, loss, model, x0=x0, noise=noise, sigma=sigma)
+            (loss / cfg.accum).backward()
+            collect(low, model)
+            losses.append(gathered(loss.detach()[None], run).mean())
+            delta = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
+            errors.push(gathered(delta, run), gathered(sigma[rows], run), g)
+        norm = update(opts, model, ema, lr_at(run.step, cfg), cfg)
+        run.step += 1
+        progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
+        if run.saves:
+            save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
+        if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
+            with averaged(model, ema):
+                look(run, refresh(low, model), decoder, held)
+
+
+def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, cfg: TrainConfig, g: torch.Generator) -> memory.Context:
+    """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
+    def perturb(x: Tensor, wanted: bool) -> Tensor:
+        if not wanted or not x.shape[2]:
+            return x
+        x_tilde = errors.perturb(x, cfg.gamma, g)
+        if cfg.error_kind == "real":
+            return x_tilde
+        delta = x_tilde - x                                  # the control: same places, same variance, no structure
+        return x + torch.randn(x.shape, generator=g).to(x) * delta.std((1, 2, 3, 4), keepdim=True)
+
+    return dataclasses.replace(context, past=perturb(context.past, cfg.inject != "memory" and context.past.shape[2] > 1),
+                               memory=perturb(context.memory, cfg.inject != "past"))
+
+
+def start_model(cfg: TrainConfig) -> nn.Module:
+    """A fresh model of the preset, or the weights of --init in float32."""
+    torch.manual_seed(cfg.seed)
+    return moe.start_from(cfg.init, cfg.preset)[0].train() if cfg.init else moe.build(cfg.preset)
+
+
+def gathered(x: Tensor, run: Run) -> Tensor:
+    """The rows of all ranks in the order in which one process would hold them: every rank keeps the same error buffer."""
+    if run.world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(run.world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def averaged(model: nn.Module, ema: list[Tensor]) -> Iterator[None]:
+    """The model with its averaged weights, and its own ones afterwards."""
+    own = average(model)
+    torch._foreach_copy_(list(model.parameters()), ema)
+    yield
+    torch._foreach_copy_(list(model.parameters()), own)
+
+
+# -------------------------------------------------------------------------------------------------------- stage: distill
+def train_distill(run: Run) -> None:
+    """Teacher, critic and student start as one base; the student learns on its own rollouts.                  Eq. 8"""
+    cfg = run.cfg
+    if not cfg.init:
+        raise ValueError("--stage distill needs --init <base run>; make one with: python train.py --stage base")
+    root, decoder = dataset(run), load_vae(cfg, run.device)
+    clips, held = (load_clips(run, decoder, root, split) for split in ("train", "tune"))
+    real = start_model(cfg).to(run.device, run.dtype).requires_grad_(False)
+    student, fake = (shard(start_model(cfg).to(run.device), run) for _ in range(2))
+    how = dmd.DMDConfig(shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v)
+    opts, opts_fake = (optimizers(m, cfg, lr, (0.0, 0.95)) for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic)))
+    ema, models = average(student), {"diffusion_pytorch_model": student, "critic": fake}
+    restore(run, models, ema, opts + opts_fake)
+    low, low_fake, progress = twin(student, run), twin(fake, run), Progress(run)
+    while run.step < cfg.steps and not run.stop:
+        g, cold = generator(cfg, run.step + 700_000_000), run.step < cfg.cold_start
+        critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
+        student_in, fake_in = (in_dtype(refresh(*pair), run) for pair in ((low, student), (low_fake, fake)))
+        exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
+        with torch.set_grad_enabled(students_turn):
+            if cold:                                                             # one segment, true past and memory
+                x0, context = draw(clips, run, run.step)
+                x0 = dmd.few_step(student_in, context, dmd.fresh(x0, g), exit_step, how, g)
+            else:                                                                # on its own outputs
+                x0, context = dmd.rollout(student_in, scene(clips, run, run.step), dmd.draw_segments(how, g), exit_step, how, g)
+        numbers = {}
+        if students_turn:
+            loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, g)         # Eq. 8
+            finite(run, loss, student, x0=x0)
+            loss.backward()
+            collect(low, student)
+            numbers["norm"] = update(opts, student, ema, lr_at(run.step, cfg), cfg)
+        if critics_turn:
+            loss = dmd.critic_loss(x0.detach(), context, fake_in, how, g)
+            finite(run, loss, fake, x0=x0)
+            loss.backward()
+            collect(low_fake, fake)
+            update(opts_fake, fake, [], 1.0, cfg)
+            numbers["critic"] = loss.detach()
+        run.step += 1
+        progress(**numbers, latent_std=x0.detach().std())
+        if run.saves:
+            save(run, models, ema, opts + opts_fake)
+        if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
+            with averaged(student, ema):
+                look(run, refresh(low, student), decoder, held, steps=how.steps, method="renoise")
+
+
+def in_dtype(model: nn.Module, run: Run) -> Callable:
+    """The model as dmd.py calls it: float32 outside, the run's precision inside."""
+    return lambda x, sigma, context: model(x.to(run.dtype), sigma, context.to(dtype=run.dtype)).float()
+
+
+def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:
+    """Where the rollouts of a step begin, and the ways they go."""
+    rows = share(run, torch.randint(len(clips.paths), (run.cfg.batch,), generator=generator(run.cfg, step)))
+    return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
+                    clips.text[rows].float(), run.cfg.encoding, vae_file.PRESETS[run.cfg.preset].stride[1])
+
+
+# ------------------------------------------------------------------------------------------------------- looking at a model
+@torch.no_grad()
+def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8, method: str = "euler") -> None:
+    """Held-out revisits: reconstruction | model | without memory | with another clip's actions, as a picture, a film and numbers."""
+    sure = dataclasses.replace(run.cfg, batch=8, revisit=1.0, p_i2v=0.0, p_memory_off=0.0, p_null=0.0)
+    x0, context = draw(held, dataclasses.replace(run, cfg=sure), 0)
+    wrong = dataclasses.replace(context, **{k: getattr(context, k).roll(1, 0) for k in ("rays", "mouse", "keyboard")})
+    noise, sigmas, g = torch.randn(x0.shape, generator=generator(sure, 1)), dit.sigma_grid(steps, sure.shift), generator(sure, 2)
+    latents = {"truth": x0} | {
+        name: dit.sample(model, c.to(dtype=run.dtype), sigmas, noise.to(run.device, run.dtype), method, generator=g).float()
+        for name, c in {"model": context, "no memory": context.drop_memory(), "wrong actions": wrong}.items()}
+    frames = {name: decode_new(vae, context.past, z).cpu() for name, z in latents.items()}                   # (8, F, H, W, 3)
+    scores = {name: round(float(data.psnr(x, frames["truth"]).mean()), 2) for name, x in frames.items() if name != "truth"}
+    record(run, {"step": run.step} | {"psnr " + name: value for name, value in scores.items()})
+    print(f"step {run.step}: held-out revisits, dB to the reconstruction: " + " · ".join(f"{k} {v}" for k, v in scores.items()), flush=True)
+    strips = torch.stack([*frames.values()], 1)[:4, :, 7::8]                                                  # (4, kinds, 5, H, W, 3)
+    path = run.folder / "samples" / f"step_{run.step:06d}"
+    data.write_png(path.with_suffix(".png"), strips.flatten(0, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    data.write_mp4(path.with_suffix(".mp4"), torch.cat([x[0] for x in frames.values()], 2))
+
+
+def decode_new(vae: nn.Module, past: Tensor, new: Tensor) -> Tensor:               # (B, 4N, H, W, 3) in [0, 1]
+    """New latents to frames; the past ones go first to fill the decoder's history."""
+    video = vae.decode(torch.cat((past, new), 2), clamp=True)[:, :, -WINDOW.stride * new.shape[2]:]
+    return (video.permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+def dry_run(cfg: TrainConfig) -> None:
+    """What one step needs, from the modules themselves, without allocating them."""
+    model = moe.build(cfg.preset, device="meta")
+    c, P = model.cfg, sum(p.numel() for p in model.parameters())
+    h, w = {"5b": (44, 80), "14b": (44, 80)}.get(cfg.preset, (8, 8))
+    tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * h * w // 4
+    kept = 2 if cfg.checkpoint_activations else 34          # block inputs alone, or every intermediate, in widths per token
+    table = {"weights, float32": 4 * P, "gradients": 4 * P, "optimiser": (4 if cfg.muon else 8) * P, "average": 4 * P, "computing copy": 2 * P,
+             "activations": 2 * cfg.batch // cfg.accum * tokens * c.dim * c.layers * kept}
+    print(f"{cfg.preset}: {P / 1e6:.1f} M parameters, {tokens} tokens a clip, batch {cfg.batch}\n| what | 1 rank, GB | 8 ranks, GB |\n|---|---|---|")
+    for name, size in (table | {"total": sum(table.values())}).items():
+        print(f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |")
+
+
+def plot(folders: list[str]) -> None:
+    """Loss curves of runs, smoothed over ten log lines, as loss.png in the first."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    for folder in folders:
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        points = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
+        n = min(10, len(points))
+        plt.plot(points[n - 1:, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=Path(folder).name)
+    plt.xlabel("step"), plt.ylabel("loss"), plt.yscale("log"), plt.legend()
+    plt.savefig(Path(folders[0]) / "loss.png", dpi=120)
+    print(f"wrote {Path(folders[0]) / 'loss.png'}")
+
+
+LOOPS = {"vae": train_vae, "lightvae": train_vae, "base": train_base, "distill": train_distill, "moe": train_base}
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--plot"]:
+        plot(argv[1:])
+        return 0
+    cfg = parse(argv)
+    if cfg.dry_run:
+        dry_run(cfg)
+        return 0
+    run = setup(cfg)
+    if run.rank == 0:
+        print(f"stage {cfg.stage} · preset {cfg.preset} · {run.device} · {run.dtype} · {run.world} rank(s) · {run.folder}", flush=True)
+    try:
+        LOOPS[cfg.stage](run)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if run.rank == 0:
+        print(f"stopped at step {run.step}; the same command resumes it" if run.stop else f"done: {run.folder} at step {run.step}")
+    return 130 if run.stop else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
