@@ -148,13 +148,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
-say = functools.cache(functools.partial(print, file=sys.stderr))
 CUDNN_FIRST = [Kernel.CUDNN_ATTENTION, Kernel.FLASH_ATTENTION, Kernel.EFFICIENT_ATTENTION, Kernel.MATH]
 
 
 @functools.cache
-def flash_attn() -> Callable | None:
-    """flash-attn's kernel, if it is installed and loads: pip install flash-attn --no-build-isolation"""
+def load_flash() -> Callable | None:                          # pip install flash-attn --no-build-isolation
     try:
         from flash_attn import flash_attn_func as kernel
     except ModuleNotFoundError:
@@ -163,6 +161,12 @@ def flash_attn() -> Callable | None:
         return say(f"flash-attn is installed but does not load ({e}): built for another torch. Using SDPA.")
     say("attention: flash-attn")
     return kernel
+
+
+once = functools.cache(functools.partial(print, file=sys.stderr))
+fixed = torch.compiler.assume_constant_result                 # a compiled block asks these while it is traced
+say, flash_attn = fixed(lambda text: once(text)), fixed(lambda: load_flash())
+on_hopper = fixed(lambda: torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9)
 
 
 def pick_backend(q: Tensor, k: Tensor, ragged: bool) -> str:
@@ -197,8 +201,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, ba
             scores = scores.unflatten(0, (B, H)).masked_fill(~mask, -torch.inf).flatten(0, 1)
         return (scores.softmax(-1) @ v).unflatten(0, (B, H)).transpose(1, 2)
     # on Hopper torch would take its FlashAttention-2 kernel, but cuDNN's is 1.6 times faster
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if hopper else contextlib.nullcontext():
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if on_hopper() else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
     return out.transpose(1, 2)
 
@@ -301,8 +304,7 @@ class ActionModule(nn.Module):
         qkv = self.t_qkv(hidden).transpose(1, 2).flatten(0, 1)                       # (B·S, T, 3·width)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = self.turned(q, self.img_attn_q_norm, rope), self.turned(k, self.img_attn_k_norm, rope)
-        y = attention(q, k, v)
-        x = x + self.proj_mouse(y.flatten(2).unflatten(0, (B, S)).transpose(1, 2))
+        x = x + self.proj_mouse(attention(q, k, v).flatten(2).unflatten(0, (B, S)).transpose(1, 2))
         q = self.mouse_attn_q(x).unflatten(-1, (self.heads, -1))                 # (B, T, S, heads, head_dim)
         q = self.turned(q, self.key_attn_q_norm, rope[:, None]).flatten(1, 2)
         return x + self.proj_keyboard(attention(q, *kv).flatten(2).unflatten(1, (T, S)))
@@ -563,8 +565,7 @@ def sample(
         full, *null = (model(x, at, c, prepared=p) for c, p in zip(branches, ready, strict=True))
         return null[0] + guidance * (full - null[0]) if null else full       # v_null + g·(v_full − v_null)
 
-    *_, x0 = methods[method](v, noise, sigmas, generator)
-    return x0
+    return list(methods[method](v, noise, sigmas, generator))[-1]
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

@@ -37,12 +37,14 @@ class ErrorConfig:
     warmup: int = 50                # pushes before the first injection: early errors are an untrained net's
     per_push: int = 16              # frames banked per step: an entry lives about capacity / per_push steps
     replacement: str = "random"     # or "nearest": the L2-nearest old entry makes room, so rare ones stay
+    kind: str = "real"              # or "gaussian": noise of each entry's size, no structure: the control
     buckets: int = 0                # 0: one shelf for every σ (the paper); 50: shelves by noise level
     shift: float = 5.0              # buckets are even along the unshifted σ, like the sampler's steps
     dtype: str = "float16"          # storage on the CPU; "bfloat16" has range instead of precision
 
     def __post_init__(self):
-        allowed = {"replacement": ("random", "nearest"), "dtype": ("float16", "bfloat16", "float32")}
+        allowed = {"replacement": ("random", "nearest"), "kind": ("real", "gaussian"),
+                   "dtype": ("float16", "bfloat16", "float32")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"ErrorConfig.{name} must be one of {values}, got {getattr(self, name)!r}")
@@ -108,6 +110,9 @@ class ErrorBuffer:
         scale = gamma * (1 + self.cfg.jitter * (2 * torch.rand(B, generator=generator) - 1))
         picks = slots[torch.randint(len(slots), (B, T), generator=generator)]
         delta = self.entries[picks].transpose(1, 2).to(x)                           # (B, C, T, h, w)
+        if self.cfg.kind == "gaussian":
+            size = delta.std((1, 3, 4), keepdim=True)                               # of every latent frame
+            delta = size * torch.randn(delta.shape, generator=generator).to(x)
         # Eq. 2, 5  x̃ = x + γ·δ′
         x_tilde = x + scale.to(x).view(B, 1, 1, 1, 1) * delta
         return torch.where(hit.to(x.device).view(B, 1, 1, 1, 1), x_tilde, x)

@@ -44,7 +44,7 @@ RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")   
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
-SURVIVORS, GROUP = 112, 64                       # of more, so many per query survive the prefilter; its group size
+SURVIVORS, GROUP = 128, 64                       # of more, so many per query survive the prefilter; its group size
 
 
 @dataclass(frozen=True)
@@ -438,8 +438,8 @@ def frustum_intersection(g: Tensor) -> Tensor:                   # (n, 4, 4) flo
 def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: int = 256) -> Tensor:
     """(Q, 4, 4), candidates for all (N, 4, 4) or for each query (Q, N, 4, 4) -> (Q, N) float32: the share of each new
     view that each old one has seen. rule: sample points "uniform" in volume or as "released" (1000), or "exact"."""
-    check_rigid("query", query)
-    if candidates.dim() == 3:                                    # a bank has checked what it picks per query
+    if candidates.dim() == 3:                                    # a bank checks what it picks per query beforehand
+        check_rigid("query", query)
         check_rigid("candidates", candidates)
     g = relative(candidates.double(), query.double()[:, None])
     pieces = g.flatten(0, 1).split(256 if g.device.type == "cpu" else 8192)                # a piece stays in cache

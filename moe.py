@@ -19,6 +19,7 @@ experts share one architecture and one context.
 Demo: python moe.py      Tests: pytest tests/test_moe.py
 """
 
+import copy
 import json
 import os
 import shutil
@@ -32,7 +33,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import dit
 from dit import DiT, DiTConfig
@@ -353,6 +357,43 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
 
 def _count(names: list[str], what: str) -> str:
     return f"{len(names)} {what}" + (f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else "")
+
+
+# ---- a model in training: shards and precision ------------------------------------------------------------
+
+def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
+    if dist.is_initialized():
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32)
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def twin(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
+    """The model that computes: a copy in a lower precision, or the model itself (FSDP lowers it on its own).
+    recompute: its blocks keep only their inputs and run again in the backward pass (activation checkpointing)."""
+    low = model if dist.is_initialized() or dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    for block in low.blocks if recompute else ():
+        block.forward = lambda *args, plain=block.forward, **more: checkpoint(plain, *args, use_reentrant=False, **more)
+    return low
+
+
+@torch.no_grad()
+def refresh(low: nn.Module, model: nn.Module) -> nn.Module:
+    """Float32 weights into the computing copy, before a forward pass."""
+    if low is not model:
+        torch._foreach_copy_(list(low.parameters()), list(model.parameters()))
+    return low
+
+
+def collect(low: nn.Module, model: nn.Module) -> None:
+    """Gradients of the computing copy onto the float32 weights, after a backward pass."""
+    for q, p in zip(low.parameters(), model.parameters(), strict=True):
+        if low is not model and q.grad is not None:
+            p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
+            q.grad = None
 
 
 # ---- checkpoints of a run --------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, di
 ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -33,7 +32,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +40,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -234,40 +230,6 @@ def share(run: Run, x: Tensor) -> Tensor:
     return x[run.rank::run.world]
 
 
-def shard(model: nn.Module, run: Run) -> nn.Module:
-    """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
-    if run.cfg.checkpoint_activations:
-        for block in model.blocks:
-            block.forward = lambda *args, plain=block.forward: checkpoint(plain, *args, use_reentrant=False)
-    if run.world > 1:
-        mesh = init_device_mesh(run.device.type, (run.world,))
-        policy = MixedPrecisionPolicy(run.dtype if run.dtype != torch.float32 else None, torch.float32)
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    return model
-
-
-def twin(model: nn.Module, run: Run) -> nn.Module:
-    """The model that computes: a copy in the run's precision, or the model itself."""
-    return model if run.world > 1 or run.dtype == torch.float32 else copy.deepcopy(model).to(run.dtype)
-
-
-@torch.no_grad()
-def refresh(low: nn.Module, model: nn.Module) -> nn.Module:
-    """Float32 weights into the computing copy, before a forward pass."""
-    if low is not model:
-        torch._foreach_copy_(list(low.parameters()), list(model.parameters()))
-    return low
-
-
-def collect(low: nn.Module, model: nn.Module) -> None:
-    """Gradients of the computing copy onto the float32 weights, after a backward pass."""
-    for q, p in zip(low.parameters(), model.parameters(), strict=True):
-        if low is not model and q.grad is not None:
-            p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
-            q.grad = None
-
-
 # ------------------------------------------------------------------------------------------------------- update, save, log
 def lr_at(step: int, cfg: TrainConfig) -> float:
     """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
@@ -307,6 +269,14 @@ def update(opts: list, model: nn.Module, ema: list[Tensor], factor: float, cfg: 
 def average(model: nn.Module) -> list[Tensor]:
     """The start of the averaged weights."""
     return [p.detach().clone() for p in model.parameters()]
+
+
+@torch.no_grad()
+def averaged(model: nn.Module, ema: list[Tensor]) -> nn.Module:
+    """A copy of the model that holds the averaged weights."""
+    other = copy.deepcopy(model)
+    torch._foreach_copy_(list(other.parameters()), ema)
+    return other
 
 
 def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
@@ -473,17 +443,17 @@ def train_vae(run: Run) -> None:
     opts, ema = optimizers(both, cfg, cfg.lr), average(both)
     both.cfg = model.cfg
     restore(run, {"training": both}, ema, opts)
-    low, progress = twin(both, run), Progress(run)
+    low, progress = moe.twin(both, run.dtype), Progress(run)
     teacher = teacher.to(run.dtype) if light else None
     while run.step < cfg.steps and not run.stop:
         video, g = frame_batch(videos, cfg, run.step).to(run.device, run.dtype), generator(cfg, run.step)
         helper.train(run.step < 0.9 * cfg.steps)             # at last the decoder sees the very statistics that will be folded in
-        fast, fast_helper = refresh(low, both)
+        fast, fast_helper = moe.refresh(low, both)
         loss, parts = (vae_file.light_loss(fast, teacher, fast_helper, video) if light
                        else vae_file.vae_loss(fast, video, helper, generator=g))
         finite(run, loss, both, video=video)
         loss.backward()
-        collect(low, both)
+        moe.collect(low, both)
         norm = update(opts, both, ema, lr_at(run.step, cfg), cfg)
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
@@ -495,15 +465,13 @@ def train_vae(run: Run) -> None:
 @torch.no_grad()
 def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np.ndarray]) -> None:
     """The averaged weights with the latent statistics folded in, as the one file that everything else loads, and a picture of it."""
-    model, helper = copy.deepcopy(both)
-    for p, e in zip((*model.parameters(), *helper.parameters()), ema, strict=True):
-        p.copy_(e)
+    model, helper = averaged(both, ema)
     if isinstance(helper, vae_file.LatentNorm):
         helper.fold(model)
     moe.write_weights(run.folder / "vae.safetensors", {k: v.bfloat16() for k, v in model.state_dict().items()},
                       vae_file.metadata(model) | {"stage": run.cfg.stage, "step": run.step})
     full = model if model.cfg.dim else load_vae(run.cfg, run.device)
-    truth = torch.from_numpy(np.stack([v[100:133] for v in videos[:6]])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    truth = torch.from_numpy(np.stack([v[-33:] for v in videos[:6]])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     again = model.eval().decode(full.encode(truth.to(run.device))).clamp(-1, 1).cpu()
     strip = torch.cat((truth[:, :, ::8], again[:, :, ::8]), 2).permute(0, 3, 2, 4, 1)         # (N, H, 2·5, W, 3): truth | reconstruction
     data.write_png(run.folder / "samples" / f"step_{run.step:06d}.png", (strip.flatten(2, 3).flatten(0, 1) + 1) / 2)
@@ -517,12 +485,12 @@ def train_base(run: Run) -> None:
     third = cfg.stage == "moe" and cfg.expert == "high-third"
     clips, held = (load_clips(run, decoder, root, split) for split in ("third" if third else "train", "tune"))
     low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
-    model = shard(start_model(cfg).to(run.device), run)
+    model = moe.shard(start_model(cfg).to(run.device), run.dtype)
     opts, ema = optimizers(model, cfg, cfg.lr), average(model)
-    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error))
+    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind))
     saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
-    low, progress = twin(model, run), Progress(run)
+    low, progress = moe.twin(model, run.dtype, cfg.checkpoint_activations), Progress(run)
     while run.step < cfg.steps and not run.stop:
         x0, context = draw(clips, run, run.step)
         g = generator(cfg, run.step + 500_000_000)
@@ -530,13 +498,13 @@ def train_base(run: Run) -> None:
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
         context = inject(errors, context, cfg, g)                                # imperfect past and memory     Eq. 2, 5
         x_sigma = dit.add_noise(x0, noise, sigma)                                # x_σ = (1 − σ)·x0 + σ·ε
-        losses, refreshed = [], refresh(low, model)
+        losses, refreshed = [], moe.refresh(low, model)
         for rows in (slice(part, None, cfg.accum) for part in range(cfg.accum)):
             v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], rows_of(context, rows).to(dtype=run.dtype)).float()
             loss = (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()         # v = ε − x0            Eq. 3, 6
             finite(run, loss, model, x0=x0, noise=noise, sigma=sigma)
             (loss / cfg.accum).backward()
-            collect(low, model)
+            moe.collect(low, model)
             losses.append(gathered(loss.detach()[None], run).mean())
             delta = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
             errors.push(gathered(delta, run), gathered(sigma[rows], run), g)
@@ -546,23 +514,17 @@ def train_base(run: Run) -> None:
         if run.saves:
             save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
         if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
-            with averaged(model, ema):
-                look(run, refresh(low, model), decoder, held)
+            look(run, averaged(model, ema), decoder, held)
 
 
 def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, cfg: TrainConfig, g: torch.Generator) -> memory.Context:
     """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
-    def perturb(x: Tensor, wanted: bool) -> Tensor:
-        if not wanted or not x.shape[2]:
-            return x
-        x_tilde = errors.perturb(x, cfg.gamma, g)
-        if cfg.error_kind == "real":
-            return x_tilde
-        delta = x_tilde - x                                  # the control: same places, same variance, no structure
-        return x + torch.randn(x.shape, generator=g).to(x) * delta.std((1, 2, 3, 4), keepdim=True)
-
-    return dataclasses.replace(context, past=perturb(context.past, cfg.inject != "memory" and context.past.shape[2] > 1),
-                               memory=perturb(context.memory, cfg.inject != "past"))
+    past, bank = context.past, context.memory
+    if cfg.inject != "memory" and past.shape[2] > 1:
+        past = errors.perturb(past, cfg.gamma, g)
+    if cfg.inject != "past":
+        bank = errors.perturb(bank, cfg.gamma, g)
+    return dataclasses.replace(context, past=past, memory=bank)
 
 
 def start_model(cfg: TrainConfig) -> nn.Module:
@@ -580,16 +542,6 @@ def gathered(x: Tensor, run: Run) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)
 
 
-@contextlib.contextmanager
-@torch.no_grad()
-def averaged(model: nn.Module, ema: list[Tensor]) -> Iterator[None]:
-    """The model with its averaged weights, and its own ones afterwards."""
-    own = average(model)
-    torch._foreach_copy_(list(model.parameters()), ema)
-    yield
-    torch._foreach_copy_(list(model.parameters()), own)
-
-
 # -------------------------------------------------------------------------------------------------------- stage: distill
 def train_distill(run: Run) -> None:
     """Teacher, critic and student start as one base; the student learns on its own rollouts.                  Eq. 8"""
@@ -599,16 +551,16 @@ def train_distill(run: Run) -> None:
     root, decoder = dataset(run), load_vae(cfg, run.device)
     clips, held = (load_clips(run, decoder, root, split) for split in ("train", "tune"))
     real = start_model(cfg).to(run.device, run.dtype).requires_grad_(False)
-    student, fake = (shard(start_model(cfg).to(run.device), run) for _ in range(2))
+    student, fake = (moe.shard(start_model(cfg).to(run.device), run.dtype) for _ in range(2))
     how = dmd.DMDConfig(shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v)
     opts, opts_fake = (optimizers(m, cfg, lr, (0.0, 0.95)) for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic)))
     ema, models = average(student), {"diffusion_pytorch_model": student, "critic": fake}
     restore(run, models, ema, opts + opts_fake)
-    low, low_fake, progress = twin(student, run), twin(fake, run), Progress(run)
+    low, low_fake, progress = moe.twin(student, run.dtype, cfg.checkpoint_activations), moe.twin(fake, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
         g, cold = generator(cfg, run.step + 700_000_000), run.step < cfg.cold_start
         critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
-        student_in, fake_in = (in_dtype(refresh(*pair), run) for pair in ((low, student), (low_fake, fake)))
+        student_in, fake_in = (in_dtype(moe.refresh(*pair), run) for pair in ((low, student), (low_fake, fake)))
         exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
         with torch.set_grad_enabled(students_turn):
             if cold:                                                             # one segment, true past and memory
@@ -621,13 +573,13 @@ def train_distill(run: Run) -> None:
             loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, g)         # Eq. 8
             finite(run, loss, student, x0=x0)
             loss.backward()
-            collect(low, student)
+            moe.collect(low, student)
             numbers["norm"] = update(opts, student, ema, lr_at(run.step, cfg), cfg)
         if critics_turn:
             loss = dmd.critic_loss(x0.detach(), context, fake_in, how, g)
             finite(run, loss, fake, x0=x0)
             loss.backward()
-            collect(low_fake, fake)
+            moe.collect(low_fake, fake)
             update(opts_fake, fake, [], 1.0, cfg)
             numbers["critic"] = loss.detach()
         run.step += 1
@@ -635,8 +587,7 @@ def train_distill(run: Run) -> None:
         if run.saves:
             save(run, models, ema, opts + opts_fake)
         if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
-            with averaged(student, ema):
-                look(run, refresh(low, student), decoder, held, steps=how.steps, method="renoise")
+            look(run, averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
 
 def in_dtype(model: nn.Module, run: Run) -> Callable:

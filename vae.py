@@ -99,8 +99,8 @@ def unpatchify(x: Tensor, p: int) -> Tensor:                      # (B, 3·p·p,
     return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(B, C // (p * p), T, h * p, w * p)
 
 
-def frames_as_batch(x: Tensor) -> Tensor:                         # (B, C, T, H, W) -> (B·T, C, H, W), no copy
-    return x.transpose(1, 2).flatten(0, 1)
+def frames_as_batch(x: Tensor) -> Tensor:                         # (B, C, T, H, W) -> (B·T, C, H, W), channels last
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def batch_as_frames(x: Tensor, B: int) -> Tensor:                 # (B·T, C, H, W) -> (B, C, T, H, W), no copy
@@ -172,12 +172,12 @@ class Stream:
         self.past, self.next, self.first = state or {}, {}, not state
 
     def front(self, slot: int, x: Tensor, n: int, channels: int) -> Tensor:       # the n frames before x
-        known = self.past.get(slot)
-        return x.new_zeros(x.shape[0], channels, n, *x.shape[3:]) if known is None else known
+        zeros = x.new_zeros(x.shape[0], n, *x.shape[3:], channels).permute(0, 4, 1, 2, 3)
+        return self.past.get(slot, zeros)
 
     def keep(self, slot: int, x: Tensor, n: int) -> None:         # copied: a view would keep the whole chunk alive,
         tail = x[:, :, -n:].detach()                              # as training does anyway
-        self.next[slot] = tail if torch.is_grad_enabled() else tail.clone()
+        self.next[slot] = tail if torch.is_grad_enabled() else tail.clone(memory_format=torch.channels_last_3d)
 
 
 def conv3d_as_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:      # (B, C, 2+T, …) -> (B, out, T, …)
