@@ -360,8 +360,8 @@ class Block(nn.Module):
         x = torch.addcmul(x, self.self_attn.o(y.flatten(2)).view_as(x), gate1)
         scale, shift = (t[:, old:] for t in camera)                                  # 2. camera
         x = torch.addcmul(shift, x, scale)
-        x = self.norm3(x.to(dtype)).to(x.dtype)                                      # 3. replaced; then text
-        y = attention(self.cross_attn.query(x.to(dtype)), *text).flatten(2)
+        x = F.layer_norm(x, x.shape[-1:], self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), 1e-6)
+        y = attention(self.cross_attn.query(x.to(dtype)), *text).flatten(2)      # 3. residual replaced; text
         x = x + self.cross_attn.o(y).view_as(x)
         if self.action_model is not None:                                            # 4. actions
             x = self.action_model(x.to(dtype), shared.mouse, keyboard, shared.action_rope).to(x.dtype)

@@ -21,6 +21,7 @@ Tests: pytest tests/test_evaluate.py
 """
 import argparse
 import base64
+import contextlib
 import copy
 import hashlib
 import json
@@ -30,14 +31,12 @@ import platform
 import re
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
 
 import imageio.v3 as imageio
 import numpy as np
@@ -60,7 +59,6 @@ PLACES = {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9}
 PANES = {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"}
 Raw = dict[str, list[float]]                            # "row/column" -> one value per world
 
-
 # ---- images: one value per frame; frames (N, H, W, 3), uint8 or float in [0, 1] -------------------------------------
 def planes(frames: ndarray | Tensor) -> Tensor:         # -> (N, 3, H, W) float32
     x = torch.as_tensor(frames)
@@ -71,16 +69,13 @@ def gmsd(pred: ndarray | Tensor, true: ndarray | Tensor) -> Tensor:             
     a, b = (F.conv2d(F.avg_pool2d(planes(x).mean(1, keepdim=True), 2), kernels, padding=1).norm(dim=1) for x in (pred, true))
     # g = (2 m₁ m₂ + c) / (m₁² + m₂² + c)
     return ((2 * a * b + 170 / 255**2) / (a * a + b * b + 170 / 255**2)).flatten(1).std(1, correction=0)
-
 def haarpsi(pred: ndarray | Tensor, true: ndarray | Tensor) -> Tensor:           # (N,), 1 = equal
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     a, b = (F.avg_pool2d(torch.einsum("ij,njhw->nihw", to_yiq, 255 * planes(x)), 2) for x in (pred, true))
 
     def haar(x: Tensor, k: int) -> Tensor:              # (N, 3, H, W) -> (N, 2, H, W): both orientations of Y
-        kernel = torch.ones(k, k) / k
-        kernel[k // 2:] *= -1
-        before, after = k // 2 - 1, k // 2
-        return F.conv2d(F.pad(x[:, :1], (before, after, before, after)), torch.stack([kernel, kernel.T])[:, None]).abs()
+        kernel = torch.ones(k, k) / k * torch.tensor([1.0, -1]).repeat_interleave(k // 2)[:, None]
+        return F.conv2d(F.pad(x[:, :1], (k // 2 - 1, k // 2) * 2), torch.stack([kernel, kernel.T])[:, None]).abs()
 
     like = lambda p, q: (2 * p * q + 30) / (p * p + q * q + 30)
     s, w = (like(haar(a, 2), haar(b, 2)) + like(haar(a, 4), haar(b, 4))) / 2, torch.maximum(haar(a, 8), haar(b, 8))
@@ -89,7 +84,6 @@ def haarpsi(pred: ndarray | Tensor, true: ndarray | Tensor) -> Tensor:          
     w = torch.cat([w, w.mean(1, keepdim=True)], 1)
     score = ((w * torch.sigmoid(4.2 * s)).sum((1, 2, 3)) / w.sum((1, 2, 3)).clamp(min=1e-9)).clamp(1e-6, 1 - 1e-6)
     return torch.where(w.sum((1, 2, 3)) > 0, (torch.logit(score) / 4.2).square(), 1.0)
-
 def sharpness(pred: ndarray | Tensor, true: ndarray | Tensor) -> Tensor:         # (N,): ratio of mean squared gradients, 1 = as sharp
     a, b = (sum(x.diff(dim=d).square().mean((1, 2)) for d in (1, 2)) for x in (planes(pred).mean(1), planes(true).mean(1)))
     return a / b.clamp(min=1e-6)
@@ -104,10 +98,8 @@ def unit(frames: ndarray | Tensor, blur: float = 0.0) -> Tensor:                
     return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1)
 def zncc(pred: ndarray | Tensor, true: ndarray | Tensor) -> Tensor:              # (N,): a·b of slightly blurred frames
     return (unit(pred, 1.0) * unit(true, 1.0)).sum(1)
-
 METRICS = {"psnr": data.psnr, "ssim": data.ssim, "gmsd": gmsd, "haarpsi": haarpsi, "zncc": zncc}
 BETTER = {"psnr": 1, "ssim": 1, "gmsd": -1, "haarpsi": 1, "zncc": 1}
-
 
 # ---- distributions of frames -----------------------------------------------------------------------------------------
 def pixel_pca(reference: ndarray | Tensor, dims: int = 64) -> Callable[[ndarray | Tensor], Tensor]:
@@ -118,16 +110,14 @@ def pixel_pca(reference: ndarray | Tensor, dims: int = 64) -> Callable[[ndarray 
     return lambda x: (thumbnails(x) - mean) @ axes.T
 def frechet(a: Tensor, b: Tensor) -> float:             # (N, d), (M, d) float64
     root = lambda C: (lambda w, V: V * w.clamp(min=0).sqrt() @ V.T)(*torch.linalg.eigh(C))
-    A, B = a.T.cov(), b.T.cov()
+    A, B, half = a.T.cov(), b.T.cov(), root(a.T.cov())
     # |μ₁−μ₂|² + tr(C₁ + C₂ − 2 (C₁^½ C₂ C₁^½)^½)
-    half = root(A)
     return float((a.mean(0) - b.mean(0)).square().sum() + (A + B - 2 * root(half @ B @ half)).trace())
 def mmd(a: Tensor, b: Tensor) -> float:                 # unbiased, features standardised by b, the truth
     a, b = ((x - b.mean(0)) / b.std(0).clamp(min=1e-6) for x in (a, b))
     k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     within = lambda x: (k(x, x).sum() - k(x, x).diagonal().sum()) / (len(x) * (len(x) - 1))
     return float(within(a) + within(b) - 2 * k(a, b).mean())
-
 
 # ---- statistics: the unit is the world -------------------------------------------------------------------------------
 def bca(x: Sequence[float], level: float = 0.95, resamples: int = 10_000) -> tuple[float, float]:
@@ -142,12 +132,12 @@ def bca(x: Sequence[float], level: float = 0.95, resamples: int = 10_000) -> tup
     acceleration = (d**3).sum() / (6 * (d**2).sum() ** 1.5)
     ends = (bias + normal.inv_cdf(q) for q in ((1 - level) / 2, (1 + level) / 2))
     return tuple(float(np.quantile(means, normal.cdf(bias + z / (1 - acceleration * z)))) for z in ends)
-
 def equivalent(difference: Sequence[float], margin: float) -> bool:     # TOST at 5 %: the 90 % interval inside ± margin
     low, high = bca(difference, 0.90)
     return bool(-margin < low and high < margin)
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:         # median of pairwise slopes
-    return float(np.median([(y[j] - y[i]) / (x[j] - x[i]) for i, j in combinations(range(len(x)), 2)]))
+    i, j = np.triu_indices(len(x), 1)
+    return float(np.median((np.asarray(y)[j] - np.asarray(y)[i]) / (np.asarray(x)[j] - np.asarray(x)[i])))
 def time_to_lost(score: Sequence[float], tau: float, run: int = 8) -> int:       # first of `run` frames under tau; else all
     low = np.asarray(score) < tau
     return next((t for t in range(len(low) - run + 1) if low[t:t + run].all()), len(low))
@@ -155,15 +145,14 @@ def compare(a: Sequence[float], b: Sequence[float]) -> str:             # timing
     (a1, a3), (b1, b3) = (np.quantile(x, (0.25, 0.75)) for x in (a, b))
     return "lower" if a3 < b1 else "higher" if a1 > b3 else "no difference"
 
-
 # ---- truth from geometry ---------------------------------------------------------------------------------------------
 def shoot(scene: world.Scene, poses: ndarray, size: int = SIZE, samples: int = 2) -> tuple[ndarray, ndarray, ndarray]:
     """Frames, depth and cameras of poses (n, 5)."""
     c2w = world.cameras(scene, poses)
     return *world.render(scene, c2w, memory.intrinsics(size, size).numpy(), size, size, supersample=samples), c2w
-
 def visible(depth: ndarray, c2w: ndarray, bank_depth: ndarray, bank_c2w: ndarray) -> ndarray:
-    """Which pixels of the targets (T, H, W) did each bank frame see? (T, N, H, W) bool. Seen: inside its image, no deeper than 1.02 times its depth there. The sky, at a depth of 1000 m, is a surface too."""
+    """Which pixels of the targets (T, H, W) did each bank frame see? (T, N, H, W) bool. Seen: it lies inside the image and no
+    deeper than 1.02 times the depth there. The sky, at a depth of 1000 m, is a surface too."""
     (T, H, W), N = depth.shape, len(bank_depth)
     fx, fy, cx, cy = memory.intrinsics(H, W).tolist()
     g = memory.relative(torch.from_numpy(bank_c2w)[None], torch.from_numpy(c2w)[:, None]).float()                # (T, N, 4, 4)
@@ -173,10 +162,8 @@ def visible(depth: ndarray, c2w: ndarray, bank_depth: ndarray, bank_c2w: ndarray
     x, y, z = (g[..., :3, :3] @ points + g[..., :3, 3:]).unbind(2)
     x, y = (fx * x / z + cx).floor(), (fy * y / z + cy).floor()
     inside = (z > 1e-3) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    place = torch.where(inside, y * W + x, 0).long()
-    seen = inside & (z <= 1.02 * torch.from_numpy(bank_depth).flatten(1).expand(T, N, -1).gather(2, place))
-    return seen.view(T, N, H, W).numpy()
-
+    there = torch.from_numpy(bank_depth).flatten(1).expand(T, N, -1).gather(2, torch.where(inside, y * W + x, 0).long())
+    return (inside & (z <= 1.02 * there)).view(T, N, H, W).numpy()
 def coverage(seen: ndarray, chosen: Sequence[int]) -> float:            # (N, H, W): share of what any frame could show
     return float(seen[list(chosen)].any(0).sum() / max(1, seen.any(0).sum()))
 def greedy(seen: ndarray, k: int) -> list[int]:         # the oracle: always the largest new area
@@ -185,25 +172,16 @@ def greedy(seen: ndarray, k: int) -> list[int]:         # the oracle: always the
         chosen.append(int(left.sum(1).argmax()))
         left &= ~left[chosen[-1]]
     return chosen
-
-class Found(NamedTuple):
-    pose: ndarray           # x, y, z, pitch, yaw
-    score: float            # ZNCC there
-    ambiguous: bool         # another place explains the frame as well
-
+Found = namedtuple("Found", "pose score ambiguous")      # pose5; ZNCC there; does another place explain the frame as well?
 def register(scene: world.Scene, frame: ndarray, pose: Sequence[float]) -> Found:
     """Where was a frame taken? Coarse grid at 16x16, five starts, Levenberg-Marquardt over blurs 2, 1, 0 in x, z, yaw."""
-    pose, scale, K = np.asarray(pose, float), np.array([1.0, 1.0, math.degrees(0.5)]), SIZE // 16       # .5 rad counts as a metre
-
-    def look(p: ndarray, size: int = SIZE, samples: int = 1) -> ndarray:         # (n, 3) x, z, yaw -> frames
-        full = np.tile(pose, (len(p), 1))
-        full[:, [0, 2, 4]] = p
-        return shoot(scene, full, size, samples)[0]
-
+    pose, scale = np.asarray(pose, float), np.array([1.0, 1.0, math.degrees(0.5)])       # half a radian counts as a metre
+    whole = lambda p: np.stack([p[:, 0], 0 * p[:, 0] + pose[1], p[:, 1], 0 * p[:, 0] + pose[3], p[:, 2]], 1)     # x, z, yaw -> poses
+    look = lambda p, size=SIZE, samples=1: shoot(scene, whole(p), size, samples)[0]
     free = lambda p: ~scene.solid[tuple(np.floor(p[:, :2]).astype(int).clip(0, len(scene.solid) - 1).T)]     # (n,): not inside a wall
     steps = np.linspace(-0.36, 0.36, 5)
     grid = pose[[0, 2, 4]] + [(x, z, a) for x in steps for z in steps for a in np.linspace(-18, 18, 13) if math.hypot(x, z) <= 0.37]
-    grid, starts, small = grid[free(grid)], [], F.avg_pool2d(planes(frame[None]), K).permute(0, 2, 3, 1)
+    grid, starts, small = grid[free(grid)], [], F.avg_pool2d(planes(frame[None]), SIZE // 16).permute(0, 2, 3, 1)
     for at in grid[(unit(look(grid, 16)) @ unit(small)[0]).argsort(descending=True).numpy()]:
         if len(starts) < 5 and all(np.linalg.norm((at - s) / scale) >= 0.15 for s in starts):
             starts.append(at)
@@ -214,11 +192,10 @@ def register(scene: world.Scene, frame: ndarray, pose: Sequence[float]) -> Found
         for _ in range(6):
             around = (p[:, None] + np.concatenate([[h * 0], np.diag(h), -np.diag(h)])).reshape(-1, 3)
             views = unit(look(around, samples=fine), blur).view(len(p), 7, -1).double()
-            J, e = (views[:, 1:4] - views[:, 4:]) / 2, views[:, 0] - target      # per step h
-            A, b = (J @ J.mT).numpy(), (J @ e[..., None])[..., 0].numpy()
+            J, e = ((views[:, 1:4] - views[:, 4:]) / 2).numpy(), (views[:, 0] - target).numpy()      # per step h
+            A = J @ J.swapaxes(1, 2)
             # (JᵀJ + λ diag JᵀJ) Δ = −Jᵀe
-            A = A + damping[:, None, None] * (A * np.eye(3)) + 1e-9 * np.eye(3)
-            move = h * -np.linalg.solve(A, b[..., None])[..., 0]
+            move = h * -np.linalg.solve(A + (damping[:, None, None] * A + 1e-9) * np.eye(3), J @ e[..., None])[..., 0]
             move *= np.minimum(1, 0.2 / np.linalg.norm(move / scale, axis=1, keepdims=True).clip(1e-9))
             new = (unit(look(p + move, samples=fine), blur) - target).square().sum(1).numpy()
             better = (new < cost) & free(p + move)
@@ -228,10 +205,7 @@ def register(scene: world.Scene, frame: ndarray, pose: Sequence[float]) -> Found
     score = (unit(look(p, samples=2), 1.0) @ unit(frame[None], 1.0)[0]).numpy()
     best = int(score.argmax())
     far = (np.hypot(*(p - p[best])[:, :2].T) > 0.1) | (np.abs(p[:, 2] - p[best, 2]) > 2)
-    found = pose.copy()
-    found[[0, 2, 4]] = p[best]
-    return Found(found, float(score[best]), bool((far & (score > score[best] - 0.005)).any()))
-
+    return Found(whole(p)[best], float(score[best]), bool((far & (score > score[best] - 0.005)).any()))
 
 # ---- paths with known truth ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -242,7 +216,6 @@ class Script:
     keyboard: Tensor        # (F-1, 6)
     mouse: Tensor           # (F-1, 2)
     known: int = KNOWN
-
 scene = lru_cache(maxsize=64)(world.make_scene)
 def chords(text: str) -> tuple[Tensor, Tensor]:         # "j:10 w:4 l2.5:3 -:6", after j or l: times 1.5 degrees a frame
     keys, turns = [], []
@@ -251,7 +224,6 @@ def chords(text: str) -> tuple[Tensor, Tensor]:         # "j:10 w:4 l2.5:3 -:6",
         keys += [[float(chord == k) for k in ("w", "s", "a", "d", "jump", "attack")]] * int(count)
         turns += [(0.0, 0.1 * float(turn[2] or 1) * (1 if turn[1] == "l" else -1) if turn else 0.0)] * int(count)
     return torch.tensor(keys), torch.tensor(turns)
-
 def place(seed: int, text: str, look: int = -1) -> Script:
     """Where a plan can be walked without touching anything and frame `look` shows more than a near wall."""
     (keyboard, mouse), player, rng = chords(text), world.World(scene(seed)), np.random.default_rng([seed, 5])
@@ -265,7 +237,6 @@ def place(seed: int, text: str, look: int = -1) -> Script:
         if attempt > 200 or (np.median(depth) > 1.5 and depth.min() > 0.6 and rgb.std() > 20):
             return Script(player.scene, poses, keyboard, mouse)
     raise ValueError(f"world {seed} has no room for the path {text!r}; shorten it")
-
 def revisit(seed: int, offset: float) -> Script:
     """Look about, turn round for more than the past window, then side-step (or not), turn back and look at the first view."""
     steps = round(offset / memory.STEP)
@@ -280,14 +251,8 @@ def journey(seed: int, segments: int) -> Script:        # exploring what nobody 
 def draw(script: Script, at: Sequence[int] | slice = slice(None)) -> tuple[ndarray, ndarray, ndarray]:
     return shoot(script.scene, script.poses.numpy()[at])
 
-
 # ---- rollouts: the object that play drives ---------------------------------------------------------------------------
-class Player(NamedTuple):   # networks as realtime loads them
-    name: str
-    options: realtime.Options
-    meta: dict
-    nets: dict[str, torch.nn.Module]
-
+Player = namedtuple("Player", "name options meta nets")  # nets: dit, encoder, decoder, as realtime loads them
 @lru_cache(maxsize=8)
 def player(weights: str, name: str, steps: int = 0) -> Player | None:
     """The student, the base or the experts as realtime loads them; None where nobody has trained them yet."""
@@ -305,18 +270,16 @@ def decode(p: Player, z: Tensor, last: int) -> Tensor:  # (B, C, T, h, w) -> (B,
     video = p.nets["decoder"].decode(z.to(next(p.nets["decoder"].parameters()).dtype), clamp=True)[:, :, -last:]
     return (video.float().permute(0, 2, 3, 4, 1) + 1) / 2
 @torch.no_grad()
-def opened(p: Player, script: Script, frames: ndarray | None = None) -> tuple[Script, ndarray, Tensor]:      # with all latents (1, C, T, h, w)
-    frames, weight = draw(script, slice(len(script.poses) - (len(script.poses) - 1) % 4))[0] if frames is None else frames, next(p.nets["encoder"].parameters())
+def opened(p: Player, script: Script, frames: ndarray | None = None) -> tuple[Script, ndarray, Tensor]:     # latents (1, C, T, h, w)
+    frames = draw(script, slice(len(script.poses) - (len(script.poses) - 1) % 4))[0] if frames is None else frames
+    weight = next(p.nets["encoder"].parameters())
     return script, frames, p.nets["encoder"].encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight) / 127.5 - 1, chunk=12)
 def prompt(p: Player, script: Script) -> Tensor:
     return data.embed_prompt(data.scene_caption(script.scene), p.nets["dit"].cfg.text_dim, p.nets["dit"].cfg.text_len)[None]
-
 def rollout(p: Player, script: Script, z: Tensor, segments: int, policy: str = "camera", bank: Tensor | None = None, shuffle: bool = False,
             actions: tuple[Tensor, Tensor] | None = None, seed: int = 0, later: int = 0, after: Callable | None = None) -> tuple[Tensor, dict]:
     """Four true latents and the new ones after them (1, C, 4 + 10·segments, h, w), and what the denoiser said last.
-
-    bank: other latents under the right poses; shuffle: the right ones under wrong poses; later: latents of silence between
-    the bank and now; after(denoiser) runs behind the first segment."""
+    bank: other latents under the right poses; shuffle: the right ones under wrong poses; later: latents of silence before now."""
     K, f = (script.known - 1) // 4 + 1, script.known - 1
     keyboard, mouse = actions or (script.keyboard[f:], script.mouse[f:])
     denoiser = realtime.Denoiser(p.nets["dit"], p.meta, p.options)
@@ -332,7 +295,6 @@ def rollout(p: Player, script: Script, z: Tensor, segments: int, policy: str = "
         if after and k == 0:
             after(denoiser)
     return torch.cat(latents, 2), info
-
 def masks_and_copies(script: Script, at: ndarray, frames: ndarray, depth: ndarray, c2w: ndarray) -> tuple[dict, ndarray]:
     """Masks seen, unseen and bank-only (seen, but not in the last 56 frames) of frames `at`; the nearest old frames pasted."""
     bank = np.arange(0, script.known, 4)
@@ -340,7 +302,6 @@ def masks_and_copies(script: Script, at: ndarray, frames: ndarray, depth: ndarra
     old = bank < script.known - 56
     masks = {"seen": seen.any(1), "unseen": ~seen.any(1), "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1)}
     return masks, frames[bank][memory.overlap(torch.from_numpy(c2w[at]), torch.from_numpy(c2w[bank])).argmax(1).numpy()]
-
 
 # ---- commands: each fills raw["row/column"] --------------------------------------------------------------------------
 @dataclass
@@ -353,12 +314,12 @@ class Run:
     pictures: dict[str, ndarray]
     notes: list[str]
 
-    def add(self, key: str, value: float) -> None:
-        self.raw.setdefault(key, []).append(float(value))
+    def put(self, row: str, values: dict[str, float]) -> None:
+        for column, value in values.items():
+            self.raw.setdefault(f"{row}/{column}", []).append(float(value))
 
-    @property
-    def some(self) -> list[int]:                        # for what is slow
-        return self.worlds if self.full else self.worlds[:6]
+    some = property(lambda self: self.worlds if self.full else self.worlds[:6])                       # for what is slow
+    tau = property(lambda self: (results(self.out).get("sanity", {}).get("raw") or {TAU: [0.75]})[TAU][0])      # under it a frame is lost
 
     @property
     def player(self) -> Player:                         # what play.py would use: the student at 3 steps, else the base at 8
@@ -368,29 +329,25 @@ class Run:
 
     def scores(self, row: str, pred: ndarray | Tensor, true: ndarray, masks: dict[str, ndarray] | None = None) -> None:
         """One world in every column of a row; frames with a nearly empty mask are skipped."""
-        for name, metric in METRICS.items():
-            self.add(f"{row}/{name}", metric(pred, true).mean())
-        for name in [name for name in masks or {} if name != "unseen"]:
-            enough = masks[name].mean((1, 2)) >= 0.05
-            self.add(f"{row}/psnr {name}", data.psnr(pred[enough], true[enough], masks[name][enough]).mean() if enough.any() else math.nan)
+        self.put(row, {name: metric(pred, true).mean() for name, metric in METRICS.items()})
+        for name, mask in ((name, masks[name]) for name in masks or {} if name != "unseen"):
+            some = mask.mean((1, 2)) >= 0.05
+            self.put(row, {f"psnr {name}": data.psnr(pred[some], true[some], mask[some]).mean() if some.any() else math.nan})
 
     def located(self, row: str, script: Script, frames: Tensor, at: Sequence[int]) -> None:
         """Registered scores: what remains when the error of the pose is taken out, and that error. Lost frames are counted."""
-        tau = json.loads(f.read_text())["raw"].get(TAU, [0.75])[0] if (f := self.out / "sanity.json").exists() else 0.75
         for frame, t in zip(frames, at, strict=True):
-            found, pose = register(script.scene, frame.numpy(), script.poses[t].numpy()), script.poses[t].numpy()
-            self.add(f"{row}/registered psnr", data.psnr(frame[None], shoot(script.scene, found.pose[None])[0]))
-            for name, value in (("m", np.hypot(*(found.pose - pose)[[0, 2]])), ("deg", abs(found.pose - pose)[4]),
-                                ("lost", found.score < tau), ("ambiguous", found.ambiguous)):
-                self.add(f"{row}/{name}", value)
+            found = register(script.scene, frame.numpy(), script.poses[t].numpy())
+            image = shoot(script.scene, found.pose[None])[0]
+            self.put(row, {"registered psnr": data.psnr(frame[None], image), "lost": found.score < self.tau} | off(found, script.poses[t].numpy()))
 
-    def distances(self, row: str, pairs: list[tuple[Tensor, ndarray]]) -> None:      # of distributions, over all worlds
+    def distances(self, row: str, name: str, pairs: list[tuple[Tensor, ndarray]]) -> None:      # of distributions, over all worlds
         pred, true = torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs]))
         features = pixel_pca(true)
-        for name, distance in (("TWFD", frechet), ("MMD", mmd)):
-            self.add(f"{row}{name}", distance(features(pred), features(true)))
+        self.put(row, {f"{name}TWFD": frechet(features(pred), features(true)), f"{name}MMD": mmd(features(pred), features(true))})
 
 TAU = "lost threshold tau/zncc"
+off = lambda found, pose: {"m": np.hypot(*(found.pose - pose)[[0, 2]]), "deg": abs(found.pose - pose)[4], "ambiguous": found.ambiguous}
 
 def sanity(run: Run) -> None:
     """M0: every metric must rank fakes as expected; M9 needs no model."""
@@ -404,18 +361,17 @@ def sanity(run: Run) -> None:
                            "frozen": np.repeat(draw(script, [0])[0], 4, 0), "mirrored": true[:, :, ::-1].copy(), "other world": truth[i - 1],
                            "noise": rng.integers(0, 256, true.shape, np.uint8)}.items():
             run.scores(name, fake, true)
-            run.add(f"{name}/sharpness", sharpness(fake, true).mean())
+            run.put(name, {"sharpness": sharpness(fake, true).mean()})
         pose = script.poses[12].numpy()
-        found = register(script.scene, true[0], pose + np.array([0.06, 0, -0.05, 0, 3.0]))
-        for name, value in (("m", np.hypot(*(found.pose - pose)[[0, 2]])), ("deg", abs(found.pose - pose)[4]), ("ambiguous", found.ambiguous)):
-            run.add(f"registration of clean frames/{name}", value)
+        run.put("registration of clean frames", off(register(script.scene, true[0], pose + np.array([0.06, 0, -0.05, 0, 3.0])), pose))
     for m, sign in BETTER.items():
         best, near, *bad = (sign * np.mean(run.raw[f"{row}/{m}"]) for row in ("truth", "turned 2 degrees", "frozen", "other world", "noise"))
-        run.add(f"ranks fakes as expected/{m}", best > near > max(bad))
-    run.add(TAU, (np.quantile(run.raw["other world/zncc"], 0.95) + np.quantile(run.raw["patch replaced/zncc"], 0.05)) / 2)
+        run.put("ranks fakes as expected", {m: best > near > max(bad)})
+    run.put(TAU.split("/")[0], {"zncc": (np.quantile(run.raw["other world/zncc"], 0.95) + np.quantile(run.raw["patch replaced/zncc"], 0.05)) / 2})
     every, features = np.concatenate(truth), pixel_pca(np.concatenate(truth))
-    run.add("two halves of the truth/TWFD", frechet(*(features(np.concatenate(half)) for half in (truth[::2], truth[1::2]))))
-    run.add("truth and its blur/TWFD", frechet(features(every), features(soft(every))))
+    halves = (features(np.concatenate(truth[k::2] or truth)) for k in (0, 1))
+    run.put("two halves of the truth", {"TWFD": frechet(*halves)})
+    run.put("truth and its blur", {"TWFD": frechet(features(every), features(soft(every)))})
 
 def remember(run: Run) -> None:
     """M1 and M11: come back to what only the bank has seen, from the same place and from others; then swap the memory."""
@@ -440,43 +396,42 @@ def remember(run: Run) -> None:
                 run.located(f"{name}, {arm}", script, images[arm][-1:], at[-1:])
             if name == "exact":
                 for arm in ("camera", "zeros", "wrong poses", "other world"):
-                    run.add(f"exact, {arm}/adoption", adoption(images[arm].numpy(), true, donor[1], masks["bank-only"]))
-                strips.append(np.concatenate([true[-1], *(np.uint8(255 * images[a][-1].numpy()) for a in ("camera", "none", "other world")), copied[-1]], 1))
+                    run.put(f"exact, {arm}", {"adoption": adoption(images[arm].numpy(), true, donor[1], masks["bank-only"])})
+                shown = (np.uint8(255 * images[arm][-1].numpy()) for arm in ("camera", "none", "other world"))
+                strips.append(np.concatenate([true[-1], *shown, copied[-1]], 1))
                 following = z, true
         donor = following
-    run.pictures["revisit"] = np.concatenate(strips[:4])                         # truth | memory | none | other world's | copy
+    run.pictures["revisit"] = np.concatenate(strips[:4])                         # truth | memory | none | of another world | copy
 
 def adoption(pred: ndarray, true: ndarray, donor: ndarray, mask: ndarray) -> float:
     """Share of frames whose bank-only pixels are nearer to the donor world than to the true one."""
     far = lambda x: (((pred - x / 255.0) ** 2).mean(-1) * mask).sum((1, 2))
     return float((far(donor) < far(true)).mean())
-
 def drift(run: Run) -> None:
     """M4: in place and exploring; per segment the scores, over all worlds the distance of distributions."""
     p, segments, made = run.player, 16 if run.full else 6, {}
     run.notes.append(f"{segments} segments of 40 frames after {KNOWN} true ones")
-    for seed, (mode, path), policy in ((s, m, q) for s in run.some for m in (("in place", patrol), ("exploring", journey)) for q in ("camera", "none")):
+    modes = [(mode, path, policy) for mode, path in (("in place", patrol), ("exploring", journey)) for policy in ("camera", "none")]
+    for seed, (mode, path, policy) in ((s, m) for s in run.some for m in modes):
         arm, script = f"{mode}, {policy}", path(seed, segments)
         _, frames, z = opened(p, script, draw(script, slice(KNOWN + 40 * segments))[0])
         image, true = decode(p, rollout(p, script, z, segments, policy)[0], 40 * segments)[0], frames[KNOWN:]
         curve = {"psnr": data.psnr(image, true), "sharpness": sharpness(image, true), "zncc": zncc(image, true)}
+        parts = {name: values.view(segments, 40).mean(1).tolist() for name, values in curve.items()}
         for k in range(segments):
-            for name, values in curve.items():
-                run.add(f"segment {k + 1:02d}/{arm}: {name}", values[40 * k:40 * k + 40].mean())
-            made.setdefault(f"segment {k + 1:02d}/{arm}: ", []).append((image[40 * k:40 * k + 40:4], true[40 * k:40 * k + 40:4]))
-        run.add(f"{arm}/dB per 100 frames", 100 * theil_sen(range(20, 40 * segments, 40), curve["psnr"].view(segments, 40).mean(1).tolist()))
-        run.add(f"{arm}/sharpness at the end", curve["sharpness"][-40:].mean())
-        run.add(f"{arm}/last 15 % - first, dB", curve["psnr"][-6 * segments:].mean() - curve["psnr"][:6 * segments].mean())
-        run.add(f"{arm}/frames until lost", time_to_lost(curve["zncc"], 0.75))
-    for row, pairs in made.items():
-        run.distances(row, pairs)
-
+            run.put(f"segment {k + 1:02d}", {f"{arm}: {name}": x[k] for name, x in parts.items()})
+            made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40:4], true[40 * k:40 * k + 40:4]))
+        run.put(arm, {"dB per 100 frames": 2.5 * theil_sen(range(segments), parts["psnr"]), "sharpness at the end": parts["sharpness"][-1],
+                      "last 15 % - first, dB": curve["psnr"][-6 * segments:].mean() - curve["psnr"][:6 * segments].mean(),
+                      "frames until lost": time_to_lost(curve["zncc"], run.tau)})
+    for where, pairs in made.items():
+        run.distances(*where, pairs)
 def action(run: Run) -> None:
     """M5: true, shuffled and no actions under equal noise; gain by registration, without Sim(3) alignment."""
     p, f, at = run.player, KNOWN - 1, [11, 19, 31, 39]
     for seed in run.worlds:
         script, frames, z = opened(p, place(seed, "l2:120 l:20 j:20 -:16 l:12 w:8 j:12 d:4 s:4 -:4"))
-        keys, turns, mixed = script.keyboard[f:f + 40], script.mouse[f:f + 40], torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        keys, turns, mixed = script.keyboard[f:f + 40], script.mouse[f:f + 40], np.random.default_rng(seed).permutation(40)
         arms = {"true actions": (keys, turns), "shuffled actions": (keys[mixed], -turns[mixed]), "no action": (0 * keys, 0 * turns)}
         images = decode(p, torch.cat([rollout(p, script, z, 1, actions=a)[0] for a in arms.values()]), 40)
         for arm, image in zip(arms, images, strict=True):
@@ -486,9 +441,7 @@ def action(run: Run) -> None:
             found = np.stack([commanded[0], *(register(script.scene, images[0, t].numpy(), script.poses[KNOWN + t].numpy()).pose for t in at)])
             for kind, axes in (("turn", (4,)), ("move", (0, 2))):
                 m, c = (np.diff(x[:, axes], axis=0) for x in (found, commanded))
-                run.add(f"gain/{kind}", (m * c).sum() / (c * c).sum())
-                run.add(f"relative pose error/{kind}", np.sqrt(((m - c) ** 2).sum(1).mean()))
-
+                run.put(kind, {"gain": (m * c).sum() / (c * c).sum(), "relative pose error": np.sqrt(((m - c) ** 2).sum(1).mean())})
 def distill(run: Run) -> None:
     """M6: the teacher at many and few steps against the student, on the same worlds, paths and noise; two seeds for diversity."""
     teacher, student, at, made = player(run.weights, "base") or lacking("base"), player(run.weights, "student"), np.arange(257 - SCORED, 257), {}
@@ -502,14 +455,12 @@ def distill(run: Run) -> None:
             latents, said = zip(*(rollout(p._replace(options=replace(p.options, steps=n)), script, z, 2, seed=s) for s in range(2)), strict=True)
             image = decode(p, torch.cat(latents), SCORED)
             run.scores(row, image[0], frames[at], masks)
-            run.add(f"{row}/sharpness", sharpness(image[0], frames[at]).mean())
-            run.add(f"{row}/ms per segment", np.mean([s["ms"]["denoise"] for s in said]))
-            for where in ("seen", "unseen"):
-                spread, mask = (image[0] - image[1]).square().mean(-1).numpy(), masks[where]
-                run.add(f"{row}/rms between seeds, {where}", math.sqrt((spread * mask).sum() / mask.sum()) if mask.any() else math.nan)
-            made.setdefault(f"{row}/", []).append((image[0], frames[at]))
+            spread = (image[0] - image[1]).square().mean(-1).numpy()
+            run.put(row, {"sharpness": sharpness(image[0], frames[at]).mean(), "ms per segment": np.mean([s["ms"]["denoise"] for s in said])} | {
+                f"rms between seeds, {w}": math.sqrt((spread * masks[w]).sum() / max(1, masks[w].sum())) for w in ("seen", "unseen")})
+            made.setdefault(row, []).append((image[0], frames[at]))
     for row, pairs in made.items():
-        run.distances(row, pairs)
+        run.distances(row, "", pairs)
     run.notes += [] if student else ["student rows: python train.py --stage distill"]
 
 @torch.no_grad()
@@ -522,24 +473,23 @@ def int8(run: Run) -> None:
         script, _, z = opened(p, patrol(seed, segments))
         exact, rough = (rollout(q, script, z, segments)[0].float() for q in (p, p._replace(nets=p.nets | {"dit": small})))
         size = (rough - exact)[:, :, 4:14].square().mean().sqrt()
-        run.add("segment 1/latent SQNR dB", 20 * math.log10(float(exact[:, :, 4:14].square().mean().sqrt() / size)))
+        run.put("segment 1", {"latent SQNR dB": 20 * math.log10(float(exact[:, :, 4:14].square().mean().sqrt() / size))})
 
-        def disturb(denoiser: realtime.Denoiser, size: Tensor = size, seed: int = seed) -> None:
+        def disturb(denoiser: realtime.Denoiser, size: Tensor = size, seed: int = seed) -> None:      # behind the first segment
             noise = torch.randn(denoiser.now.past.shape, generator=torch.Generator().manual_seed(seed)) * size
             denoiser.now = denoiser.now._replace(past=denoiser.now.past + noise.to(denoiser.now.past))
-
         chaos, length = rollout(p, script, z, segments, after=disturb)[0], 40 * segments - 40
         reference = decode(p, exact, length)[0]
-        for arm, other in (("int8", rough), ("float, disturbed once", chaos)):
-            for k, apart in enumerate(data.psnr(decode(p, other, length)[0], reference).split(40), 2):
-                run.add(f"{arm}/psnr to float, segment {k}", apart.mean())
+        for arm, other in (("int8", rough), ("disturbed", chaos)):
+            apart = data.psnr(decode(p, other, length)[0], reference).split(40)
+            run.put(arm, {f"psnr to float, segment {k}": values.mean() for k, values in enumerate(apart, 2)})
         c2w, start, dtype = memory.pose_to_c2w(script.poses[None]), torch.tensor([30]), getattr(torch, p.options.dtype)
         x0, context = memory.clip_context(z.float(), c2w, script.keyboard[None], script.mouse[None], prompt(p, script), start, 10, 4,
-                                          memory.select_training(c2w, start), p.meta["encoding"])
+                                          memory.select_training(c2w, start, 10), p.meta["encoding"])
         for sigma in torch.tensor([[0.9], [0.5], [0.1]]):
             x = dit.add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), sigma)
             v, v_hat = (model(x.to(dtype), sigma, context.to(dtype=dtype)).float() for model in (p.nets["dit"], small))
-            run.add(f"velocity SQNR dB/sigma {sigma.item():.1f}", 10 * math.log10(float(v.square().sum() / (v - v_hat).square().sum())))
+            run.put("velocity SQNR dB", {f"sigma {sigma.item():.1f}": 10 * math.log10(float(v.square().sum() / (v - v_hat).square().sum()))})
 
 @torch.no_grad()
 def decoders(run: Run) -> None:
@@ -559,10 +509,8 @@ def decoders(run: Run) -> None:
             z, _ = full.encode(video), times.append(time.perf_counter())
             y, _ = model.decode(z, clamp=True), times.append(time.perf_counter())
             run.scores(f"{row}, {n} frames", picture(y), frames[:n])
-            run.add(f"{row}, {n} frames/last frame psnr", data.psnr(picture(y)[-1:], frames[n - 1:n]))
-            if i or len(run.worlds) == 1:                                        # the first world warms up
-                run.add(f"{row}, {n} frames/encode + decode s", times[2] - times[0])
-                run.add(f"{row}, {n} frames/decode s", times[2] - times[1])
+            seconds = {"encode + decode s": times[2] - times[0], "decode s": times[2] - times[1]} if i else {}       # world 0 warms up
+            run.put(f"{row}, {n} frames", {"last frame psnr": data.psnr(picture(y)[-1:], frames[n - 1:n])} | seconds)
         if p and seed in run.some:
             script, _, z = opened(p, revisit(seed, 0.0))
             new = rollout(p, script, z, 1)[0].to(dtype)
@@ -584,20 +532,19 @@ def retrieval(run: Run) -> None:
             store.append(torch.zeros(1, stop, 1, 1), cameras, torch.arange(1, stop + 1))
             began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
             picks[row] = store.retrieve(query, policy=policy, generator=generator)[0].tolist()
-            run.add(f"{row}/ms", 1e3 * (time.perf_counter() - began))
+            run.put(row, {"ms": 1e3 * (time.perf_counter() - began)})
         picks |= {"exact visibility per slot": seen.sum((2, 3)).argmax(1).tolist(), "greedy oracle": greedy(together, 5)}
         for row, chosen in picks.items():
-            run.add(f"{row}/coverage@5", coverage(together, chosen) / max(coverage(together, picks["greedy oracle"]), 1e-9))
-            run.add(f"{row}/missed views", np.mean([coverage(s, chosen) < 0.1 and s.any(0).mean() >= 0.5 for s in seen]))
-
+            run.put(row, {"coverage@5": coverage(together, chosen) / max(coverage(together, picks["greedy oracle"]), 1e-9),
+                          "missed views": np.mean([coverage(s, chosen) < 0.1 and s.any(0).mean() >= 0.5 for s in seen])})
 def rope(run: Run) -> None:
-    """Eq. 7: how alike two distant times look to the temporal clocks, with and without a clock per head; memory from far back."""
+    """Eq. 7: how alike times 100-4000 latents apart can look to the temporal clocks, with and without a clock per head; memory from far back."""
     for sigma in (0.0, 0.1, 0.5, 0.8):
         cfg = replace(dit.PRESETS["tiny"], sigma_theta=sigma)
         pairs = cfg.dim // cfg.heads // 2 - 2 * (cfg.dim // cfg.heads // 2 // 3)
         angle = dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :pairs]         # (lags, heads, pairs)
-        run.add(f"sigma_theta {sigma}/largest likeness of times 100-4000 apart", angle.cos().mean((-1, -2)).max())
-    reappear(run, {f"revisit {later} latents later": (run.player, {"later": later}) for later in (0, 200, 800)})
+        run.put(f"sigma_theta {sigma}", {"likeness": angle.cos().mean((-1, -2)).max()})
+    reappear(run, {f"{later} latents later": (run.player, {"later": later}) for later in (0, 200, 800)})
 def reappear(run: Run, rows: dict[str, tuple[Player, dict]]) -> None:
     for seed, (row, (p, how)) in ((s, pair) for s in run.some for pair in rows.items()):
         script, frames, z = opened(p, revisit(seed, 0.0))
@@ -605,25 +552,21 @@ def reappear(run: Run, rows: dict[str, tuple[Player, dict]]) -> None:
 def experts(run: Run) -> None:
     """§3.5: the share of steps of the high-noise expert; two trained experts beside one dense model, if there are any."""
     for steps, boundary in ((s, b) for s in (3, 50) for b in (0.8, 0.9, 0.95)):
-        run.add(f"boundary {boundary}/high-noise share of {steps} steps", (dit.sigma_grid(steps)[:-1] >= boundary).float().mean())
+        run.put(f"boundary {boundary}", {f"share of {steps} steps": (dit.sigma_grid(steps)[:-1] >= boundary).float().mean()})
     reappear(run, {row: (player(run.weights, name, 8) or lacking(name), {}) for row, name in (("two experts", "moe"), ("one dense model", "base"))})
-
 def latency(run: Run) -> None:
     """M9: one Session, six steps to warm up; where the time goes, and key to photon."""
-    run.add("arithmetic/FPS at 1.551 s a segment", 40 / 1.551)
-    for name, value in zip(("as here", "as released"), realtime.segment_flops(realtime.Options(preset="5b")), strict=False):
-        run.add(f"5b, {name}/TF per segment", value / 1e12)
+    tf = realtime.segment_flops(realtime.Options(preset="5b"))
+    run.put("arithmetic", {"FPS at 1.551 s a segment": 40 / 1.551, "TF of a 5b segment": tf[0] / 1e12, "TF as released": tf[1] / 1e12})
     session = realtime.Session(run.player.options)
     session.reset(torch.from_numpy(draw(place(run.worlds[0], "w:2"), [0])[0][0]))
     for k in range(26 if run.full else 14):
         n, began = session.frames_needed, time.perf_counter()
         info = session.step(torch.zeros(n, 6), torch.tensor([[0.0, 0.1]]).expand(n, 2)).info
-        for part, ms in ((info["ms"] | {"whole": 1e3 * (time.perf_counter() - began)}).items() if k in (0, *range(6, 99)) else ()):
-            run.add(f"{'later steps' if k else 'first step'}/{part} ms", ms)
+        spent = {f"{part} ms": ms for part, ms in (info["ms"] | {"whole": 1e3 * (time.perf_counter() - began)}).items()}
+        run.put("later steps" if k else "first step", spent if k in (0, *range(6, 99)) else {})
     P, D, V = (float(np.median(run.raw[f"later steps/{part} ms"])) / 1e3 for part in ("whole", "denoise", "decode"))
-    for name, value in (("FPS, one after the other", 40 / P), ("FPS by 40 / max(D, V)", 40 / max(D, V)), ("key to photon at 16 FPS, s", 1.25 + D + V / 10)):
-        run.add(f"tiny/{name}", value)
-
+    run.put("tiny", {"FPS, one after the other": 40 / P, "FPS by 40 / max(D, V)": 40 / max(D, V), "key to photon at 16 FPS, s": 1.25 + D + V / 10})
 
 # ---- claims: data, not prose -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -636,71 +579,60 @@ class Claim:
     where: str
     measure: Callable[[Raw], Sequence[float] | float] | None = None              # None: cannot be measured here
     exact: bool = False                                 # the paper's digits, or the row is missed
-
-def of(a: str, b: str = "", ratio: bool = False) -> Callable[[Raw], list[float]]:
-    """The values of a key, or the paired difference or ratio of two; both sides come from one run."""
-    return lambda raw: [x / y if ratio else x - y for x, y in zip(raw[a], raw[b], strict=True)] if b else raw[a]
-
+def of(column: str, row: str, other: str = "", ratio: bool = False) -> Callable[[Raw], list[float]]:
+    """The values of a row, or their paired difference from another row (or ratio to it): both sides come from one run."""
+    pairs = lambda raw: zip(raw[f"{row}/{column}"], raw[f"{other or row}/{column}"], strict=True)
+    return lambda raw: [x / y if ratio else x - y if other else x for x, y in pairs(raw)]
+C, S, T50, T3 = Claim, "student, 3 steps", "teacher, 50 steps", "teacher, 3 steps"
 CLAIMS: dict[str, list[Claim]] = {
-    "sanity": [
-        Claim("image metrics that rank fakes as expected", None, ">= 1", "of 1", "M0", lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in BETTER]),
-        *(Claim(f"registration of clean frames, median, {unit}", None, f"<= {gate}", unit, "M0", lambda r, u=unit: float(
-            np.median(r[f"registration of clean frames/{u}"]))) for unit, gate in (("deg", 0.25), ("m", 0.01)))],
-    "memory": [
-        *(Claim(f"{at}: memory minus none", None, f">= {gain}", "dB", "§3.2", of(f"{at}, camera/psnr", f"{at}, none/psnr"))
-          for at, gain in zip(PLACES, (6, 7, 5, 3), strict=True)),
-        *(Claim(f"{at}: memory minus copying", None, ">= 3", "dB", "§3.2", of(f"{at}, camera/psnr", f"{at}, copy nearest/psnr")) for at in list(PLACES)[1:]),
-        Claim("exact: VAE ceiling minus memory", None, "<= 1.5", "dB", "§3.2", of("exact, VAE ceiling/psnr", "exact, camera/psnr")),
-        Claim("reliance on what is remembered", None, "> 0", "dB", "M11", of("exact, camera/psnr bank-only", "exact, zeros/psnr bank-only")),
-        Claim("adoption of another world's memory", None, ">= 0.7", "", "M11", of("exact, other world/adoption"))],
-    "drift": [
-        *(Claim(f"{arm}: slope", None, p, "dB/100 frames", "§3.1", of(f"{arm}, camera/dB per 100 frames")) for arm, p in (("in place", ">= -0.5"), ("exploring", ""))),
-        Claim("exploring: sharpness at the end", None, "0.85-1.15", "x", "§3.3", of("exploring, camera/sharpness at the end"))],
-    "action": [
-        Claim("true minus shuffled actions", None, ">= 3", "dB", "§3.1", of("true actions/psnr", "shuffled actions/psnr")),
-        *(Claim(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of(f"gain/{kind}")) for kind in ("turn", "move"))],
-    "distill": [
-        Claim("student at 3 steps minus teacher at 50, seen", None, "-0.5-0.5", "dB", "§3.3", of("student, 3 steps/psnr seen", "teacher, 50 steps/psnr seen")),
-        Claim("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("student, 3 steps/psnr", "teacher, 3 steps/psnr")),
-        Claim("TWFD: student at 3 / teacher at 50", None, "<= 1.1", "x", "§3.3", of("student, 3 steps/TWFD", "teacher, 50 steps/TWFD", True)),
-        Claim("segment time: teacher at 50 / student at 3", None, "10-17", "x", "§3.3", of("teacher, 50 steps/ms per segment", "student, 3 steps/ms per segment", True))],
-    "int8": [
-        Claim("velocity SQNR at sigma 0.5", None, ">= 25", "dB", "§3.4", of("velocity SQNR dB/sigma 0.5")),
-        Claim("int8 minus disturbed float, nearness to float", None, ">= 0", "dB", "M7", of("int8/psnr to float, segment 3", "float, disturbed once/psnr to float, segment 3"))],
-    "vae": [
-        *(Claim(f"{row}: PSNR", paper, p, "dB", "Table 2", of(f"{row}, 33 frames/psnr")) for row, paper, p in zip(PANES, (33.79, 31.84, 31.14), (">= 30", "", ""), strict=True)),
-        *(Claim(f"{row}: SSIM", 0.99, p, "", "Table 2", of(f"{row}, 33 frames/ssim")) for row, p in zip(PANES, (">= 0.93", "", ""), strict=True)),
-        *(Claim(f"{row}: PSNR lost", paper, f"<= {paper + 0.5:.2f}", "dB", "Table 2", of("Wan2.2, 33 frames/psnr", f"{row}, 33 frames/psnr"))
-          for row, paper in (("50 %", 1.95), ("75 %", 2.65))),
-        *(Claim(f"{row}: decodes faster", paper, p, "x", "Table 2", of("Wan2.2, 33 frames/decode s", f"{row}, 33 frames/decode s", True))
-          for row, paper, p in (("50 %", 2.53, "2.5-3.5"), ("75 %", 5.85, "4-8"))),
-        *(Claim(f"{row}: {what}, 17 frames at 720p", paper, "", "s", "Table 2") for what, papers in (
-            ("encode + decode", (0.99, 0.52, 0.35)), ("decode", (0.76, 0.30, 0.13))) for row, paper in zip(PANES, papers, strict=True))],
-    "retrieval": [
-        Claim("coverage@5 of the camera rule", None, ">= 0.75", "", "§3.2", of("camera, uniform/coverage@5")),
-        Claim("coverage@5: camera minus recent", None, "> 0", "", "§3.2", of("camera, uniform/coverage@5", "recent/coverage@5")),
-        Claim("coverage@5: sampled minus exact overlap", None, "-0.05-0.05", "", "§3.4", of("camera, uniform/coverage@5", "camera, exact/coverage@5"))],
-    "rope": [
-        Claim("likeness of distant times, sigma_theta 0.8 minus 0", None, "<= 0", "", "Eq. 7", of(
-            *(f"sigma_theta {s}/largest likeness of times 100-4000 apart" for s in (0.8, 0.0)))),
-        Claim("revisit 800 latents later minus at once", None, "-0.5-0.5", "dB", "§3.2", of("revisit 800 latents later/psnr", "revisit 0 latents later/psnr"))],
-    "moe": [Claim("two experts minus one dense model", None, "> 0", "dB", "§3.5", of("two experts/psnr", "one dense model/psnr"))],
-    "latency": [
-        *(Claim(f"5B at 720p on 8+1 GPUs, {what}", fps, "", "FPS", "Table 1") for what, fps in (("everything", 40.0), ("no INT8", 27.38), ("no GPU retrieval", 6.60))),
-        Claim("no LightVAE: 40 frames in 1.551 s", 25.79, "", "FPS", "Table 1", of("arithmetic/FPS at 1.551 s a segment"), True),
-        Claim("a 5B segment as released", None, "905-906", "TF", "§3.1", of("5b, as released/TF per segment")),
-        Claim("tiny on this machine, one after the other", None, ">= 200", "FPS", "§3.4", of("tiny/FPS, one after the other"))],
+    "sanity": [C("metrics that rank fakes as expected", None, ">= 1", "", "M0", lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in BETTER]),
+               *(C(f"registration of clean frames, median, {u}", None, f"<= {gate}", u, "M0", lambda r, u=u: np.median(
+                   r[f"registration of clean frames/{u}"])) for u, gate in (("deg", 0.25), ("m", 0.01)))],
+    "memory": [*(C(f"{at}: memory minus none", None, f">= {gain}", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, none"))
+                 for at, gain in zip(PLACES, (6, 7, 5, 3), strict=True)),
+               *(C(f"{at}: memory minus copying", None, ">= 3", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, copy nearest"))
+                 for at in [*PLACES][1:]),
+               C("exact: VAE ceiling minus memory", None, "<= 1.5", "dB", "§3.2", of("psnr", "exact, VAE ceiling", "exact, camera")),
+               C("reliance on what is remembered", None, "> 0", "dB", "M11", of("psnr bank-only", "exact, camera", "exact, zeros")),
+               C("adoption of another world's memory", None, ">= 0.7", "", "M11", of("adoption", "exact, other world"))],
+    "drift": [C("in place: slope", None, ">= -0.5", "dB/100 frames", "§3.1", of("dB per 100 frames", "in place, camera")),
+              C("exploring: sharpness at the end", None, "0.85-1.15", "x", "§3.3", of("sharpness at the end", "exploring, camera"))],
+    "action": [C("true minus shuffled actions", None, ">= 3", "dB", "§3.1", of("psnr", "true actions", "shuffled actions")),
+               *(C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind)) for kind in ("turn", "move"))],
+    "distill": [C("student at 3 steps minus teacher at 50, seen", None, "-0.5-0.5", "dB", "§3.3", of("psnr seen", S, T50)),
+                C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
+                C("TWFD: student / teacher at 50", None, "<= 1.1", "x", "§3.3", of("TWFD", S, T50, True)),
+                C("segment time: teacher at 50 / student", None, "10-17", "x", "§3.3", of("ms per segment", T50, S, True))],
+    "int8": [C("velocity SQNR at sigma 0.5", None, ">= 25", "dB", "§3.4", of("sigma 0.5", "velocity SQNR dB")),
+             C("nearness to float: int8 minus disturbed float", None, ">= 0", "dB", "M7", of("psnr to float, segment 3", "int8", "disturbed"))],
+    "vae": [*(C(f"{row}: PSNR", paper, goal, "dB", "Table 2", of("psnr", f"{row}, 33 frames"))
+              for row, paper, goal in zip(PANES, (33.79, 31.84, 31.14), (">= 30", "", ""), strict=True)),
+            *(C(f"{row}: SSIM", 0.99, ">= 0.93" if row == "Wan2.2" else "", "", "Table 2", of("ssim", f"{row}, 33 frames")) for row in PANES),
+            *(C(f"{row}: PSNR lost", lost, f"<= {lost + 0.5:.2f}", "dB", "Table 2", of("psnr", "Wan2.2, 33 frames", f"{row}, 33 frames"))
+              for row, lost in (("50 %", 1.95), ("75 %", 2.65))),
+            *(C(f"{row}: decodes faster", paper, goal, "x", "Table 2", of("decode s", "Wan2.2, 33 frames", f"{row}, 33 frames", True))
+              for row, paper, goal in (("50 %", 2.53, "2.5-3.5"), ("75 %", 5.85, "4-8"))),
+            *(C(f"{row}: {what}, 17 frames at 720p", paper, "", "s", "Table 2") for what, papers in (
+                ("encode + decode", (0.99, 0.52, 0.35)), ("decode", (0.76, 0.30, 0.13))) for row, paper in zip(PANES, papers, strict=True))],
+    "retrieval": [C("coverage@5 of the camera rule", None, ">= 0.75", "", "§3.2", of("coverage@5", "camera, uniform")),
+                  C("coverage@5: camera minus recent", None, "> 0", "", "§3.2", of("coverage@5", "camera, uniform", "recent")),
+                  C("coverage@5: sampled minus exact overlap", None, "-0.05-0.05", "", "§3.4", of("coverage@5", "camera, uniform", "camera, exact"))],
+    "rope": [C("likeness of distant times, sigma_theta 0.8 minus 0", None, "<= 0", "", "Eq. 7", of("likeness", "sigma_theta 0.8", "sigma_theta 0.0")),
+             C("revisit 800 latents later minus at once", None, "-0.5-0.5", "dB", "§3.2", of("psnr", "800 latents later", "0 latents later"))],
+    "moe": [C("two experts minus one dense model", None, "> 0", "dB", "§3.5", of("psnr", "two experts", "one dense model"))],
+    "latency": [*(C(f"5B, 8+1 GPUs, {w}", fps, "", "FPS", "Table 1") for w, fps in (("all", 40.0), ("no INT8", 27.38), ("no GPU retrieval", 6.6))),
+                C("no LightVAE: 40 frames in 1.551 s", 25.79, "", "FPS", "Table 1", of("FPS at 1.551 s a segment", "arithmetic"), True),
+                C("a 5B segment as released", None, "905-906", "TF", "§3.1", of("TF as released", "arithmetic")),
+                C("tiny on this machine, one after the other", None, ">= 200", "FPS", "§3.4", of("FPS, one after the other", "tiny"))],
 }
 COMMANDS = {"sanity": sanity, "memory": remember, "drift": drift, "action": action, "distill": distill, "int8": int8, "vae": decoders,
             "retrieval": retrieval, "rope": rope, "moe": experts, "latency": latency}
-
 def judge(claim: Claim, raw: Raw) -> dict:
     """Value, interval and verdict: met, missed, reported, or not measured."""
     row = {name: getattr(claim, name) for name in ("name", "paper", "predicted", "unit", "where", "exact")}
-    try:
-        x = [v for v in np.atleast_1d(claim.measure(raw)).tolist() if math.isfinite(v)] if claim.measure else []
-    except KeyError:
-        x = []
+    x: list[float] = []
+    with contextlib.suppress(KeyError):
+        x = [v for v in np.atleast_1d(claim.measure(raw) if claim.measure else []).tolist() if math.isfinite(v)]
     if not x:
         return row | {"value": None, "interval": None, "verdict": "not measured"}
     value, met = sum(x) / len(x), None
@@ -708,17 +640,16 @@ def judge(claim: Claim, raw: Raw) -> dict:
         met = round(value, 2) == claim.paper
     elif bound := re.fullmatch(r"(>=|<=|>) (-?[\d.]+)", claim.predicted):
         met = {">=": value >= float(bound[2]), "<=": value <= float(bound[2]), ">": value > float(bound[2])}[bound[1]]
-    elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", claim.predicted):
-        met = float(span[1]) <= value <= float(span[2])
+    elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", claim.predicted):         # around zero: two one-sided tests
+        low, high = float(span[1]), float(span[2])
+        met = equivalent(x, high) if low == -high and len(x) > 2 else low <= value <= high
     return row | {"value": value, "interval": bca(x) if len(x) > 2 else None, "verdict": {None: "reported", True: "met", False: "missed"}[met]}
-
 
 # ---- results and report ----------------------------------------------------------------------------------------------
 def write(path: Path, content: str) -> None:            # atomic
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".tmp").write_text(content)
     os.replace(path.with_name(path.name + ".tmp"), path)
-
 def measure(name: str, args: argparse.Namespace) -> dict:
     """Store the predictions, run, store everything. Missing weights leave rows unmeasured and say what makes them."""
     split = "final" if args.final else "tune" if args.tune else "test"
@@ -726,8 +657,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     run, path = Run(worlds, args.full, args.weights, Path(args.out), {}, {}, []), Path(args.out) / f"{name}.json"
     flags = "".join(f" --{f}" for f in ("full", "final", "tune") if getattr(args, f)) + ("" if args.full else " --quick")
     cpu = re.search(r"model name\s*: (.*)", f.read_text()) if (f := Path("/proc/cpuinfo")).exists() else None
-    result = {"command": f"python evaluate.py {name}{flags}", "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "threads": torch.get_num_threads(),
-              "machine": f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores", "seed": 0, "split": split,
+    result = {"command": f"python evaluate.py {name}{flags}", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "seed": 0,
+              "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores", "split": split, "threads": torch.get_num_threads(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "worlds": worlds,
               "weights": {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(Path(args.weights).glob("*.safetensors"))}}
     write(path, json.dumps(result | {"claims": [judge(c, {}) for c in CLAIMS[name]], "raw": {}}))
@@ -739,7 +670,6 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     result |= {"seconds": round(time.perf_counter() - began, 1), "notes": run.notes, "claims": [judge(c, run.raw) for c in CLAIMS[name]]}
     write(path, json.dumps(result | {"raw": run.raw, "pictures": pictures}))
     return result | {"raw": run.raw}
-
 def number(x: float | None) -> str:
     return "-" if x is None else "nan" if not math.isfinite(x) else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 def claim_table(result: dict) -> str:
@@ -754,58 +684,55 @@ def raw_table(result: dict) -> str:                     # rows and columns as th
     rows, columns = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
     mean = lambda x: number(float(np.nanmean(x))) if np.isfinite(x).any() else "nan" if x else ""
     lines = [f"| {' | '.join(['', *columns])} |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join([r, *(mean(result['raw'].get(f'{r}/{c}', [])) for c in columns)])} |" for r in rows), "", footer(result)])
+    lines += [f"| {' | '.join([r, *(mean(result['raw'].get(f'{r}/{c}', [])) for c in columns)])} |" for r in rows]
+    return "\n".join([*lines, "", footer(result)])
 def footer(result: dict) -> str:
-    said = [f"`{result['command']}`", f"{len(result['worlds'])} {result['split']} worlds", f"{result['machine']}, {result['threads']} threads",
-            f"torch {result['versions']['torch']}", f"{result['date']} UTC", *result.get("notes", [])]
-    return " · ".join(said)
-
+    v, worlds = result["versions"], f"{len(result['worlds'])} {result['split']} worlds"
+    return " · ".join([f"`{result['command']}`", worlds, f"{result['machine']}, {result['threads']} threads", f"torch {v['torch']}",
+                       f"{result['date']} UTC", *result.get("notes", [])])
+def results(out: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem in COMMANDS}
 def report(out: Path, readme: Path, figures: Path) -> None:
     """Rewrite what stands between <!-- table:NAME --> (claims) or table:NAME:raw and <!-- /table -->, and the figures, from the json."""
-    results = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem in COMMANDS}
-
-    def fill(found: re.Match) -> str:
-        name, _, kind = found[1].partition(":")
-        body = "not measured" if name not in results else (raw_table if kind == "raw" else claim_table)(results[name])
-        return f"<!-- table:{found[1]} -->\n{body}\n<!-- /table -->"
-
+    found = results(out)
+    tables = {name: claim_table(result) for name, result in found.items()} | {f"{name}:raw": raw_table(result) for name, result in found.items()}
+    fill = lambda at: f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
     if readme.exists():
         write(readme, re.sub(r"<!-- table:([\w:]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
     figures.mkdir(parents=True, exist_ok=True)
-    for name, content in (pair for result in results.values() for pair in result.get("pictures", {}).items()):
+    for name, content in (pair for result in found.values() for pair in result.get("pictures", {}).items()):
         (figures / f"{name}.png").write_bytes(base64.b64decode(content))
     try:
-        plot(results, figures)
+        plot(found, figures)
     except ModuleNotFoundError:
         print("figures need: pip install matplotlib (the tables are written)")
-
-def plot(results: dict, figures: Path) -> None:
+def plot(found: dict, figures: Path) -> None:
     """Revisits by arm with floors and ceiling; drift by segment."""
-    import matplotlib.figure                            # optional
-    for name, panels in {"memory": ["exact"], "drift": ["psnr", "sharpness"]}.items():
-        raw, figure = results.get(name, {}).get("raw", {}), matplotlib.figure.Figure((9, 3))
-        for axes, panel in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-            if name == "memory":
-                arms = {k[7:-5]: v for k, v in raw.items() if re.fullmatch(r"exact, [^/]+/psnr", k)}
-                axes.boxplot(list(arms.values()), orientation="horizontal", tick_labels=list(arms))
-            for line in sorted({k.split("/")[1] for k in raw if k.startswith("segment") and k.endswith(panel)}):
-                axes.plot([np.mean(v) for k, v in sorted(raw.items()) if k.endswith("/" + line)], label=line.split(":")[0])
-            axes.set(xlabel="segment" if name == "drift" else "PSNR of an exact revisit, dB", ylabel=panel)
-            axes.legend(fontsize=7) if name == "drift" else None
-        if raw:
+    import matplotlib.figure  # optional
+    for name, pattern, label in (("memory", r"exact, ([^/]+)/psnr", "PSNR of an exact revisit, dB"),
+                                 ("drift", r"segment \d+/(.+): psnr", "PSNR by segment, dB"),
+                                 ("sharpness", r"segment \d+/(.+): sharpness", "sharpness by segment, 1 = truth")):
+        figure, curves = matplotlib.figure.Figure((7, 3)), {}
+        for key, values in sorted(found.get("memory" if name == "memory" else "drift", {}).get("raw", {}).items()):
+            if at := re.fullmatch(pattern, key):
+                curves.setdefault(at[1], []).append(np.mean(values))
+        axes = figure.subplots()
+        for arm, ys in curves.items():
+            axes.barh(arm, ys) if name == "memory" else axes.plot(range(1, len(ys) + 1), ys, label=arm)
+        axes.set_title(label)
+        axes.legend() if name != "memory" and curves else None
+        if curves:
             figure.savefig(figures / f"{name}.png", bbox_inches="tight", dpi=110)
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Measure every claim on worlds with ground truth.")
     parser.add_argument("command", choices=[*COMMANDS, "all", "report"])
-    parser.add_argument("--full", action="store_true", help="64 worlds, every arm; up to two hours")
-    parser.add_argument("--quick", action="store_true", help="the default: --worlds worlds, minutes")
-    parser.add_argument("--final", action="store_true", help="the worlds kept for the last table; open them once")
-    parser.add_argument("--tune", action="store_true", help="the worlds for choosing settings")
-    parser.add_argument("--worlds", type=int, default=8, help="how many in a quick run")
-    parser.add_argument("--weights", default=str(ROOT / "assets" / "tiny"), help="folder with base, student, vae, vae50, vae75 .safetensors")
-    parser.add_argument("--out", default="results", help="folder of the json files")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them")
+    for flag, default, text in (
+        ("full", False, "64 worlds, every arm; up to two hours"), ("quick", False, "the default: --worlds worlds, minutes"),
+        ("final", False, "the worlds kept for the last table; open them once"), ("tune", False, "the worlds for choosing settings"),
+        ("worlds", 8, "how many in a quick run"), ("weights", str(ROOT / "assets" / "tiny"), "folder of the .safetensors"),
+        ("out", "results", "folder of the json files"), ("threads", 0, "of torch; 0 leaves them")):
+        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        parser.add_argument(f"--{flag}", help=text, **kind)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     for name in (COMMANDS if args.command == "all" else {args.command: 0}.keys() & COMMANDS):

@@ -44,7 +44,7 @@ RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")   
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
-SURVIVORS, GROUP = 128, 64                       # of more, so many per query survive the prefilter; its group size
+SURVIVORS, GROUP = 160, 64                       # of more, so many per query survive the prefilter; its group size
 
 
 @dataclass(frozen=True)
@@ -485,9 +485,9 @@ def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window
 
 
 def frustum_key(c2w: Tensor) -> Tensor:                          # (n, 4, 4) -> (n, 6)
-    """Frusta overlap when their centroids, ¾ far ahead, are close and they look the same way (6 m per unit: measured)."""
+    """Frusta overlap when their centroids, ¾ far ahead, are close and they look the same way (4 m per unit: measured)."""
     forward = c2w[:, :3, 2]
-    return torch.cat([c2w[:, :3, 3] + 0.75 * FAR * forward, 6.0 * forward], -1).float()
+    return torch.cat([c2w[:, :3, 3] + 0.75 * FAR * forward, 4.0 * forward], -1).float()
 
 
 class MemoryBank:

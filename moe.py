@@ -21,6 +21,7 @@ Demo: python moe.py      Tests: pytest tests/test_moe.py
 
 import copy
 import json
+import math
 import os
 import shutil
 import time
@@ -359,7 +360,7 @@ def _count(names: list[str], what: str) -> str:
     return f"{len(names)} {what}" + (f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else "")
 
 
-# ---- a model in training: shards and precision ------------------------------------------------------------
+# ---- a model in training: shards, precision, steps ------------------------------------------------------------
 
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
@@ -394,6 +395,88 @@ def collect(low: nn.Module, model: nn.Module) -> None:
         if low is not model and q.grad is not None:
             p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
             q.grad = None
+
+
+def optimizers(
+    model: nn.Module,
+    lr: float,                                  # of AdamW
+    muon: float = 0.0,                          # of Muon; 0 = AdamW everywhere
+    decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
+    inside = {n: p for n, p in model.named_parameters() if muon and ("blocks." in n or "coder." in n)
+              and p.ndim > 1 and min(p.flatten(1).shape) > 16}
+    found = [torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inside], lr=lr, betas=betas, weight_decay=decay)]
+    if inside:
+        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]             # share the weights' memory
+        found += [torch.optim.Muon(views, lr=muon, weight_decay=decay)]
+        found[-1].viewed = list(inside.values())
+    for o in found:
+        o.param_groups[0]["top"] = o.param_groups[0]["lr"]
+    return found
+
+
+def update(opts: list, model: nn.Module, factor: float, clip: float, ema: list[Tensor], decay: float) -> float:
+    """Clip, step, zero, average. Returns the gradient norm."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for o in opts:
+        for p, view in zip(getattr(o, "viewed", ()), o.param_groups[0]["params"], strict=False):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        o.param_groups[0]["lr"] = o.param_groups[0]["top"] * factor
+        o.step()
+        o.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+    if ema:
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
+    return float(whole(norm))
+
+
+def lr_at(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    return min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def average(model: nn.Module) -> list[Tensor]:
+    """The start of the averaged weights."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@torch.no_grad()
+def averaged(model: nn.Module, ema: list[Tensor]) -> nn.Module:
+    """A copy of the model that holds the averaged weights."""
+    other = copy.deepcopy(model)
+    torch._foreach_copy_(list(other.parameters()), ema)
+    return other
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all ranks in the order in which one process would hold them."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) -> None:
+    """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
+    if not torch.isfinite(loss.detach()):
+        bad = next((n for n, p in model.named_parameters() if not torch.isfinite(whole(p)).all()), "none: activations overflowed")
+        write_weights(folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()})
+        raise ValueError(f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}")
+
+
+def memory_table(preset: str, batch: int, tokens: int, muon: bool, recompute: bool) -> str:
+    """What one training step needs, from the modules themselves, without allocating them."""
+    model = build(preset, "meta")
+    P, kept = sum(p.numel() for p in model.parameters()), 2 if recompute else 34     # widths per token that wait for the backward pass
+    sizes = {"weights, float32": 4 * P, "gradients": 4 * P, "optimiser": (4 if muon else 8) * P, "average": 4 * P, "computing copy": 2 * P,
+             "activations": 2 * batch * tokens * model.cfg.dim * model.cfg.layers * kept}
+    rows = [f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |" for name, size in (sizes | {"total": sum(sizes.values())}).items()]
+    return "\n".join([f"{preset}: {P / 1e6:.1f} M parameters, {tokens} tokens a clip, {batch} clips at once",
+                      "| what | 1 rank, GB | 8 ranks, GB |", "|---|---|---|", *rows])
 
 
 # ---- checkpoints of a run --------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ alone: undo, restore, replay and N ranks give the same frames. N + 1 ranks on to
 place (dit.py) and hold equal memories, rank N decodes. Orders wait in a shared store, latents and pixels are sent; if a rank dies,
 fails or stalls, rank 0 raises one RuntimeError and every process ends within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
-
 Commands: python realtime.py --bench [--preset tiny|5b] [--suite model|ablation|ladder|pipeline]
 Demo: python realtime.py      Tests: pytest tests/test_realtime.py
 """
@@ -302,7 +301,7 @@ class Decoder:
         return {str(slot): x.cpu() for slot, x in (self.state or {}).items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.state = {int(slot): x.to(**self.place) for slot, x in state.items()} or None
+        self.state = {int(slot): x.to(**self.place, memory_format=torch.channels_last_3d) for slot, x in state.items()} or None
         self.history.clear()
 
     def undo(self) -> None:
@@ -387,11 +386,9 @@ def serve(rank: int, world: int, port: int, options: Options) -> None:
 
 def open_session(options: Options, dit_ranks: int = 0) -> "Session | None":
     """One process (0), or rank 0 of dit_ranks + 1, the others spawned here. Under torchrun its rank 0 does so; the rest get None."""
-    options, started, crew = resolve(options), int(os.environ.get("WORLD_SIZE", 1)), []
-    if int(os.environ.get("RANK", 0)):
-        return None
-    if not (ranks := dit_ranks or started - 1):
-        return Session(options)
+    options, started, rank, crew = resolve(options), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), []
+    if rank or not (ranks := dit_ranks or started - 1):
+        return None if rank else Session(options)
     if not 1 <= ranks <= (most := places(options)) or started not in (1, ranks + 1):
         raise ValueError(f"{ranks} denoising ranks cannot work here: {options.preset} has {most} places to share, and {started} processes were "
                          f"started. Use 1 to {most}; torchrun --nproc_per_node needs one more")
@@ -464,8 +461,7 @@ class Session:
         return Chunk(frames, info)
 
     def step(self, keyboard: Tensor, mouse: Tensor) -> Chunk:
-        self.submit(keyboard, mouse)
-        return self.collect()
+        return self.submit(keyboard, mouse) or self.collect()
 
     def undo(self) -> None:
         """Take the last segment back: latents, poses, memory, decoder. The same actions then give the same frames."""
@@ -562,9 +558,8 @@ def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
     quartiles, errors = compete(options, rounds)
     t = {name: q[1] for name, q in quartiles.items()}
     if suite == "ladder":
-        expected = {"as released": 1.0, "exact reuse": released / ours}
-        return [(f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster", None, expected.get(name), t["as released"] / q[1],
-                 errors[name]) for name, q in quartiles.items() if name in errors]
+        return [(f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster", None, {"exact reuse": released / ours}.get(name),
+                 t["as released"] / q[1], errors[name]) for name, q in quartiles.items() if name in errors]
     D, V, light = t["fast"], t["full"], t["light75"]
     rows = [("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
             ("− INT8, bfloat16", None, 0.5, D / t["fast int8 qkvo"], "fast int8 qkvo"),

@@ -26,7 +26,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -133,9 +132,8 @@ class Run:
     step: int = 0
     stop: bool = False
 
-    @property
-    def saves(self) -> bool:                       # at the end, when asked to stop, and every save_every steps
-        return self.step >= self.cfg.steps or self.stop or self.step % self.cfg.save_every == 0
+    def due(self, every: int) -> bool:             # at the end, and every so many steps
+        return self.step >= self.cfg.steps or bool(every) and self.step % every == 0
 
 
 @dataclass
@@ -152,28 +150,23 @@ class Clips:
 
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> TrainConfig:
-    """Flags from the fields of TrainConfig; the stage and the preset choose the defaults."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--stage", default="base")
-    first.add_argument("--preset", default="tiny")
-    known = first.parse_known_args(argv)[0]
-    base = dataclasses.replace(TrainConfig(), **CHANGES.get(known.stage, {}) | CHANGES.get(known.preset, {}))
-
+    """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      epilog="also: python train.py --plot RUN [RUN ...]   loss curves (needs matplotlib)")
-    groups, names = {}, []
-    for f in dataclasses.fields(TrainConfig):
-        value, names = getattr(base, f.name), [*names, "--" + f.name.replace("_", "-")]
+    groups, names = {}, ["--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)]
+    for f, name in zip(dataclasses.fields(TrainConfig), names, strict=True):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        text = f"{f.metadata['help']} (default {value!r}" + (f"; paper: {f.metadata['paper']})" if f.metadata["paper"] else ")")
-        kind = {"type": type(value), "choices": f.metadata["choices"] or None, "metavar": type(value).__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else kind
-        group.add_argument(names[-1], default=value, help=text.replace("%", "%%"), **kind)
+        others = "".join(f"; {what}: {changes[f.name]}" for what, changes in CHANGES.items() if f.name in changes)
+        paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
+        kind = {"type": type(f.default), "choices": f.metadata["choices"] or None, "metavar": type(f.default).__name__}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
+        group.add_argument(name, help=f"{f.metadata['help']} (default {f.default!r}{others}{paper})".replace("%", "%%"), default=None, **kind)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
         raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    cfg = TrainConfig(**vars(args))
+    changes = CHANGES.get(args.stage or "base", {}) | CHANGES.get(args.preset or "tiny", {})
+    cfg = TrainConfig(**changes | {name: value for name, value in vars(args).items() if value is not None})
     return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}")
 
 
@@ -215,8 +208,8 @@ def setup(cfg: TrainConfig) -> Run:
             raise KeyboardInterrupt
         run.stop = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
     return run
 
 
@@ -231,54 +224,6 @@ def share(run: Run, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- update, save, log
-def lr_at(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
-    done = min(1.0, max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def optimizers(model: nn.Module, cfg: TrainConfig, lr: float, betas: tuple[float, float] = (0.9, 0.95)) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
-    inside = {n: p for n, p in model.named_parameters() if cfg.muon and ("blocks." in n or "coder." in n)
-              and p.ndim > 1 and min(p.flatten(1).shape) > 16}
-    found = [torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inside], lr=lr, betas=betas, weight_decay=cfg.decay)]
-    if inside:
-        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]             # share the weights' memory
-        found += [torch.optim.Muon(views, lr=cfg.muon, weight_decay=cfg.decay)]
-        found[-1].viewed = list(inside.values())
-    for o in found:
-        o.param_groups[0]["top"] = o.param_groups[0]["lr"]
-    return found
-
-
-def update(opts: list, model: nn.Module, ema: list[Tensor], factor: float, cfg: TrainConfig) -> float:
-    """Clip, step, zero, average. Returns the gradient norm."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    for o in opts:
-        for p, view in zip(getattr(o, "viewed", ()), o.param_groups[0]["params"], strict=False):
-            view.grad = None if p.grad is None else p.grad.flatten(1)
-        o.param_groups[0]["lr"] = o.param_groups[0]["top"] * factor
-        o.step()
-        o.zero_grad(set_to_none=True)
-    model.zero_grad(set_to_none=True)
-    if ema:
-        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - cfg.ema)
-    return float(moe.whole(norm))
-
-
-def average(model: nn.Module) -> list[Tensor]:
-    """The start of the averaged weights."""
-    return [p.detach().clone() for p in model.parameters()]
-
-
-@torch.no_grad()
-def averaged(model: nn.Module, ema: list[Tensor]) -> nn.Module:
-    """A copy of the model that holds the averaged weights."""
-    other = copy.deepcopy(model)
-    torch._foreach_copy_(list(other.parameters()), ema)
-    return other
-
-
 def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
     said = {k: getattr(run.cfg, k) for k in ("stage", "preset", "shift", "encoding", "seed")} | {"step": run.step}
     moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
@@ -304,7 +249,7 @@ class Progress:
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(float(value))
         self.bar.update(1)
-        if run.rank == 0 and (run.step % run.cfg.log_every == 0 or run.step == run.cfg.steps or run.stop):
+        if run.rank == 0 and (run.stop or run.due(run.cfg.log_every)):
             rate = (run.step - self.first) / (time.perf_counter() - self.start)
             line = {"step": run.step} | {k: round(sum(v) / len(v), 5) for k, v in self.sums.items()} | {"it_s": round(rate, 3)}
             self.sums.clear()
@@ -318,18 +263,9 @@ def record(run: Run, line: dict) -> None:
     with open(run.folder / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
     if run.cfg.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter     # optional: pip install tensorboard
+        from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter(str(run.folder)) as events:
-            for name, value in line.items():
-                events.add_scalar(name, value, line["step"])
-
-
-def finite(run: Run, loss: Tensor, model: nn.Module, **batch: Tensor) -> None:
-    """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
-    if not torch.isfinite(loss.detach()):
-        bad = next((n for n, p in model.named_parameters() if not torch.isfinite(moe.whole(p)).all()), "none: activations overflowed")
-        moe.write_weights(run.folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()}, {"step": run.step})
-        raise ValueError(f"loss is {loss.item()} at step {run.step}; batch in {run.folder}/nan_dump.safetensors; first bad weight: {bad}")
+            events.add_scalars("training", line, line["step"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -440,7 +376,7 @@ def train_vae(run: Run) -> None:
     if cfg.init:
         model.load_state_dict(moe.read_weights(cfg.init)[0])
     both = nn.ModuleList((model, helper.to(run.device)))
-    opts, ema = optimizers(both, cfg, cfg.lr), average(both)
+    opts, ema = moe.optimizers(both, cfg.lr, cfg.muon, cfg.decay), moe.average(both)
     both.cfg = model.cfg
     restore(run, {"training": both}, ema, opts)
     low, progress = moe.twin(both, run.dtype), Progress(run)
@@ -451,13 +387,13 @@ def train_vae(run: Run) -> None:
         fast, fast_helper = moe.refresh(low, both)
         loss, parts = (vae_file.light_loss(fast, teacher, fast_helper, video) if light
                        else vae_file.vae_loss(fast, video, helper, generator=g))
-        finite(run, loss, both, video=video)
+        moe.check_finite(loss, both, run.folder, video=video)
         loss.backward()
         moe.collect(low, both)
-        norm = update(opts, both, ema, lr_at(run.step, cfg), cfg)
+        norm = moe.update(opts, both, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
-        if run.saves:
+        if run.stop or run.due(cfg.save_every):
             save(run, {"training": both}, ema, opts)
             export_vae(run, both, ema, videos)
 
@@ -465,7 +401,7 @@ def train_vae(run: Run) -> None:
 @torch.no_grad()
 def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np.ndarray]) -> None:
     """The averaged weights with the latent statistics folded in, as the one file that everything else loads, and a picture of it."""
-    model, helper = averaged(both, ema)
+    model, helper = moe.averaged(both, ema)
     if isinstance(helper, vae_file.LatentNorm):
         helper.fold(model)
     moe.write_weights(run.folder / "vae.safetensors", {k: v.bfloat16() for k, v in model.state_dict().items()},
@@ -485,8 +421,8 @@ def train_base(run: Run) -> None:
     third = cfg.stage == "moe" and cfg.expert == "high-third"
     clips, held = (load_clips(run, decoder, root, split) for split in ("third" if third else "train", "tune"))
     low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
-    model = moe.shard(start_model(cfg).to(run.device), run.dtype)
-    opts, ema = optimizers(model, cfg, cfg.lr), average(model)
+    model = start_model(run)
+    opts, ema = moe.optimizers(model, cfg.lr, cfg.muon, cfg.decay), moe.average(model)
     errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind))
     saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
@@ -502,19 +438,19 @@ def train_base(run: Run) -> None:
         for rows in (slice(part, None, cfg.accum) for part in range(cfg.accum)):
             v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], rows_of(context, rows).to(dtype=run.dtype)).float()
             loss = (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()         # v = ε − x0            Eq. 3, 6
-            finite(run, loss, model, x0=x0, noise=noise, sigma=sigma)
+            moe.check_finite(loss, model, run.folder, x0=x0, noise=noise, sigma=sigma)
             (loss / cfg.accum).backward()
             moe.collect(low, model)
-            losses.append(gathered(loss.detach()[None], run).mean())
+            losses.append(moe.gathered(loss.detach()[None]).mean())
             delta = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
-            errors.push(gathered(delta, run), gathered(sigma[rows], run), g)
-        norm = update(opts, model, ema, lr_at(run.step, cfg), cfg)
+            errors.push(moe.gathered(delta), moe.gathered(sigma[rows]), g)
+        norm = moe.update(opts, model, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
         run.step += 1
         progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
-        if run.saves:
+        if run.stop or run.due(cfg.save_every):
             save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
-        if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
-            look(run, averaged(model, ema), decoder, held)
+        if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
+            look(run, moe.averaged(model, ema), decoder, held)
 
 
 def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, cfg: TrainConfig, g: torch.Generator) -> memory.Context:
@@ -527,19 +463,11 @@ def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, cfg: Train
     return dataclasses.replace(context, past=past, memory=bank)
 
 
-def start_model(cfg: TrainConfig) -> nn.Module:
-    """A fresh model of the preset, or the weights of --init in float32."""
-    torch.manual_seed(cfg.seed)
-    return moe.start_from(cfg.init, cfg.preset)[0].train() if cfg.init else moe.build(cfg.preset)
-
-
-def gathered(x: Tensor, run: Run) -> Tensor:
-    """The rows of all ranks in the order in which one process would hold them: every rank keeps the same error buffer."""
-    if run.world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(run.world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
+def start_model(run: Run) -> nn.Module:
+    """A fresh model of the preset, or the weights of --init, in float32 and sharded over the ranks."""
+    torch.manual_seed(run.cfg.seed)
+    model = moe.start_from(run.cfg.init, run.cfg.preset)[0].train() if run.cfg.init else moe.build(run.cfg.preset)
+    return moe.shard(model.to(run.device), run.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- stage: distill
@@ -550,11 +478,11 @@ def train_distill(run: Run) -> None:
         raise ValueError("--stage distill needs --init <base run>; make one with: python train.py --stage base")
     root, decoder = dataset(run), load_vae(cfg, run.device)
     clips, held = (load_clips(run, decoder, root, split) for split in ("train", "tune"))
-    real = start_model(cfg).to(run.device, run.dtype).requires_grad_(False)
-    student, fake = (moe.shard(start_model(cfg).to(run.device), run.dtype) for _ in range(2))
+    real = moe.twin(start_model(run), run.dtype).requires_grad_(False)
+    student, fake = start_model(run), start_model(run)
     how = dmd.DMDConfig(shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v)
-    opts, opts_fake = (optimizers(m, cfg, lr, (0.0, 0.95)) for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic)))
-    ema, models = average(student), {"diffusion_pytorch_model": student, "critic": fake}
+    opts, opts_fake = (moe.optimizers(m, lr, cfg.muon, cfg.decay, (0.0, 0.95)) for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic)))
+    ema, models = moe.average(student), {"diffusion_pytorch_model": student, "critic": fake}
     restore(run, models, ema, opts + opts_fake)
     low, low_fake, progress = moe.twin(student, run.dtype, cfg.checkpoint_activations), moe.twin(fake, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
@@ -571,23 +499,23 @@ def train_distill(run: Run) -> None:
         numbers = {}
         if students_turn:
             loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, g)         # Eq. 8
-            finite(run, loss, student, x0=x0)
+            moe.check_finite(loss, student, run.folder, x0=x0)
             loss.backward()
             moe.collect(low, student)
-            numbers["norm"] = update(opts, student, ema, lr_at(run.step, cfg), cfg)
+            numbers["norm"] = moe.update(opts, student, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
         if critics_turn:
             loss = dmd.critic_loss(x0.detach(), context, fake_in, how, g)
-            finite(run, loss, fake, x0=x0)
+            moe.check_finite(loss, fake, run.folder, x0=x0)
             loss.backward()
             moe.collect(low_fake, fake)
-            update(opts_fake, fake, [], 1.0, cfg)
+            moe.update(opts_fake, fake, 1.0, cfg.clip, [], 0.0)
             numbers["critic"] = loss.detach()
         run.step += 1
         progress(**numbers, latent_std=x0.detach().std())
-        if run.saves:
+        if run.stop or run.due(cfg.save_every):
             save(run, models, ema, opts + opts_fake)
-        if cfg.sample_every and run.world == 1 and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
-            look(run, averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
+        if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
+            look(run, moe.averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
 
 def in_dtype(model: nn.Module, run: Run) -> Callable:
@@ -613,7 +541,8 @@ def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8
     latents = {"truth": x0} | {
         name: dit.sample(model, c.to(dtype=run.dtype), sigmas, noise.to(run.device, run.dtype), method, generator=g).float()
         for name, c in {"model": context, "no memory": context.drop_memory(), "wrong actions": wrong}.items()}
-    frames = {name: decode_new(vae, context.past, z).cpu() for name, z in latents.items()}                   # (8, F, H, W, 3)
+    frames = {name: vae.decode(torch.cat((context.past, z), 2), clamp=True)[:, :, -WINDOW.stride * WINDOW.new:]     # the past fills
+              .permute(0, 2, 3, 4, 1).cpu() / 2 + 0.5 for name, z in latents.items()}                # the decoder's history; (8, F, H, W, 3)
     scores = {name: round(float(data.psnr(x, frames["truth"]).mean()), 2) for name, x in frames.items() if name != "truth"}
     record(run, {"step": run.step} | {"psnr " + name: value for name, value in scores.items()})
     print(f"step {run.step}: held-out revisits, dB to the reconstruction: " + " · ".join(f"{k} {v}" for k, v in scores.items()), flush=True)
@@ -623,27 +552,7 @@ def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8
     data.write_mp4(path.with_suffix(".mp4"), torch.cat([x[0] for x in frames.values()], 2))
 
 
-def decode_new(vae: nn.Module, past: Tensor, new: Tensor) -> Tensor:               # (B, 4N, H, W, 3) in [0, 1]
-    """New latents to frames; the past ones go first to fill the decoder's history."""
-    video = vae.decode(torch.cat((past, new), 2), clamp=True)[:, :, -WINDOW.stride * new.shape[2]:]
-    return (video.permute(0, 2, 3, 4, 1) + 1) / 2
-
-
 # ------------------------------------------------------------------------------------------------------------------- main
-def dry_run(cfg: TrainConfig) -> None:
-    """What one step needs, from the modules themselves, without allocating them."""
-    model = moe.build(cfg.preset, device="meta")
-    c, P = model.cfg, sum(p.numel() for p in model.parameters())
-    h, w = {"5b": (44, 80), "14b": (44, 80)}.get(cfg.preset, (8, 8))
-    tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * h * w // 4
-    kept = 2 if cfg.checkpoint_activations else 34          # block inputs alone, or every intermediate, in widths per token
-    table = {"weights, float32": 4 * P, "gradients": 4 * P, "optimiser": (4 if cfg.muon else 8) * P, "average": 4 * P, "computing copy": 2 * P,
-             "activations": 2 * cfg.batch // cfg.accum * tokens * c.dim * c.layers * kept}
-    print(f"{cfg.preset}: {P / 1e6:.1f} M parameters, {tokens} tokens a clip, batch {cfg.batch}\n| what | 1 rank, GB | 8 ranks, GB |\n|---|---|---|")
-    for name, size in (table | {"total": sum(table.values())}).items():
-        print(f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |")
-
-
 def plot(folders: list[str]) -> None:
     """Loss curves of runs, smoothed over ten log lines, as loss.png in the first."""
     try:
@@ -660,22 +569,21 @@ def plot(folders: list[str]) -> None:
     print(f"wrote {Path(folders[0]) / 'loss.png'}")
 
 
-LOOPS = {"vae": train_vae, "lightvae": train_vae, "base": train_base, "distill": train_distill, "moe": train_base}
-
-
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--plot"]:
         plot(argv[1:])
         return 0
     cfg = parse(argv)
     if cfg.dry_run:
-        dry_run(cfg)
+        h, w = {"5b": (44, 80), "14b": (44, 80)}.get(cfg.preset, (8, 8))
+        tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * h * w // 4
+        print(moe.memory_table(cfg.preset, cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
         return 0
     run = setup(cfg)
     if run.rank == 0:
         print(f"stage {cfg.stage} · preset {cfg.preset} · {run.device} · {run.dtype} · {run.world} rank(s) · {run.folder}", flush=True)
     try:
-        LOOPS[cfg.stage](run)
+        {"vae": train_vae, "lightvae": train_vae, "distill": train_distill}.get(cfg.stage, train_base)(run)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

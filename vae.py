@@ -475,7 +475,7 @@ class LatentNorm(nn.Module):
 # ---------------------------------------------------------------------------------------------- losses
 def structure(a: Tensor, b: Tensor) -> Tensor:
     """Mean |∇a − ∇b| at full, half and quarter size: edges must be where they are, and as sharp."""
-    d, total = frames_as_batch((a - b).float()), 0.0
+    d, total = (a - b).float().flatten(1, 2), 0.0                 # colours and frames as channels
     for level in range(3):
         d = F.avg_pool2d(d, 2) if level else d
         total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()

@@ -437,19 +437,19 @@ def test_the_gate_keeps_new_places_and_skips_what_is_known() -> None:
 
 
 def test_a_bank_of_1e5_latents_answers_as_brute_force_would_in_about_a_millisecond() -> None:
-    n, bank = 100_000, MemoryBank()
-    c2w = walk(n, 300)
-    key = memory.frustum_key(c2w)
-    bank.load_state_dict({"latents": torch.zeros(n, 1, 1, 1), "cameras": c2w[:, None].expand(n, 4, 4, 4), "times": torch.arange(n),
-                          "keys": torch.cat([key, key.square().sum(-1, keepdim=True)], -1)})
-    recall = []
-    for now in (80_000, 99_000):
-        query = c2w[[now + 13 - 2 * slot for slot in range(5)]]
-        scores, slots = bank.score(query, 1, now)
-        best = overlap(query, c2w[1:now]).topk(5).values
-        recall.append((scores.topk(5).values >= best[:, -1:] - 1e-6).float().mean())
-    assert torch.stack(recall).mean() >= 0.93
-    assert best_time(lambda: bank.retrieve(query, before=now), 20) < 5e-3
+    n, recall, seconds = 100_000, [], []
+    for bound in (150, 300):
+        c2w, bank = walk(n, bound), MemoryBank()
+        key = memory.frustum_key(c2w)
+        bank.load_state_dict({"latents": torch.zeros(n, 1, 1, 1), "cameras": c2w[:, None].expand(n, 4, 4, 4), "times": torch.arange(n),
+                              "keys": torch.cat([key, key.square().sum(-1, keepdim=True)], -1)})
+        for now in (55_000, 65_000, 75_000, 85_000):
+            query = c2w[[now + 13 - 2 * slot for slot in range(5)]]
+            best = overlap(query, c2w[1:now]).topk(5).values
+            recall.append((bank.score(query, 1, now)[0].topk(5).values >= best[:, -1:] - 1e-6).float().mean())
+        seconds.append(best_time(lambda bank=bank, query=query: bank.retrieve(query, before=85_000), 20))
+    assert torch.stack(recall).mean() >= 0.95
+    assert min(seconds) < 5e-3
 
 
 def test_the_training_selector_finds_the_place_among_older_latents() -> None:

@@ -1,0 +1,882 @@
+"""Walking around inside: what is held is what acts, nothing queues, nothing is lost, and every error says what to type."""
+import argparse
+import contextlib
+import http.client
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import play
+import realtime
+import world
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+def arguments(*flags: str) -> argparse.Namespace:
+    return play.parse([*flags])
+
+
+def run(*flags: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    return subprocess.run([sys.executable, str(ROOT / "play.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+@contextlib.contextmanager
+def page(tmp_path: Path, *flags: str):
+    """A fake session behind a real server in this process: (player, server)."""
+    args = arguments("--fake", "--size", "64x64", "--out", str(tmp_path / "session"), *flags)
+    player = play.Player(args, 40)
+    server = play.bind(player, args.host, 18000 + os.getpid() % 2000)
+    player.start()
+    try:
+        wait_for(lambda: player.begun is not None)
+        yield player, server
+    finally:
+        args.stop.set()
+        player.join(30)
+        server.shutdown()
+        server.server_close()
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.01)
+
+
+def ask(server, method: str, path: str, body: object = None, headers: dict | None = None) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, raw, headers or {})
+    reply = connection.getresponse()
+    text = reply.read()
+    connection.close()
+    return reply.status, json.loads(text) if text[:1] == b"{" else {}
+
+
+class Viewer:
+    """A page without a browser: reads the stream of records, acknowledges what it is told to."""
+
+    def __init__(self, server) -> None:
+        self.server, self.connection = server, http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        self.connection.request("GET", "/frames")
+        self.stream = self.connection.getresponse()
+        self.hello, _ = self.record()
+
+    def record(self) -> tuple[dict, bytes]:
+        header = json.loads(self.stream.read(int.from_bytes(self.stream.read(4), "big")))
+        return header, self.stream.read(int.from_bytes(self.stream.read(4), "big"))
+
+    def frame(self, ack: bool = True, **wanted: object) -> dict:
+        for _ in range(2000):
+            header, jpeg = self.record()
+            if jpeg and ack:
+                self.post("/input", keys=[], shown=header["n"])
+            if jpeg and all(header[key] == value for key, value in wanted.items()):
+                return header
+        raise AssertionError(f"no frame with {wanted}")
+
+    def post(self, path: str, **body: object) -> tuple[int, dict]:
+        return ask(self.server, "POST", path, {"id": self.hello["id"], **body})
+
+    def close(self) -> None:
+        self.connection.sock and self.connection.sock.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+
+# ---- action strings --------------------------------------------------------------------------------------------------
+def test_an_action_string_is_one_chord_per_frame() -> None:
+    assert play.parse_actions("w:4, w+l:4")[0] == ["w"] * 4 + ["w+l"] * 4
+    assert play.parse_actions(" w + l : 8 ")[0] == ["w+l"] * 8
+    assert play.parse_actions("_:2s", fps=16)[0] == ["_"] * 32
+
+
+def test_random_legal_strings_parse_to_their_length() -> None:
+    random.seed(0)
+    for _ in range(300):
+        items = [("+".join(random.sample("wasdijkl", random.randint(1, 3))), 4 * random.randint(1, 50)) for _ in range(random.randint(1, 6))]
+        chords, notes = play.parse_actions(",".join(f"{' ' * random.randint(0, 2)}{keys}:{count}" for keys, count in items))
+        assert chords == [keys for keys, count in items for _ in range(count)] and not notes
+
+
+def test_random_garbage_is_an_error_with_a_caret_or_parses() -> None:
+    random.seed(1)
+    for _ in range(3000):
+        text = "".join(random.choice("wasdx_:+,@ 0123s.\té") for _ in range(random.randint(0, 12)))
+        try:
+            chords, _ = play.parse_actions(text)
+            assert len(chords) % 4 == 0
+        except ValueError as error:
+            line, caret = str(error).split("\n")[0], str(error).split("\n")[-1]
+            assert line.startswith("--actions ") and caret.strip().startswith("^") and caret.index("^") <= 11 + len(text)
+
+
+def test_hypothesis_agrees_that_every_string_is_parsed_or_explained() -> None:
+    hypothesis = pytest.importorskip("hypothesis", reason="property tests need: pip install hypothesis")
+
+    @hypothesis.settings(max_examples=50, deadline=None)
+    @hypothesis.given(hypothesis.strategies.text(max_size=30))
+    def explained(text: str) -> None:
+        with contextlib.suppress(ValueError):
+            assert len(play.parse_actions(text)[0]) % 4 == 0
+
+    explained()
+
+
+@pytest.mark.parametrize("text, column, message", [
+    ("w:40, x:10", 6, "unknown key 'x'; use w a s d i j k l _"), ("w+q:4", 2, "unknown key 'q'"), ("w:40,", 5, "expected keys:count"),
+    ("w", 0, "expected keys:count"), ("w:4x", 2, "'4x' is no count; use frames (40) or seconds (2s)"), ("_+w:4", 0, "unknown key '_'"),
+    ("@nowhere", 0, "@revisit @spin @square @idle"), ("w++a:4", 0, "expected keys:count"), ("w:-4", 2, "is no count"), ("", 0, "expected keys:count")])
+def test_a_bad_action_string_points_at_the_column(text: str, column: int, message: str) -> None:
+    with pytest.raises(ValueError, match="actions") as caught:
+        play.parse_actions(text)
+    line, caret = str(caught.value).split("\n")
+    assert line == f'--actions "{text}"' and caret.index("^") == 11 + column and message in caret
+
+
+def test_counts_are_rounded_to_latents_with_a_note() -> None:
+    chords, notes = play.parse_actions("w:41, a:1, d:8")
+    assert len(chords) == 40 + 4 + 8
+    assert notes == ["w:41: 41 frames rounded to 40, a multiple of 4", "a:1: 1 frames rounded to 4, a multiple of 4"]
+
+
+@pytest.mark.parametrize("preset", play.PRESETS)
+def test_presets_return_to_their_heading(preset: str) -> None:
+    keyboard, mouse, _ = play.read_actions(preset, 16)
+    turned = 15 * mouse[:, 1].sum()
+    assert abs((turned + 180) % 360 - 180) < 1e-3 and len(keyboard) % 4 == 0
+
+
+def test_action_files_are_read_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "walk.txt").write_text("w:8\nw+l:8\n")
+    keyboard, mouse, _ = play.read_actions(str(tmp_path / "walk.txt"), 16)
+    assert keyboard[:, 0].sum() == 16 and mouse[8:, 1].min() > 0
+    np.savez(tmp_path / "keys.npz", keyboard=keyboard, mouse=mouse)
+    assert np.array_equal(play.read_actions(str(tmp_path / "keys.npz"), 16)[1], mouse)
+    poses = [(0.0, -1.6, 0.0, 0.0, 0.0)]
+    for keys, turn in zip(keyboard.tolist(), mouse.tolist(), strict=True):
+        poses.append(world.step_pose(poses[-1], keys, turn))
+    np.savez(tmp_path / "poses.npz", poses=data.poses_to_c2w(np.array(poses)))
+    again, turn, notes = play.read_actions(str(tmp_path / "poses.npz"), 16)
+    assert np.array_equal(again, keyboard) and np.abs(turn - mouse).max() < 1e-3 and notes
+    with pytest.raises(ValueError, match=r"--actions gone.npz: no such file. Give one that exists, or a string like"):
+        play.read_actions("gone.npz", 16)
+    np.savez(tmp_path / "odd.npz", nothing=np.zeros(3))
+    with pytest.raises(ValueError, match=r"odd.npz holds nothing; expected keyboard \(F, 6\) and mouse"):
+        play.read_actions(str(tmp_path / "odd.npz"), 16)
+
+
+# ---- controls --------------------------------------------------------------------------------------------------------
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_tap_is_never_lost() -> None:
+    clock = Clock()
+    controls = play.Controls(clock)
+    clock.now = 0.1
+    controls.post(["w"])
+    clock.now = 0.101
+    controls.post([])
+    keyboard, _, said = controls.read(40, 40)
+    assert keyboard[:4, 0].all() and not keyboard[4:, 0].any() and said["keys"] == ["w"]
+    assert not controls.read(40, 40)[0].any(), "a tap acts once"
+
+
+def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
+    clock = Clock()
+    controls = play.Controls(clock)
+    controls.post(["d"])
+    clock.now = 0.5
+    controls.post([])
+    assert controls.read(40, 40)[0][:, 3].sum() == 20                     # half a second at 40 fps
+
+
+def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
+    clock = Clock()
+    controls = play.Controls(clock)
+    controls.post(["w"])
+    clock.now = 1.0
+    assert controls.read(40, 40)[0][:, 0].all()
+    clock.now = 1.2
+    controls.post([])
+    assert not controls.read(40, 40)[0].any()
+
+
+def test_opposite_keys_cancel_and_others_combine() -> None:
+    controls = play.Controls(Clock())
+    controls.post(["w", "s", "d"])
+    keyboard, mouse, _ = controls.read(8, 40)
+    assert keyboard.sum(0).tolist() == [0, 0, 0, 8, 0, 0]
+    controls.post(["j", "l"])
+    assert not controls.read(8, 40)[1].any()
+
+
+def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() -> None:
+    controls = play.Controls(Clock())
+    controls.post([], 10, -5)
+    controls.post([], 30, 0)
+    _, mouse, said = controls.read(40, 40)
+    assert np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]       # right and up are positive
+    controls.post([], 1e4, 0)
+    _, mouse, said = controls.read(40, 40)
+    assert said["clipped"] and mouse.max() == np.float32(play.MAX_LOOK)
+
+
+def test_pitch_stays_within_its_limit() -> None:
+    controls, pitch = play.Controls(Clock()), 0.0
+    controls.post(["i"])
+    for _ in range(4):
+        _, mouse, _ = controls.read(40, 40, pitch, limit=85)
+        pitch += 15 * mouse[:, 0].sum()
+    assert math.isclose(pitch, 85, abs_tol=1e-3)
+
+
+# ---- start pictures --------------------------------------------------------------------------------------------------
+def save(path: Path, *size: int, mode: str = "RGB") -> Path:
+    Image.effect_noise(size, 80).convert(mode).save(path)
+    return path
+
+
+def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None:
+    start = play.open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
+    assert start.image.shape == (64, 128, 3) and "big.png: 400x300 → 128x64 centre crop" in start.note and start.truth is None
+    assert "alpha dropped" in play.open_start(save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png").note
+    assert "enlarged: it is smaller than the model's 64x64" in play.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
+
+
+def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for source, name in ((tmp_path / "bad.png", "bad.png"), (tmp_path / "gone.png", "gone.png"), (b"\x89PNG\r\n\x1a\n", "the dropped picture")):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"):
+            play.open_start(source, (64, 64), name)
+
+
+def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:
+    start = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    assert start.truth["scene"]["seed"] in world.SPLITS["test"], "held out: no training has seen this world"
+    assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
+    start.save(tmp_path / "again.png")
+    again = play.open_start(tmp_path / "again.png", (128, 128), "again.png")
+    assert again.pose == start.pose and again.image.shape == (128, 128, 3), "drawn again at the size that is asked for"
+
+
+@pytest.mark.parametrize("text", [{"seed": '"x"', "kind": '"rooms"', "pose": "[0]"}, {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
+                                  {"seed": "{", "kind": "1", "pose": "[]"}, {"seed": "1"}])
+def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
+    info = play.PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
+    with pytest.raises(ValueError, match="liar.png cannot be read"):
+        play.open_start(tmp_path / "liar.png", (64, 64), "liar.png")
+
+
+# ---- the fake session ------------------------------------------------------------------------------------------------
+def fake() -> play.FakeSession:
+    session = play.FakeSession((32, 32))
+    session.reset(None, "", 3, ())
+    return session
+
+
+def test_the_fake_session_is_the_game() -> None:
+    session = fake()
+    keyboard, mouse = torch.zeros(4, 6), torch.zeros(4, 2)
+    mouse[:, 1] = 0.1
+    frames, info = session.step(keyboard, mouse)
+    assert frames.shape == (4, 32, 32, 3) and frames.dtype == torch.uint8
+    assert np.array_equal(frames.numpy(), play.true_views(session.inside, np.array(info["poses"]), 32, 32))
+    assert math.isclose(info["poses"][-1][4] - session.poses[0][4], 6.0, abs_tol=1e-5)
+
+
+def test_a_fake_undo_and_a_restored_state_go_on_alike(tmp_path: Path) -> None:
+    session, keyboard, mouse = fake(), torch.zeros(4, 6), torch.full((4, 2), 0.1)
+    first = session.step(keyboard, mouse).frames
+    session.undo()
+    session.save(tmp_path / "state.safetensors")
+    assert torch.equal(session.step(keyboard, mouse).frames, first)
+    other = play.FakeSession((32, 32))
+    other.restore(tmp_path / "state.safetensors")
+    assert torch.equal(other.step(keyboard, mouse).frames, first)
+
+
+# ---- without a page --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("walk")
+    done = run("--fake", "--size", "64x64", "--actions", "w:8, @revisit", "--out", "walk", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"saved {'walk'}" in done.stdout
+    return folder / "walk"
+
+
+def test_play_writes_frames_headless(walked: Path) -> None:
+    for name, height in (("play.mp4", 256), ("play_memory.mp4", 352)):
+        assert imageio.improps(walked / name, plugin="pyav").shape == (129, height, 256, 3)
+    said = json.loads((walked / "session.json").read_text())
+    assert sum(chunk["n"] for chunk in said["chunks"]) == 128 == len(said["keyboard"]) and len(said["poses"]) == 129
+    assert said["chunks"][20]["memory"][-1]["sink"] and said["versions"]["torch"] == torch.__version__
+    assert {"play.mp4", "play_memory.mp4", "session.json", "state.safetensors", "start.png", "_DONE"} <= {file.name for file in walked.iterdir()}
+    assert not list(walked.parent.glob("*tmp*")) and not list(walked.glob("*tmp*"))
+
+
+def test_a_session_folder_is_a_training_clip(walked: Path) -> None:
+    episode = data.read_episode(walked)
+    assert episode.video.shape == (129, 64, 64, 3) and data.list_episodes(walked.parent) == [walked]
+    assert np.array_equal(episode.video[60], data.true_frames(episode.meta, episode.c2w[60:61], 64, 64)[0])
+    assert episode.valid[:-1].all() and not episode.valid[-1]
+    free = ~episode.contact[:-1]
+    steps = [world.step_pose(p, k, m) for p, k, m in zip(episode.player[:-1].tolist(), episode.keyboard.tolist(), episode.mouse.tolist(), strict=False)]
+    assert np.abs(np.array(steps) - episode.player[1:])[free].max() < 1e-3, "the stored action explains the next pose"
+
+
+def test_revisit_comes_back_to_the_first_view(walked: Path) -> None:
+    video = data.read_episode(walked).video
+    assert np.abs(video[8].astype(int) - video[128]).max() <= 1 and np.abs(video[8].astype(int) - video[68]).mean() > 5
+
+
+def test_replay_gives_the_same_frames(walked: Path, tmp_path: Path) -> None:
+    done = run("--replay", str(walked), "--out", "again", cwd=tmp_path)
+    assert done.returncode == 0 and "32 of 32 chunks are identical" in done.stdout, done.stderr
+    assert np.array_equal(data.read_episode(walked).video, data.read_episode(tmp_path / "again").video)
+
+
+def test_a_replay_that_differs_says_why_not(walked: Path, tmp_path: Path) -> None:
+    shutil.copytree(walked, tmp_path / "old")
+    said = json.loads((tmp_path / "old/session.json").read_text())
+    said["chunks"][0]["sha"], said["versions"]["torch"] = "0", "0.1"
+    (tmp_path / "old/session.json").write_text(json.dumps(said))
+    done = run("--replay", "old", "--out", "again", cwd=tmp_path)
+    assert done.returncode == 1 and "31 of 32 chunks are identical: versions was" in done.stdout
+    (tmp_path / "old/session.json").write_text(json.dumps({**said, "whole": False}))
+    done = run("--replay", "old", cwd=tmp_path)
+    assert done.returncode == 2 and "began in mid-session" in done.stderr
+    assert "no such session" in run("--replay", "nowhere", cwd=tmp_path).stderr
+
+
+def test_a_session_goes_on_where_it_ended(walked: Path, tmp_path: Path) -> None:
+    shutil.copytree(walked, tmp_path / "walk")
+    done = run("--fake", "--size", "64x64", "--actions", "l:8", "--out", "walk", cwd=tmp_path)
+    assert done.returncode == 0 and "walk goes on at frame 128" in done.stdout and "saved walk-2" in done.stdout
+    old, new = data.read_episode(tmp_path / "walk"), data.read_episode(tmp_path / "walk-2")
+    assert np.array_equal(old.video[-1], new.video[0]) and np.allclose(old.player[-1], new.player[0])
+
+
+def test_ctrl_c_leaves_a_playable_film_and_a_session_that_goes_on(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = ["--fake", "--size", "64x64", "--actions", "w:4000", "--out", "cut"]
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "play.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env)
+    while "frame 2" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    frames = len(data.read_episode(tmp_path / "cut").video)
+    assert 200 < frames < 4000 and imageio.improps(tmp_path / "cut/play.mp4", plugin="pyav").shape[0] == frames
+    done = run("--fake", "--size", "64x64", "--actions", "_:4", "--out", "cut", cwd=tmp_path)
+    assert done.returncode == 0 and f"cut goes on at frame {frames - 1}" in done.stdout
+
+
+class Dream:
+    """A stand-in for a model: chunks of 56 and then 40 frames, grey noise, the whole interface of realtime.Session."""
+
+    def __init__(self, slow: float = 0.0) -> None:
+        self.options, self.policy, self.slow = argparse.Namespace(preset="tiny"), "camera", slow
+
+    def reset(self, image: torch.Tensor, prompt: str, seed: int, pose: tuple) -> realtime.Chunk:
+        self.poses, self.chunks, self.seed, self.image = [tuple(pose)], [], seed, image
+        return realtime.Chunk(image[None], {"poses": self.poses, "memory": [], "ms": {}})
+
+    @property
+    def frames_needed(self) -> int:
+        return 40 if self.chunks else 56
+
+    def step(self, keyboard: torch.Tensor, mouse: torch.Tensor) -> realtime.Chunk:
+        time.sleep(self.slow)
+        n = len(keyboard)
+        assert n == self.frames_needed
+        for keys, turn in zip(keyboard.tolist(), mouse.tolist(), strict=True):
+            self.poses.append(world.step_pose(self.poses[-1], keys, turn))
+        noise = torch.Generator().manual_seed(self.seed + len(self.chunks))
+        frames = torch.randint(0, 255, (n, *self.image.shape), generator=noise).byte()
+        picks = [{"latent": k, "frame": 4 * k, "score": 0.5, "sink": k == 0} for k in (9, 7, 5, 3, 0)] if self.chunks and self.policy != "none" else []
+        self.chunks.append(n)
+        return realtime.Chunk(frames, {"poses": self.poses[-n:], "memory": picks, "ms": {"retrieve": 1.0, "denoise": 2.0, "decode": 3.0}})
+
+    def undo(self) -> None:
+        self.poses = self.poses[:-self.chunks.pop()]
+
+    def save(self, path: Path) -> None:
+        path.write_text("state")
+
+
+def dreaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, slow: float = 0.0) -> play.Player:
+    dream = Dream(slow)
+    monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
+    player = play.Player(arguments("--out", str(tmp_path / "dream"), *flags), 40)
+    player.open()
+    return player
+
+
+def act(player: play.Player, chord: str) -> None:
+    n = player.session.frames_needed
+    keyboard, mouse = (part.numpy() for part in data.actions_from_keys([chord] * n))
+    player.chunk(keyboard, mouse, {"keys": [chord]})
+
+
+def test_a_model_is_judged_by_the_true_renderer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "l")
+    frames, headers, _ = player.shown
+    truth = play.true_views(player.begun.truth, np.array([headers[3]["pose"]]), 64, 64)
+    assert abs(headers[3]["psnr"] - float(data.psnr(frames[3:4], truth))) < 0.5 and 3 < headers[3]["psnr"] < 15
+
+
+def test_tab_shows_the_true_renderer_at_the_same_pose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    player.obey({"cmd": "view"})
+    act(player, "w")
+    frames, headers, _ = player.shown
+    assert np.array_equal(frames, play.true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64)) and headers[0]["view"] == "truth"
+    player.save()
+    assert not np.array_equal(data.read_episode(tmp_path / "dream").video[1:], frames), "what is recorded is what the model made"
+
+
+def test_m_switches_the_memory_off_and_on_and_it_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    act(player, "w")
+    player.obey({"cmd": "memory"})
+    act(player, "w")
+    player.obey({"cmd": "memory"})
+    act(player, "w")
+    player.save()
+    chunks = json.loads((tmp_path / "dream/session.json").read_text())["chunks"]
+    assert [chunk["policy"] for chunk in chunks] == ["camera", "camera", "none", "camera"]
+    assert [len(chunk["memory"]) for chunk in chunks] == [0, 5, 0, 5] and "thumb" not in chunks[1]["memory"][0] and len(chunks[1]["memory"][0]["pose"]) == 5
+
+
+def test_an_undone_chunk_is_not_in_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    for chord in "wal":
+        act(player, chord)
+    player.obey({"cmd": "undo"})
+    assert player.frame == 96 and player.poses[-1] == tuple(player.session.poses[-1]) and len(player.poses) == 1 + 96 // 4
+    act(player, "d")
+    player.save()
+    keyboard = np.array(json.loads((tmp_path / "dream/session.json").read_text())["keyboard"])
+    assert keyboard[:56, 0].all() and keyboard[56:96, 2].all() and keyboard[96:, 3].all() and len(keyboard) == 136
+    for _ in range(6):
+        player.obey({"cmd": "undo"})                                      # more than there is: no error
+
+
+def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    player.times = [(56, 20.0), (40, 11.0)]
+    assert player.tempo() == "turn" and not player.due()
+    player.obey({"cmd": "run", "plan": [["w"], ["w", "l"], [], ["no key", "d"]]})
+    assert player.due()
+    keyboard, mouse, said = player.decide(40)
+    assert keyboard[:8, 0].all() and mouse[4:8, 1].all() and not keyboard[8:12].any() and keyboard[12:, 3].all()
+    assert player.plan is None and said["keys"] == ["w", "l+w", "_", "d"]
+    player.times = [(56, 20.0), (40, 1.0)]
+    assert player.tempo() == "live"
+
+
+def test_recording_can_be_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    player.obey({"cmd": "record"})
+    act(player, "a")
+    player.obey({"cmd": "record"})
+    act(player, "d")
+    player.save()
+    first, second = (json.loads((tmp_path / name / "session.json").read_text()) for name in ("dream", "dream-2"))
+    assert first["whole"] and not second["whole"] and len(first["keyboard"]) == 56 and np.array(second["keyboard"])[:, 3].all()
+    assert len(data.read_episode(tmp_path / "dream-2").video) == 41
+
+
+# ---- the protocol ----------------------------------------------------------------------------------------------------
+def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request("GET", "/")
+        text = connection.getresponse().read().decode()
+    assert text == (ROOT / "play.html").read_text() and "http://" not in text and "https://" not in text
+    assert len(text.splitlines()) <= 300
+
+
+def test_frames_carry_what_the_page_shows(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        viewer = Viewer(server)
+        assert viewer.hello["hello"] == 1 and viewer.hello["role"] == "play" and viewer.hello["preset"] == "fake" and len(viewer.hello["gallery"]) == 9
+        header = viewer.frame()
+        assert {"i", "chunk", "t", "keys", "pose", "ms", "gen", "echo", "n", "policy", "view", "pace", "paused", "seed", "left", "slots"} - set(header) <= {"chunk", "echo"}
+        notes = [note for note, jpeg in (viewer.record() for _ in range(20)) if not jpeg]
+        picks = next(note["memory"] for note in notes if "memory" in note)
+        assert {"frame", "score", "sink", "thumb", "pose"} <= set(picks[-1])
+        viewer.close()
+
+
+def test_keys_posted_are_keys_played(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        assert viewer.post("/input", keys=["w", "l", "nonsense"], t=7.0)[0] == 204
+        assert sorted(ask(server, "GET", "/state")[1]["held"]) == ["l", "w"]
+        for _ in range(400):
+            header, jpeg = viewer.record()
+            if jpeg:
+                viewer.post("/input", keys=["w", "l"], shown=header["n"])
+                if header["keys"] == ["l", "w"]:
+                    break
+        assert header["keys"] == ["l", "w"]
+        viewer.close()
+
+
+def test_at_most_three_frames_are_on_their_way_and_a_late_viewer_skips(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        seen = []
+        viewer.connection.sock.settimeout(1.5)
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            header, jpeg = viewer.record()
+            seen += [header["n"]] if jpeg else []
+        assert len(seen) == 3, "nothing more without an acknowledgement"
+        viewer.post("/input", keys=[], shown=seen[-1])
+        late = viewer.frame(ack=False)
+        assert late["n"] > seen[-1] + 1, "the newest frame, not the next one"
+        viewer.close()
+
+
+def test_one_plays_the_others_watch_and_the_next_one_takes_over(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        first, second = Viewer(server), Viewer(server)
+        assert (first.hello["role"], second.hello["role"]) == ("play", "watch")
+        second.post("/input", keys=["w"])
+        assert ask(server, "GET", "/state")[1]["held"] == []
+        assert second.post("/cmd", cmd="pause") == (403, {"ok": False, "error": "another tab plays, this one watches"})
+        first.close()
+        wait_for(lambda: len(player.screen.viewers) == 1)
+        second.frame(role="play")
+        second.post("/input", keys=["a"])
+        assert ask(server, "GET", "/state")[1]["held"] == ["a"]
+        second.close()
+
+
+def test_commands_do_what_they_say(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        assert viewer.post("/cmd", cmd="pause") == (200, {"ok": True, "error": ""})
+        wait_for(lambda: player.set["paused"])
+        time.sleep(0.2)
+        frame = player.frame
+        viewer.post("/cmd", cmd="step")
+        wait_for(lambda: player.frame == frame + 4)
+        viewer.post("/cmd", cmd="undo")
+        wait_for(lambda: player.frame == max(0, frame + 4 - 40))
+        viewer.post("/cmd", cmd="seed")
+        wait_for(lambda: player.seed != 42 and player.frame == 0)
+        picture = io.BytesIO()
+        Image.new("RGB", (80, 60), (200, 30, 30)).save(picture, "PNG")
+        viewer.post("/cmd", cmd="image", data=play.base64.b64encode(picture.getvalue()).decode())
+        wait_for(lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None)
+        viewer.post("/cmd", cmd="gallery", index=2)
+        wait_for(lambda: player.begun.truth is not None)
+        viewer.post("/cmd", cmd="image", data="bm8gcGljdHVyZQ==")
+        wait_for(lambda: any("the dropped picture cannot be read" in note.get("info", "") for _, note in player.screen.notes))
+        assert player.is_alive()
+        viewer.close()
+
+
+def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        viewer.close()
+        wait_for(lambda: not player.screen.viewers)
+        player.screen.seen -= 20
+        wait_for(lambda: player.alone)
+        time.sleep(0.1)
+        frame = player.frame
+        time.sleep(0.3)
+        assert player.frame == frame
+        viewer = Viewer(server)
+        wait_for(lambda: player.frame > frame)
+        viewer.close()
+    said = capsys.readouterr().out
+    assert said.count("no viewer for 10 s: waiting") == 1 and said.count("a viewer is back: going on") == 1
+
+
+@pytest.mark.parametrize("method, path, body, headers, status", [
+    ("GET", "/etc/passwd", None, {}, 404), ("GET", "/../play.py", None, {}, 404), ("POST", "/frames", {}, {}, 404), ("DELETE", "/", None, {}, 501),
+    ("POST", "/input", b"{", {}, 400), ("POST", "/input", b"[]", {}, 400), ("POST", "/input", b"\xff", {}, 400), ("POST", "/input", {"dx": "x"}, {}, 400),
+    ("POST", "/input", b'{"dx": NaN}', {}, 400), ("POST", "/input", {"keys": 3}, {}, 400), ("POST", "/input", {"keys": [[]], "id": []}, {}, 204),
+    ("POST", "/input", b"[" * 9000, {}, 400), ("POST", "/input", b" " * 20_000, {}, 413), ("POST", "/input", None, {"Content-Length": "-1"}, 411),
+    ("POST", "/cmd", {"cmd": "rm"}, {}, 400), ("POST", "/cmd", {"cmd": ["pause"]}, {}, 400), ("POST", "/cmd", {}, {"Content-Length": "99999999"}, 413),
+    ("GET", "/state", None, {"Origin": "http://evil.example"}, 403), ("POST", "/cmd", {"cmd": "pause"}, {"Origin": "null"}, 403),
+    ("GET", "/", None, {"Host": "evil.example:8000"}, 403), ("GET", "/state", None, {"Host": "localhost:9999", "Origin": "http://localhost:9999"}, 200)])
+def test_a_wrong_request_is_answered_and_nothing_happens(tmp_path, served, method, path, body, headers, status) -> None:
+    player, server = served
+    assert ask(server, method, path, body, headers)[0] == status
+    assert player.is_alive() and not player.set["paused"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    with page(tmp_path_factory.mktemp("served")) as pair:
+        yield pair
+
+
+def garbage(rng: random.Random) -> bytes:
+    line = rng.choice([b"GET", b"POST", b"PUT", b"\x00", b""]) + b" " + rng.choice([b"/", b"/input", b"/cmd", b"/state", b"/%00", b"//", b"/input?token=%ff"])
+    body = rng.choice([b"", b"{}", b"null", b'{"cmd": "image", "data": "%%"}', b'{"keys": {"w": 1}, "dx": 1e999}', rng.randbytes(rng.randint(0, 200))])
+    length = rng.choice([str(len(body)), str(len(body)), "0", "-5", "abc", "1" * 30, ""]).encode()
+    return line + rng.choice([b" HTTP/1.1\r\n", b" HTTP/9\r\n", b"\r\n"]) + b"Host: 127.0.0.1\r\nContent-Length: " + length + b"\r\n\r\n" + body
+
+
+def bombard(player: play.Player, server, requests: int) -> None:
+    rng = random.Random(2)
+    for _ in range(requests):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as client:
+            client.sendall(garbage(rng))
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):
+                continue
+    assert player.is_alive() and ask(server, "GET", "/state")[0] == 200
+    wait_for(lambda: threading.active_count() < 40)
+    assert len(player.screen.notes) <= 32 and player.commands.qsize() <= 16 and len(player.controls.held) <= 8
+
+
+def test_garbage_leaves_the_server_up(served) -> None:
+    bombard(*served, requests=500)
+
+
+@pytest.mark.slow
+def test_ten_thousand_garbage_requests_leave_the_server_up(served) -> None:
+    bombard(*served, requests=10_000)
+
+
+def test_viewers_are_bounded(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewers = [Viewer(server) for _ in range(play.STREAMS)]
+        assert ask(server, "GET", "/frames") == (503, {"ok": False, "error": "8 viewers are connected already"})
+        for viewer in viewers:
+            viewer.close()
+        wait_for(lambda: not player.screen.viewers)
+
+
+# ---- what it says (ux: every message has a test) ---------------------------------------------------------------------
+def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = subprocess.Popen([sys.executable, "-u", str(ROOT / "play.py"), "--fake", "--port", str(port)], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, env=env)
+        first, second = process.stdout.readline(), process.stdout.readline()
+    other = int(first.rsplit(":", 1)[1])
+    assert first == f"Port {port} is taken (another play.py?). Using {other}: http://127.0.0.1:{other}\n" and port < other < port + 20
+    assert second == f"Open from your machine:  ssh -L {other}:127.0.0.1:{other} <this host>  then http://127.0.0.1:{other}\n"
+    connection = http.client.HTTPConnection("127.0.0.1", other, timeout=10)
+    connection.request("GET", "/state")
+    assert json.loads(connection.getresponse().read())["preset"] == "fake"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+
+def test_another_host_demands_its_token(tmp_path: Path) -> None:
+    player = play.Player(arguments("--fake"), 40)
+    server = play.bind(player, "0.0.0.0", 18000 + os.getpid() % 2000)
+    try:
+        assert len(server.token) == 32
+        status, said = ask(server, "GET", "/state")
+        assert status == 403 and said["error"] == "the token is missing: open the URL that play.py printed"
+        assert ask(server, "GET", f"/state?token={server.token}")[0] == 200
+        assert ask(server, "GET", f"/state?token={server.token}", headers={"Origin": "http://evil.example"})[0] == 403
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_without_a_model_it_says_so_and_names_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(play, "HERE", tmp_path)
+    args = arguments()
+    play.find_weights(args)
+    said = capsys.readouterr().out
+    assert args.fake and "No model for preset tiny yet, so you walk in the game itself (--fake)." in said
+    assert "python train.py --stage base" in said and "--weights weights/matrix-game-3" in said and "python play.py --fake" in said
+
+
+def test_the_newest_run_is_preferred_to_the_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(play, "HERE", tmp_path)
+    (tmp_path / "assets/tiny").mkdir(parents=True)
+    (tmp_path / "assets/tiny/base.safetensors").write_text("")
+    args = arguments()
+    play.find_weights(args)
+    assert args.weights == str(tmp_path / "assets/tiny") and not args.fake
+    for age, name in ((100, "base-tiny"), (50, "distill-tiny"), (10, "base-small")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "latest").write_text("000001")
+        os.utime(tmp_path / "runs" / name / "latest", (time.time() - age,) * 2)
+    args = arguments()
+    play.find_weights(args)
+    assert args.weights == "runs/distill-tiny"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "third"], "third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)"),
+    (["--imge", "x.png"], "unknown argument --imge; did you mean --image?"), (["--size", "100x64"], "--size must be WxH in multiples of 32, as in 128x128"),
+    (["--fake", "--image", "gone.png", "--actions", "w:4"], "gone.png cannot be read as a picture"),
+    (["--fake", "--actions", "w:40, x:10"], "^ unknown key 'x'; use w a s d i j k l _"),
+    (["--fake", "--actions", "gone.txt"], "--actions gone.txt: no such file"),
+    (["--weights", "hf:some/model"], "hf download some/model --local-dir weights/model"),
+    (["--weights", "nowhere", "--actions", "w:4"], "No weights at nowhere (looked for base_distilled_model/config.json)")])
+def test_every_error_is_one_paragraph_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:                             # __main__ prints it and exits with 2
+        play.main(flags)
+    assert message in str(caught.value)
+
+
+def test_the_exit_code_of_an_error_is_2_without_a_traceback(tmp_path: Path) -> None:
+    done = run("--mode", "third", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: third-person") and "Traceback" not in done.stderr
+    assert "Traceback" in run("--mode", "third", "--debug", cwd=tmp_path).stderr
+
+
+def test_a_big_preset_without_a_gpu_is_refused_early() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="5b needs a CUDA GPU; found CPU. Try --preset tiny."):
+        play.main(["--preset", "5b", "--weights", "anywhere", "--check"])
+
+
+def test_memory_and_device_errors_say_the_way_out() -> None:
+    assert "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75" in play.explain(torch.OutOfMemoryError("CUDA"))
+    said = play.explain(NotImplementedError("The operator 'aten::x' is not implemented for the MPS device"))
+    assert "run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu" in said
+
+
+def test_odd_sizes_are_refused_before_encoding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mp4 needs even sizes, got 63x65; nearest legal size: 64x66"):
+        play.open_film(tmp_path / "odd.mp4", 16, (65, 63))
+
+
+def test_without_a_video_library_the_frames_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def missing(*_, **__):
+        raise ImportError("No module named 'av'")
+
+    monkeypatch.setattr(play.imageio, "imopen", missing)
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    player.save()
+    assert 'no play.mp4 (No module named \'av\'): pip install "imageio[pyav]". Every frame is kept in' in capsys.readouterr().out
+    assert len(data.read_episode(tmp_path / "dream").video) == 57
+
+
+def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dream = Dream()
+    monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
+    step, calls = dream.step, []
+
+    def breaks(keyboard: torch.Tensor, mouse: torch.Tensor) -> realtime.Chunk:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("the device is gone")
+        return step(keyboard, mouse)
+
+    dream.step = breaks
+    player = play.Player(arguments("--out", str(tmp_path / "dream")), 400)
+    player.start()
+    player.join(30)
+    assert player.screen.stage == "stopped: RuntimeError: the device is gone"
+    assert len(data.read_episode(tmp_path / "dream").video) == 1 + 56 + 40
+
+
+def test_check_reports_and_loads_nothing(tmp_path: Path) -> None:
+    done = run("--fake", "--check", cwd=tmp_path)
+    assert done.returncode == 0 and "torch" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_every_flag_has_help(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        play.parse(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{name}" in said for name in play.FLAGS) and all(len(text) > 3 for _, text in play.FLAGS.values())
+
+
+# ---- with the trained model and in the browser -----------------------------------------------------------------------
+@pytest.mark.slow
+def test_revisit_with_the_shipped_model_and_its_replay(tmp_path: Path) -> None:
+    if not list((ROOT / "assets/tiny").glob("*.safetensors")):
+        pytest.skip("no shipped weights: python train.py --stage base")
+    began = time.monotonic()
+    assert run("--actions", "@revisit", "--weights", str(ROOT / "assets/tiny"), "--out", "walk", cwd=tmp_path).returncode == 0
+    assert time.monotonic() - began < 30
+    assert imageio.improps(tmp_path / "walk/play.mp4", plugin="pyav").shape == (137, 256, 256, 3)      # 1 + 56 + 2 * 40
+    done = run("--replay", "walk", cwd=tmp_path)
+    assert done.returncode == 0 and "3 of 3 chunks are identical" in done.stdout
+
+
+@pytest.mark.browser
+def test_a_browser_plays(tmp_path: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright, and Chromium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium")
+    with page(tmp_path) as (player, server), api.sync_playwright() as driver:
+        browser, complaints = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), []
+        tab = browser.new_page(viewport={"width": 1180, "height": 900})
+        tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.goto(f"http://127.0.0.1:{server.server_port}")
+        tab.wait_for_function("play.frames > 5")
+        tab.keyboard.down("KeyW")
+        tab.keyboard.down("KeyL")
+        wait_for(lambda: set(player.controls.held) == {"w", "l"})
+        frames = tab.evaluate("play.frames")
+        time.sleep(3)
+        assert tab.evaluate("play.frames") - frames > 30, "at least 10 frames per second"
+        tab.evaluate("dispatchEvent(new Event('blur'))")
+        wait_for(lambda: not player.controls.held)
+        tab.keyboard.up("KeyW")
+        tab.keyboard.up("KeyL")
+        tab.keyboard.press("KeyM")
+        wait_for(lambda: player.session.policy == "none")
+        tab.wait_for_function("document.getElementById('memtitle').textContent === 'Memory is off'")
+        for _ in range(40):                                               # taps at odd moments: key to drawn
+            time.sleep(random.random() / 8)
+            tab.keyboard.press("KeyJ", delay=20)
+        ages = sorted(tab.evaluate("play.latency"))
+        tab.screenshot(path=str(tmp_path / "page.png"))
+        browser.close()
+    print(f"key to drawn: median {ages[len(ages) // 2]:.0f} ms, p95 {ages[int(0.95 * len(ages))]:.0f} ms over {len(ages)}")
+    assert not complaints and (tmp_path / "page.png").stat().st_size > 20_000

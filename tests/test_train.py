@@ -1,0 +1,583 @@
+"""Training: the same numbers however it is interrupted or divided, every stage from nothing, and errors that tell the way."""
+
+import dataclasses
+import functools
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import data
+import dit
+import error_buffer
+import memory
+import moe
+import train
+import vae
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = ["--preset", "micro", "--dtype", "float32", "--device", "cpu", "--log-every", "1"]
+EARLY = functools.partial(error_buffer.ErrorConfig, warmup=3)      # errors are injected from the fourth step, not the 51st
+
+# What another process runs: train.py with the same early errors, and, if STOP says so, a signal to itself once step STOP is logged.
+LAUNCH = f"""
+import functools, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+torch.set_num_threads(1)
+import error_buffer, train
+error_buffer.ErrorConfig = functools.partial(error_buffer.ErrorConfig, warmup=3)
+step, number = map(int, os.environ.get("STOP", "-1 0").split())
+plain = train.Progress.__call__
+def progress(self, **numbers):
+    plain(self, **numbers)
+    if self.run.step == step and self.run.rank == 0:
+        os.kill(os.getpid(), number)
+train.Progress.__call__ = progress
+try:
+    sys.exit(train.main(sys.argv[1:]))
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro dataset and a random micro VAE whose latents have unit variance."""
+    folder = tmp_path_factory.mktemp("studio")
+    data.make_dataset(folder / "datasets/micro", "micro", workers=1)
+    torch.manual_seed(0)
+    model, norm = vae.VAE(vae.PRESETS["micro"]), vae.LatentNorm(vae.PRESETS["micro"].z_dim)
+    video = torch.from_numpy(data.read_episode(data.list_episodes(folder / "datasets/micro")[0]).video[:33].copy())
+    with torch.no_grad():
+        norm(model.moments(video.permute(3, 0, 1, 2)[None] / 127.5 - 1))
+    norm.fold(model)
+    moe.write_weights(folder / "assets/micro/vae.safetensors", model.state_dict(), vae.metadata(model))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test in a folder of its own, with early errors, and the handlers of signals put back."""
+    for name in ("assets", "datasets"):
+        (tmp_path / name).symlink_to(studio / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(error_buffer, "ErrorConfig", EARLY)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def reference(studio: Path) -> Path:
+    """Twelve steps of base without a break: what everything else is compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(studio)
+        patch.setattr(error_buffer, "ErrorConfig", EARLY)
+        assert start("--steps", "12", "--save-every", "4") == 0
+    return studio / "runs/base-micro"
+
+
+def start(*argv: str) -> int:
+    return train.main([*MICRO, *argv])
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """`python train.py ...` in this process: its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return end.value.code
+
+
+def launch(*argv: str, ranks: int = 1, stop: str = "-1 0") -> list[int]:
+    """The same in processes of their own, with the environment that torchrun gives; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"STOP": stop, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if ranks > 1:
+        env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    jobs = [subprocess.Popen([sys.executable, "-c", LAUNCH, *MICRO, *argv], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                             stdout=subprocess.DEVNULL) for rank in range(ranks)]
+    try:
+        return [job.wait(timeout=300) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def newest(run: Path | str) -> Path:
+    return Path(run) / "ckpt" / (Path(run) / "latest").read_text()
+
+
+def state(run: Path | str) -> dict:
+    """All that a run is at its newest checkpoint: weights, averages, optimisers, error buffer, step."""
+    files = {file.stem: moe.read_weights(file)[0] for file in sorted(newest(run).glob("*.safetensors"))}
+    return files | torch.load(newest(run) / "train_state.pt", weights_only=True)
+
+
+def log(run: Path | str) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "it_s"} for line in lines]
+
+
+def losses(run: Path | str) -> Tensor:
+    return torch.tensor([line["loss"] for line in log(run)])
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, however deep."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None]) -> None:
+    """Call `then` once the line of a step is in the log."""
+    plain = train.record
+
+    def record(run: train.Run, line: dict) -> None:
+        plain(run, line)
+        if line["step"] == step:
+            then()
+
+    monkeypatch.setattr(train, "record", record)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def clips(studio: Path) -> tuple[train.Clips, train.Run]:
+    cfg = train.parse([*MICRO, "--batch", "4"])
+    run = train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32)
+    return train.load_clips(run, train.load_vae(cfg, run.device), Path("datasets/micro"), "train"), run
+
+
+# ---- identity: interrupted or not, the same run
+
+def test_resuming_continues_exactly(reference):
+    start("--steps", "6")
+    assert len(log("runs/base-micro")) == 6 and len(state("runs/base-micro")["errors"]["entries"]) > 0
+    start("--steps", "12", "--save-every", "4")
+    assert log("runs/base-micro") == log(reference)
+    assert same(state("runs/base-micro"), state(reference))
+
+
+def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
+    assert launch("--steps", "12", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [-signal.SIGKILL]
+    assert newest("runs/base-micro").name == "000004" and len(log("runs/base-micro")) == 6
+    start("--steps", "12", "--save-every", "4")
+    assert same(state("runs/base-micro"), state(reference))
+    assert log("runs/base-micro") == log(reference)            # the two steps that were lost stand in it once
+
+
+def test_ctrl_c_saves_exits_130_and_the_rest_resumes(reference, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, interrupt)
+        assert start("--steps", "12", "--save-every", "4") == 130
+    assert newest("runs/base-micro").name == "000007" and "the same command resumes it" in capsys.readouterr().out
+    assert start("--steps", "12", "--save-every", "4") == 0
+    assert same(state("runs/base-micro"), state(reference))
+
+
+def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
+    monkeypatch.setattr(train, "look", lambda *_, **__: interrupt())
+    assert start("--steps", "9", "--save-every", "100", "--sample-every", "3") == 130
+    assert newest("runs/base-micro").name in ("000003", "000004")
+
+
+@pytest.mark.parametrize("stage", ["vae", "distill"])
+def test_the_other_stages_resume_exactly_too(stage, reference):
+    how = ["--stage", stage, "--batch", "2", "--warmup", "9"]
+    how += ["--init", str(reference), "--segments", "1", "--cold-start", "1"] if stage == "distill" else []
+    start(*how, "--steps", "4", "--run", "whole")
+    start(*how, "--steps", "2", "--run", "parts")
+    start(*how, "--steps", "4", "--run", "parts")
+    assert same(state("runs/whole"), state("runs/parts"))
+
+
+def test_activation_checkpointing_changes_nothing(reference):
+    start("--steps", "12", "--checkpoint-activations")
+    assert same(state("runs/base-micro"), state(reference))
+
+
+def test_the_average_of_a_recomputing_model_computes_with_the_averaged_weights():
+    torch.manual_seed(0)
+    model = moe.build("micro")
+    ema = [torch.randn_like(p) * 0.1 for p in model.parameters()]
+    plain = train.averaged(model, ema)
+    context, x, sigma = dit.random_context(model.cfg), torch.randn(1, 16, 10, 8, 8), torch.tensor([0.5])
+    moe.twin(model, torch.float32, recompute=True)
+    with torch.no_grad():
+        assert torch.equal(train.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
+
+
+def test_micro_batches_add_up_to_the_batch(reference):
+    start("--steps", "5", "--accum", "2")
+    torch.testing.assert_close(losses("runs/base-micro"), losses(reference)[:5], atol=2e-5, rtol=0)
+
+
+def test_two_ranks_compute_the_losses_of_one_process():
+    how = ["--steps", "5", "--muon", "0", "--run"]
+    start(*how, "one")
+    assert launch(*how, "two", ranks=2) == [0, 0]
+    torch.testing.assert_close(losses("runs/two"), losses("runs/one"), atol=2e-5, rtol=0)    # 1e-5 each way: rounded in the log
+    one, two = state("runs/one"), state("runs/two")
+    assert one["errors"]["counts"] == two["errors"]["counts"]
+    torch.testing.assert_close(one["errors"]["entries"], two["errors"]["entries"], atol=2e-2, rtol=0)
+    assert moe.load("runs/two")[0].cfg == dit.PRESETS["micro"]         # saved whole, not in shards
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_saved_run_resume_exactly():
+    how = ["--muon", "0", "--run"]
+    assert launch(*how, "whole", "--steps", "4", ranks=2) == launch(*how, "parts", "--steps", "2", ranks=2) == [0, 0]
+    assert launch(*how, "parts", "--steps", "4", ranks=2) == [0, 0]
+    assert same(state("runs/whole"), state("runs/parts"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_and_saves_all():
+    how = ["--steps", "400", "--muon", "0", "--save-every", "1000"]
+    assert launch(*how, ranks=2, stop=f"4 {signal.SIGTERM}") == [130, 130]
+    assert newest("runs/base-micro").name in ("000004", "000005", "000006")
+
+
+@pytest.mark.slow
+def test_distillation_runs_on_two_ranks(reference):
+    how = ["--stage", "distill", "--init", str(reference), "--segments", "1", "--cold-start", "1", "--steps", "3", "--batch", "2"]
+    assert launch(*how, ranks=2) == [0, 0]
+    assert moe.load("runs/distill-micro")[0].cfg == dit.PRESETS["micro"]
+
+
+# ---- every stage from nothing
+
+def test_base_leaves_a_run_that_loads_and_draws(reference):
+    model, said = moe.load(reference)
+    assert said["step"] == 12 and said["stage"] == "base" and said["path"].endswith("ema.safetensors")
+    x = dit.sample(model, dit.random_context(model.cfg), dit.sigma_grid(2), torch.randn(1, 16, 10, 8, 8))
+    assert x.isfinite().all()
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "ema.safetensors", "train_state.pt"} == {
+        file.name for file in newest(reference).iterdir()}
+
+
+def test_the_vae_stages_leave_vaes_that_encode_and_decode():
+    video = torch.rand(1, 3, 9, 64, 64) * 2 - 1
+    start("--stage", "vae", "--steps", "2", "--batch", "1")
+    full = vae.from_weights(*moe.read_weights("runs/vae-micro/vae.safetensors")).float()
+    start("--stage", "lightvae", "--rate", ".5", "--steps", "2", "--batch", "1")
+    light = vae.from_weights(*moe.read_weights("runs/lightvae-micro/vae.safetensors")).float()
+    with torch.no_grad():
+        z = full.encode(video)
+        assert full.decode(z).shape == light.decode(z).shape == video.shape
+    assert light.cfg.dec_dim == full.cfg.dec_dim // 2
+    assert list(Path("runs/lightvae-micro/samples").glob("*.png"))
+
+
+def test_distill_makes_a_student_of_a_base(reference):
+    start("--stage", "distill", "--init", str(reference), "--segments", "1", "--steps", "3", "--cold-start", "2", "--batch", "2")
+    student, base = moe.load("runs/distill-micro")[0], moe.load(reference)[0]
+    moved = [not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)]
+    assert any(moved) and all("critic" in line for line in log("runs/distill-micro"))
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset):
+    cfg = train.parse(["--stage", "distill", "--preset", preset])
+    assert memory.Window().frames(cfg.segments) <= data.PRESETS[preset].frames
+
+
+def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
+    levels, plain = [], dit.add_noise
+    monkeypatch.setattr(dit, "add_noise", lambda x0, noise, sigma: levels.append(sigma) or plain(x0, noise, sigma))
+    seen = {}
+    for expert, view in (("high-first", "first"), ("high-third", "third"), ("low", "low")):
+        levels.clear()
+        start("--stage", "moe", "--expert", expert, "--run", expert, "--steps", "2", "--boundary", ".8")
+        seen[view] = torch.cat(levels)
+    assert (seen["first"] >= 0.8).all() and (seen["third"] >= 0.8).all() and (seen["low"] <= 0.8).all()
+    joined = moe.join({"first": "runs/high-first", "third": "runs/high-third", "low": "runs/low"}, boundary=0.8)
+    assert set(joined.high) == {"first", "third"}
+
+
+def test_samples_and_held_out_scores_appear_while_training():
+    start("--steps", "2", "--sample-every", "2")
+    assert {file.suffix for file in Path("runs/base-micro/samples").iterdir()} == {".png", ".mp4"}
+    assert {"psnr model", "psnr no memory", "psnr wrong actions"} < log("runs/base-micro")[-1].keys()
+
+
+def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeypatch, capsys):
+    Path("assets").unlink()
+    with pytest.raises(ValueError, match="python train.py --stage vae --preset micro"):
+        start("--steps", "1")
+    start("--stage", "vae", "--steps", "1", "--batch", "1")
+    assert start("--steps", "1") == 0
+
+
+# ---- behaviour: what is learned, and from what
+
+def test_loss_falls_on_one_clip():
+    start("--steps", "60", "--overfit", "1", "--lr", "3e-3", "--warmup", "5", "--p-error", "0", "--p-null", "0", "--p-i2v", "0")
+    curve = losses("runs/base-micro")
+    assert curve[:5].mean() > 1.5 and curve[-10:].mean() < 0.75 * curve[:5].mean()
+
+
+def test_only_new_latents_carry_loss(clips, monkeypatch):
+    targets, plain = [], dit.velocity
+    monkeypatch.setattr(dit, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise))
+    start("--steps", "1")
+    (x0, noise), (drawn, context) = targets[0], train.draw(*clips, 0)
+    assert torch.equal(x0, drawn)
+    new = context.times[:, -x0.shape[2]:]                      # the newest latents of the window, no past, no memory
+    assert (new.diff(dim=1) == 1).all() and (context.times[:, :-x0.shape[2]].amax(1) < new[:, 0]).all()
+    expected = plain(x0, noise).square().mean()                # a fresh network says 0
+    torch.testing.assert_close(losses("runs/base-micro")[0], expected, atol=1e-5, rtol=0)
+
+
+def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
+    given, targets, inject, velocity = [], [], train.inject, dit.velocity
+    monkeypatch.setattr(train, "inject", lambda *args: given.append(inject(*args)) or given[-1])
+    monkeypatch.setattr(dit, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise))
+    start("--steps", "10", "--p-error", "1", "--p-i2v", "0", "--p-memory-off", "0")
+    for step, (context, target) in enumerate(zip(given, targets, strict=True)):
+        x0, clean = train.draw(*with_flags(clips, p_i2v=0.0, p_memory_off=0.0), step)
+        assert torch.equal(target, x0)
+        changed = [not torch.equal(getattr(context, name), getattr(clean, name)) for name in ("past", "memory")]
+        assert changed == [step >= 3] * 2                      # warmup=3: nothing before the fourth step
+        assert all(same(getattr(context, k), getattr(clean, k)) for k in ("times", "rays", "mouse", "keyboard", "text"))
+
+
+@pytest.mark.parametrize("where", ["past", "memory"])
+def test_errors_go_only_where_they_are_asked_to_go(where, clips):
+    clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, inject=where)
+    clean = train.draw(clips, run, 0)[1]
+    dirty = train.inject(filled("real"), clean, run.cfg, torch.Generator().manual_seed(0))
+    assert [not torch.equal(getattr(dirty, k), getattr(clean, k)) for k in ("past", "memory")] == [where == "past", where == "memory"]
+
+
+def test_a_lone_image_is_real_data_and_stays(clips):
+    clips, run = with_flags(clips, p_i2v=1.0)
+    clean = train.draw(clips, run, 0)[1]
+    assert torch.equal(train.inject(filled("real"), clean, run.cfg, torch.Generator()).past, clean.past)
+
+
+def test_the_gaussian_control_has_the_variance_of_the_real_errors(clips):
+    clips, run = with_flags(clips, batch=16, p_i2v=0.0, p_memory_off=0.0)
+    clean, size = train.draw(clips, run, 0)[1], {}
+    for kind in ("real", "gaussian"):
+        dirty = train.inject(filled(kind), clean, run.cfg, torch.Generator().manual_seed(0))
+        size[kind] = torch.stack([(getattr(dirty, k) - getattr(clean, k)).std() for k in ("past", "memory")])
+    assert (size["real"] > 0.1).all()
+    torch.testing.assert_close(size["gaussian"], size["real"], atol=0, rtol=0.05)
+
+
+def filled(kind: str) -> error_buffer.ErrorBuffer:
+    """A buffer of errors that are flat within a channel, nothing like noise."""
+    buffer = error_buffer.ErrorBuffer(EARLY(warmup=0, probability=1.0, kind=kind))
+    g = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        flat = torch.randn(4, 16, 4, 1, 1, generator=g).expand(-1, -1, -1, 8, 8)
+        buffer.push(0.3 * (flat - flat.mean((1, 3, 4), keepdim=True)), torch.full((4,), 0.5), g)
+    return buffer
+
+
+def with_flags(clips: tuple, **flags: object) -> tuple[train.Clips, train.Run]:
+    return clips[0], dataclasses.replace(clips[1], cfg=dataclasses.replace(clips[1].cfg, **flags))
+
+
+# ---- what a batch is
+
+def test_shares_of_batches_are_what_was_asked_for(clips):
+    shares = dict(p_i2v=0.3, p_memory_off=0.4, p_null=0.2)
+    clips = with_flags(clips, **shares)
+    batches = [train.draw(*clips, step)[1] for step in range(300)]
+    image = [c.past.shape[2] == 1 for c in batches]
+    off = [c.memory.shape[2] == 0 for c, i in zip(batches, image, strict=True) if not i]
+    null = torch.cat([(c.keyboard == -1).flatten(1).all(1) & (c.mouse == 1).flatten(1).all(1) & (c.text == 0).flatten(1).all(1)
+                      for c in batches])
+    for name, found in zip(shares, (image, off, null.tolist()), strict=True):
+        spread = 4 * (shares[name] * (1 - shares[name]) / len(found)) ** 0.5
+        assert abs(sum(found) / len(found) - shares[name]) < spread, name
+
+
+def test_image_to_video_has_one_past_latent_and_no_memory(clips):
+    x0, context = train.draw(*with_flags(clips, p_i2v=1.0), 0)
+    assert (context.past.shape[2], context.memory.shape[2], x0.shape[2]) == (1, 0, 14)
+    assert context.times.tolist() == [list(range(15))] * 4
+
+
+def test_memory_is_always_older_than_the_past(clips):
+    clips = with_flags(clips, p_i2v=0.0, p_memory_off=0.0)
+    for step in range(40):
+        x0, context = train.draw(*clips, step)
+        M, P = context.memory.shape[2], context.past.shape[2]
+        assert (M, P, x0.shape[2]) == (5, 4, 10)
+        assert (context.times[:, :M].amax(1) < context.times[:, M]).all()
+
+
+def test_revisits_are_drawn_as_often_as_asked(clips):
+    clips, run = clips
+    worth = {}
+    for share in (0.0, 1.0):
+        sure = with_flags((clips, run), revisit=share, p_i2v=0.0)
+        starts = [(train.draw(*sure, step)[1].times[:, -10]) for step in range(40)]
+        rows = [torch.randint(len(clips.paths), (4,), generator=train.generator(run.cfg, step)) for step in range(40)]
+        worth[share] = torch.cat([clips.revisit[r, s] for r, s in zip(rows, starts, strict=True)]).mean()
+    assert worth[1.0] > 1.2 * worth[0.0] > 0
+
+
+def test_ranks_share_a_batch_without_loss(clips):
+    whole = train.draw(*clips, 7)[0]
+    parts = [train.draw(clips[0], dataclasses.replace(clips[1], rank=rank, world=2), 7)[0] for rank in range(2)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+# ---- bad input: what, why, what to type; exit 2, nothing lost
+
+def test_an_unknown_flag_suggests_the_nearest_name(monkeypatch, capsys):
+    assert script(monkeypatch, "--stpes", "5") == 2
+    assert "did you mean --steps?" in capsys.readouterr().err
+
+
+def test_help_gives_the_defaults_and_the_values_of_the_paper(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--lr" in text and "(default 0.001; paper: 2e-5, §5.1)" in text and "error buffer:" in text
+
+
+def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, capsys):
+    start("--steps", "1")
+    before = state("runs/base-micro")
+    assert script(monkeypatch, *MICRO, "--steps", "2", "--lr", "0.5", "--batch", "8") == 2
+    rows = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["lr", "0.001", "0.5"] in rows and ["batch", "4", "8"] in rows and "--fresh" in sum(rows, [])
+    assert same(state("runs/base-micro"), before)
+    assert start("--steps", "1", "--lr", "0.5", "--fresh") == 0 and len(log("runs/base-micro")) == 1
+
+
+def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypatch, capsys):
+    assert script(monkeypatch, *MICRO, "--stage", "distill") == 2
+    assert "needs --init <base run>; make one with: python train.py --stage base" in capsys.readouterr().err
+    assert start("--stage", "distill", "--init", str(reference), "--segments", "1", "--steps", "1", "--batch", "1") == 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--data", "nowhere"], "make one with: python data.py make --preset micro --out nowhere"),
+    (["--vae", "nowhere"], "python train.py --stage vae --preset micro"),
+    (["--init", "nowhere"], "No weights at nowhere"),
+    (["--batch", "3", "--accum", "2"], "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2"),
+])
+def test_what_is_missing_or_does_not_fit_is_named(flags, says, monkeypatch, capsys):
+    assert script(monkeypatch, *MICRO, *flags) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_several_ranks_refuse_muon_and_odd_batches(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="add --muon 0"):
+        start()
+    with pytest.raises(ValueError, match="use a multiple of 2"):
+        start("--muon", "0", "--batch", "5")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, capsys):
+    start("--steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(moe, "save_file", full)
+        assert script(patch, *MICRO, "--steps", "12", "--save-every", "4") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert newest("runs/base-micro").name == "000004" and moe.load("runs/base-micro")[1]["step"] == 4
+    start("--steps", "12", "--save-every", "4")
+    assert same(state("runs/base-micro"), state(reference))
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeypatch, capsys):
+    start("--steps", "2")
+    file = newest("runs/base-micro") / "diffusion_pytorch_model.safetensors"
+    tensors, said = moe.read_weights(file)
+    name = next(n for n in tensors if "blocks.1." in n and tensors[n].ndim == 2)
+    tensors = {n: t.clone() for n, t in tensors.items()}
+    tensors[name][0, 0] = float("nan")
+    moe.write_weights(file, tensors, said)
+    assert script(monkeypatch, *MICRO, "--steps", "4") == 2
+    assert f"loss is nan at step 2; batch in runs/base-micro/nan_dump.safetensors; first bad weight: {name}" in capsys.readouterr().err
+    assert moe.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
+
+
+def test_old_checkpoints_are_removed_and_the_newest_kept():
+    start("--steps", "6", "--save-every", "2", "--keep", "2")
+    assert sorted(file.name for file in Path("runs/base-micro/ckpt").iterdir()) == ["000004", "000006"]
+
+
+# ---- sizes that do not fit here
+
+@pytest.mark.parametrize("preset, billions", [("5b", (5, 8)), ("14b", (14, 21))])
+def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, capsys):
+    assert train.main(["--preset", preset, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    millions = float(text.split(": ")[1].split(" M")[0])
+    assert billions[0] * 1000 < millions < billions[1] * 1000
+    assert all(row in text for row in ("| optimiser |", "| activations |", "| total |")) and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("preset", ["5b", "14b"])
+def test_every_stage_knows_the_latents_of_the_big_presets(preset):
+    cfg = train.parse(["--preset", preset])
+    assert dit.PRESETS[preset].in_dim == 48 and cfg.muon == 0 and cfg.checkpoint_activations and cfg.batch % 8 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["5b", "14b"])
+def test_big_presets_build_in_shards_on_meta(preset):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        model = moe.shard(moe.build(preset, "meta"), torch.bfloat16)
+        local = sum(p.to_local().numel() for p in model.parameters())
+        whole = sum(p.numel() for p in model.parameters())
+        assert abs(local / whole - 1 / 8) < 0.001
+        assert {type(block).__name__ for block in model.blocks} != {"Block"}          # each block a unit of its own
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- curves
+
+def test_plot_draws_the_curves_of_runs(reference):
+    pytest.importorskip("matplotlib").use("agg")
+    shutil.copytree(reference, "runs/a", ignore=shutil.ignore_patterns("ckpt"))
+    (Path("runs/b")).mkdir()
+    Path("runs/b/log.jsonl").write_text('{"step": 5, "critic": 0.5, "latent_std": 1.0}\n')       # distill has no "loss"
+    assert train.main(["--plot", "runs/a", "runs/b"]) == 0
+    assert Path("runs/a/loss.png").stat().st_size > 1000
+
+
+def test_plot_says_how_to_get_matplotlib_and_what_a_run_is(monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert script(monkeypatch, "--plot", "runs/none") == 2 and "runs/none" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert script(monkeypatch, "--plot", "runs/none") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
