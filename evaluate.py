@@ -103,10 +103,10 @@ BETTER = {"psnr": 1, "ssim": 1, "gmsd": -1, "haarpsi": 1, "zncc": 1}
 
 # ---- distributions of frames -----------------------------------------------------------------------------------------
 def pixel_pca(reference: ndarray | Tensor, dims: int = 64) -> Callable[[ndarray | Tensor], Tensor]:
-    """Features that need no training and no trust: 8x8 thumbnails on the principal axes of the reference."""
+    """Features that need no training and no trust: 8x8 thumbnails on the principal axes of the reference, 8 frames or more per axis."""
     thumbnails = lambda x: F.adaptive_avg_pool2d(planes(x), 8).flatten(1).double()
     mean = thumbnails(reference).mean(0)
-    axes = torch.linalg.svd(thumbnails(reference) - mean, full_matrices=False).Vh[:dims]
+    axes = torch.linalg.svd(thumbnails(reference) - mean, full_matrices=False).Vh[:max(1, min(dims, len(reference) // 8))]
     return lambda x: (thumbnails(x) - mean) @ axes.T
 def frechet(a: Tensor, b: Tensor) -> float:             # (N, d), (M, d) float64
     root = lambda C: (lambda w, V: V * w.clamp(min=0).sqrt() @ V.T)(*torch.linalg.eigh(C))
@@ -189,7 +189,7 @@ def register(scene: world.Scene, frame: ndarray, pose: Sequence[float]) -> Found
     for blur in (2.0, 1.0, 0.0):
         target, fine = unit(frame[None], blur)[0], 1 if blur else 2
         damping, cost = np.full(len(p), 1e-2), (unit(look(p, samples=fine), blur) - target).square().sum(1).numpy()
-        for _ in range(6):
+        for _ in range(6 if blur else 12):
             around = (p[:, None] + np.concatenate([[h * 0], np.diag(h), -np.diag(h)])).reshape(-1, 3)
             views = unit(look(around, samples=fine), blur).view(len(p), 7, -1).double()
             J, e = ((views[:, 1:4] - views[:, 4:]) / 2).numpy(), (views[:, 0] - target).numpy()      # per step h
@@ -295,13 +295,13 @@ def rollout(p: Player, script: Script, z: Tensor, segments: int, policy: str = "
         if after and k == 0:
             after(denoiser)
     return torch.cat(latents, 2), info
-def masks_and_copies(script: Script, at: ndarray, frames: ndarray, depth: ndarray, c2w: ndarray) -> tuple[dict, ndarray]:
-    """Masks seen, unseen and bank-only (seen, but not in the last 56 frames) of frames `at`; the nearest old frames pasted."""
+def masks_and_nearest(script: Script, at: ndarray, depth: ndarray, c2w: ndarray) -> tuple[dict, Tensor]:
+    """Masks seen, unseen and bank-only (seen, but not in the last 56 frames) of frames `at`; the latent nearest to each."""
     bank = np.arange(0, script.known, 4)
     seen = visible(depth[at], c2w[at], depth[bank], c2w[bank])
     old = bank < script.known - 56
     masks = {"seen": seen.any(1), "unseen": ~seen.any(1), "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1)}
-    return masks, frames[bank][memory.overlap(torch.from_numpy(c2w[at]), torch.from_numpy(c2w[bank])).argmax(1).numpy()]
+    return masks, memory.overlap(torch.from_numpy(c2w[at]), torch.from_numpy(c2w[bank])).argmax(1)
 
 # ---- commands: each fills raw["row/column"] --------------------------------------------------------------------------
 @dataclass
@@ -382,7 +382,7 @@ def remember(run: Run) -> None:
         for name, offset in PLACES.items():
             script = revisit(seed, offset)
             frames, depth, c2w = draw(script)
-            masks, copied = masks_and_copies(script, at, frames, depth, c2w)
+            masks, nearest = masks_and_nearest(script, at, depth, c2w)
             z, true = opened(p, script, frames)[2], frames[at]
             arms = {"camera": {}, "none": {"policy": "none"}}
             if name == "exact":
@@ -390,6 +390,8 @@ def remember(run: Run) -> None:
                          "other world": {"bank": donor[0]}, "wrong poses": {"shuffle": True}}
             new = [rollout(p, script, z, 2, **how)[0] for how in arms.values()]
             images = dict(zip((*arms, "VAE ceiling"), decode(p, torch.cat([*new, z[:, :, -24:].to(new[0])]), SCORED), strict=True))
+            pasted = {latent: decode(p, z[:, :, :latent + 1], 1)[0, 0] for latent in set(nearest.tolist())}
+            copied = torch.stack([pasted[latent] for latent in nearest.tolist()])        # the old frame as the VAE shows it
             for arm, image in (images | {"copy nearest": copied, "floor: other world": donor[1]}).items():
                 run.scores(f"{name}, {arm}", image, true, masks)
             for arm in ("camera", "none") if seed in run.some[:64 if run.full else 4] else ():
@@ -397,8 +399,8 @@ def remember(run: Run) -> None:
             if name == "exact":
                 for arm in ("camera", "zeros", "wrong poses", "other world"):
                     run.put(f"exact, {arm}", {"adoption": adoption(images[arm].numpy(), true, donor[1], masks["bank-only"])})
-                shown = (np.uint8(255 * images[arm][-1].numpy()) for arm in ("camera", "none", "other world"))
-                strips.append(np.concatenate([true[-1], *shown, copied[-1]], 1))
+                shown = (np.uint8(255 * x[-1].numpy()) for x in (images["camera"], images["none"], images["other world"], copied))
+                strips.append(np.concatenate([true[-1], *shown], 1))
                 following = z, true
         donor = following
     run.pictures["revisit"] = np.concatenate(strips[:4])                         # truth | memory | none | of another world | copy
@@ -420,7 +422,7 @@ def drift(run: Run) -> None:
         parts = {name: values.view(segments, 40).mean(1).tolist() for name, values in curve.items()}
         for k in range(segments):
             run.put(f"segment {k + 1:02d}", {f"{arm}: {name}": x[k] for name, x in parts.items()})
-            made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40:4], true[40 * k:40 * k + 40:4]))
+            made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40], true[40 * k:40 * k + 40]))
         run.put(arm, {"dB per 100 frames": 2.5 * theil_sen(range(segments), parts["psnr"]), "sharpness at the end": parts["sharpness"][-1],
                       "last 15 % - first, dB": curve["psnr"][-6 * segments:].mean() - curve["psnr"][:6 * segments].mean(),
                       "frames until lost": time_to_lost(curve["zncc"], run.tau)})
@@ -449,7 +451,7 @@ def distill(run: Run) -> None:
     for seed in run.some:
         script = revisit(seed, 0.4)
         frames, depth, c2w = draw(script)
-        masks, z = masks_and_copies(script, at, frames, depth, c2w)[0], opened(teacher, script, frames)[2]
+        masks, z = masks_and_nearest(script, at, depth, c2w)[0], opened(teacher, script, frames)[2]
         for p, n in ((p, n) for p, n in models if p):
             row = f"{'teacher' if p is teacher else 'student'}, {n} steps"
             latents, said = zip(*(rollout(p._replace(options=replace(p.options, steps=n)), script, z, 2, seed=s) for s in range(2)), strict=True)

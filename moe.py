@@ -527,6 +527,13 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
         dist.barrier()
 
 
+def export(run: str, file: str) -> None:
+    """The averaged weights of a run as one bfloat16 file: what assets/ holds."""
+    tensors, said = read_weights(run)
+    write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
+    print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {_bytes(Path(file).stat().st_size)}")
+
+
 @torch.no_grad()
 def restore(folder: Path, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
     """Continue from folder's newest checkpoint, if there is one. Returns the state that save() was given, and the step."""

@@ -440,31 +440,32 @@ class Player(threading.Thread):
         self.size, folder = self.session.size if self.args.fake else realtime.SIZES[self.args.preset], self.args.resume
         if folder:
             said, video = json.loads((folder / "session.json").read_text()), data.read_episode(folder).video
-            self.seed, self.prompt, note = said["seed"], said["prompt"], f"{folder} goes on at frame {len(video) - 1}"
-            self.reset(Start(np.array(video[-1]), note, said["truth"], tuple(said["poses"][-1])), folder / "state.safetensors")
+            self.seed, self.prompt, trail = said["seed"], said["prompt"], [tuple(pose) for pose in said["trail"] + said["poses"][::LATENT]]
+            note = f"{folder} goes on at frame {LATENT * (len(trail) - 1)}"
+            self.reset(Start(np.array(video[-1]), note, said["truth"], trail[-1]), folder / "state.safetensors", trail)
         else:
             self.reset(open_start(Path(self.args.image), self.size, Path(self.args.image).name))
         print(self.begun.note, flush=True)
         self.screen.note(stage="")
 
-    def reset(self, start: Start, state: Path | None = None) -> None:
-        """Begin (again) from a start picture; what was played so far is saved."""
+    def reset(self, start: Start, state: Path | None = None, trail: list[tuple] | None = None) -> None:
+        """Begin (again) from a start picture, or go on from a saved state; what was played so far is saved."""
         self.save()
-        self.begun, self.frame, self.times, self.plan, self.undone = start, 0, [], None, deque(maxlen=40 if self.args.fake else realtime.UNDO)
+        self.begun, self.times, self.plan, self.undone = start, [], None, deque(maxlen=40 if self.args.fake else realtime.UNDO)
         if self.args.fake:
             self.session.truth = start.truth
         first, info = self.session.reset(torch.from_numpy(start.image), self.prompt, self.seed, start.pose)
-        self.newest, self.poses = (start.image, [start.pose]) if state else (first[0].numpy(), [tuple(info["poses"][0])])
+        self.newest, self.poses = start.image if state else first[0].numpy(), trail or [tuple(info["poses"][0])]
         if state:
             self.session.restore(state)
-        self.thumbs = {0: jpeg_of(self.newest, 64)}
-        self.record(whole=not state)
+        self.frame, self.thumbs = LATENT * (len(self.poses) - 1), {0: jpeg_of(self.newest, 64)}
+        self.record()
         self.screen.note(reset=True, truth=bool(start.truth), info=start.note)
-        self.show(self.newest[None], self.poses, {"keys": [], "ms": {}}, clear=True)
+        self.show(self.newest[None], self.poses[-1:], {"keys": [], "ms": {}}, clear=True)
 
-    def record(self, whole: bool) -> None:
-        """A new folder, from the newest frame on. One that begins in mid-session is a clip, but cannot be replayed."""
-        said = about(self.args) | {"seed": self.seed, "prompt": self.prompt, "truth": self.begun.truth, "whole": whole}
+    def record(self) -> None:
+        """A new folder, from the newest frame on. One with a trail before it is a clip, but cannot be replayed."""
+        said = about(self.args) | {"seed": self.seed, "prompt": self.prompt, "truth": self.begun.truth, "trail": self.poses[:-1]}
         self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, self.newest, self.poses[-1], said)
 
     def save(self) -> list[dict]:
@@ -563,7 +564,7 @@ class Player(threading.Thread):
             elif cmd == "run":
                 self.plan = ["+".join(sorted(set(slot) & set(KEYS))) or "_" for slot in body["plan"][:64]] or None
             elif cmd == "record":
-                self.save() if self.recording else self.record(whole=False)
+                self.save() if self.recording else self.record()
             elif cmd == "prompt":
                 self.prompt = str(body["text"])[:1000]
                 self.screen.note(info="The new prompt is used from the next start on (R).")
@@ -816,7 +817,7 @@ def replay(args: argparse.Namespace) -> int:
     if not file.is_file():
         raise ValueError(f"--replay {args.replay}: no such session; expected a folder written by play.py, or its session.json")
     said = json.loads(file.read_text())
-    if not said["whole"]:
+    if said["trail"]:
         raise ValueError(f"{file} began in mid-session (resumed, or recording was switched on later): it is a clip and cannot be replayed")
     vars(args).update(said["flags"], seed=said["seed"], prompt=said["prompt"], image=str(file.parent / "start.png"))
     keyboard, mouse = (np.array(said[key], np.float32) for key in ("keyboard", "mouse"))

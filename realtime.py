@@ -51,7 +51,7 @@ DECODERS = {"full": (0.0, "vae.safetensors", "Wan2.2_VAE.pth"), "light50": (0.5,
             "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth")}       # channels removed, our file, the released one
 WINDOW = memory.Window()
 QUEUE, UNDO = 2, 4    # segments that may wait for the decoder; that can be taken back
-PATIENCE = 10.0       # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
+PATIENCE = 20.0       # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
 PIECE = 4_000_000     # pixels decoded per call: one latent at 720p, a whole segment at 64x64
 
 @dataclass(frozen=True)
@@ -353,8 +353,8 @@ class Team:
             yield
         except RuntimeError as error:
             time.sleep(1)                                             # for the last words of others
-            dead = ", ".join(f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive())
-            reason = self.store.get("failed").decode() if self.store.check(["failed"]) else dead
+            dead = [f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()]
+            reason = self.store.get("failed").decode() if self.store.check(["failed"]) else ", ".join(dead)
             for process in self.crew:
                 process.kill()
             raise RuntimeError(reason or f"a {who} died or stalled ({str(error).splitlines()[0].split('] ')[-1]})") from None
@@ -527,15 +527,15 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
     runs = {name: Denoiser(load_parts(o, "dit")[0]["dit"], session.denoiser.meta, o) for name, o in variants.items()}
     for denoiser in runs.values():
         denoiser.load(session.denoiser.dump())
-    runs["as released"].model.prepare = lambda context, group=None: None      # everything is computed again at every step
+    every = runs["as released"].model                                 # nothing is kept from one step to the next
+    every.prepare = lambda context, group=None, blocks=True: None if blocks else dit.DiT.prepare(every, context, group, False)
     runs |= {name: Decoder(load_parts(o := replace(fast, decoder=name), "decoder")[0]["decoder"], o) for name in DECODERS}
     for name, actor in [*runs.items()] * (rounds + 1):
         if isinstance(actor, Decoder):
             seconds.setdefault(name, []).append(actor.decode(right)[1] / 1e3)
             continue
         x0, info = actor.run(*walk_actions(WINDOW.stride * actor.options.new), options.policy)
-        actor.undo()
-        right = x0.float() if name == "as released" else right
+        right = actor.undo() or (x0.float() if name == "as released" else right)
         seconds.setdefault(name, []).append(info["ms"]["denoise"] / 1e3)
         errors[name] = float((x0.float() - right).norm() / right.norm()) if x0.shape == right.shape else None
     return {name: torch.tensor(times[1:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() for name, times in seconds.items()}, errors
@@ -543,11 +543,12 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
 def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
     """Rows of one suite: (what, the paper's value, predicted before the run, measured, relative error of the latents)."""
     (ours, released, decode), parts = segment_flops(options), dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new)
-    if suite == "model":      # 587 TFLOP/s: FastWan2.2 on one H200, 139: the published 75 % decoder, 22 ms: exchange among ranks
-        ranks = [(n, ours / 587e12 / max(1, n - 1) + 0.022 * (n > 2), decode / 139e12) for n in range(1, 10)]
+    if suite == "model":      # TFLOP/s: FastWan2.2's DiT on one H200, the published decoders; 22 ms: exchange among ranks
+        V = decode / {"full": 377e12, "light50": 239e12, "light75": 139e12}[options.decoder]
+        ranks = [(n, ours / 587e12 / max(1, n - 1) + 0.022 * (n > 2)) for n in range(1, 10)]
         rows = [(f"TF of {part}", (once + options.steps * step) / 1e12) for part, (once, step, _) in parts.items()]
         rows += [("TF to denoise", ours / 1e12), ("as released", released / 1e12), ("TF to decode", decode / 1e12), ("GB", estimate(options))]
-        rows += [(f"FPS on {n} H200, projected", 4 * options.new / (max(D, V) if n > 1 else D + V)) for n, D, V in ranks]
+        rows += [(f"FPS on {n} H200, projected", 4 * options.new / (max(D, V) if n > 1 else D + V)) for n, D in ranks]
         return [(what, None, value, None, None) for what, value in rows]
     if suite == "pipeline":
         with contextlib.closing(open_session(replace(options, threads=1), 1)) as session:
@@ -575,12 +576,12 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bench", action="store_true", help="measure a suite and write it to --out")
     parser.add_argument("--suite", default="model", choices=("model", "ablation", "ladder", "pipeline"))
-    for flag, default in {"preset": "tiny", "weights": "random", "device": "cpu", "rounds": 7, "threads": 0, "out": "results"}.items():
+    for flag, default in dict(preset="tiny", weights="random", decoder="full", device="cpu", rounds=7, threads=0, out="results").items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads or torch.get_num_threads())
     if a.bench:
-        options = Options(a.preset, a.weights, device=a.device, dtype="bfloat16")
+        options = Options(a.preset, a.weights, a.decoder, device=a.device, dtype="bfloat16")
         rows = bench(options if a.suite == "model" else resolve(options), a.suite, a.rounds)
         about = f"{a.preset} {a.suite} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
         print(about, "| what | paper | predicted | measured | error |", "|---|---|---|---|---|", sep="\n")

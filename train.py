@@ -152,7 +152,7 @@ class Clips:
 def parse(argv: list[str]) -> TrainConfig:
     """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="also: python train.py --plot RUN [RUN ...]   loss curves (needs matplotlib)")
+                                     epilog="also: --plot RUN [RUN ...]   loss curves (needs matplotlib);   --export RUN FILE   averaged weights in bfloat16")
     groups, names = {}, ["--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)]
     for f, name in zip(dataclasses.fields(TrainConfig), names, strict=True):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
@@ -570,8 +570,8 @@ def plot(folders: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["--plot"]:
-        plot(argv[1:])
+    if argv[:1] in (["--plot"], ["--export"]):
+        plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])
         return 0
     cfg = parse(argv)
     if cfg.dry_run:

@@ -1,4 +1,4 @@
-"""What every test file shares: few threads, no network, no leftovers."""
+"""What every test file shares: one thread, no network, no leftovers."""
 import os
 import socket
 
@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                              # small tensors: a second thread costs more than it gives
 _connect = socket.socket.connect
 
 

@@ -1,0 +1,421 @@
+"""A session: the same frames however they are made, bounded in memory, honest about its cost, never left hanging."""
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import memory
+import moe
+import realtime
+import vae
+
+GOLDEN = Path(__file__).parent / "golden"
+OPTIONS = realtime.Options(preset="micro", weights="random", device="cpu", dtype="float32")
+IMAGE = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (n, 6), generator=g).float(), 0.1 * torch.randn(n, 2, generator=g)
+
+
+def walk(session: realtime.Session, segments: int, first: int = 0) -> list[realtime.Chunk]:
+    return [session.step(*actions(session.frames_needed, k)) for k in range(first, first + segments)]
+
+
+@pytest.fixture(scope="module")
+def session() -> realtime.Session:
+    return realtime.Session(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def three(session: realtime.Session) -> list[realtime.Chunk]:
+    session.reset(IMAGE)
+    return walk(session, 3)
+
+
+def pixels(a: Tensor, b: Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+# ---- identity: one walk, many ways to make it ------------------------------------------------------------------------
+
+def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Chunk]) -> None:
+    assert [tuple(c.frames.shape) for c in three] == [(56, 64, 64, 3), (40, 64, 64, 3), (40, 64, 64, 3)]
+    assert all(c.frames.dtype == torch.uint8 and c.frames.float().std() > 5 for c in three)
+    assert [c.info["segment"] for c in three] == [0, 1, 2]
+    assert [c.info["first_latent"] for c in three] == [1, 15, 25]
+    assert [len(c.info["poses"]) for c in three] == [56, 40, 40]
+    assert all(set(c.info["ms"]) == {"retrieve", "denoise", "decode"} for c in three)
+
+
+def test_the_same_seed_and_actions_give_the_same_frames(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+    session.reset(IMAGE)
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2), three, strict=False))
+    session.reset(IMAGE, seed=43)
+    assert pixels(walk(session, 1)[0].frames, three[0].frames) > 10
+
+
+def test_async_frames_equal_sequential_frames_and_stay_in_order(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+    session.reset(IMAGE)
+    for k in range(3):
+        session.submit(*actions(session.frames_needed, k))
+    for chunk, right in zip([session.collect() for _ in range(3)], three, strict=True):
+        assert chunk.info["segment"] == right.info["segment"] and torch.equal(chunk.frames, right.frames)
+
+
+def test_undo_gives_the_same_frames_again(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+    session.reset(IMAGE)
+    walk(session, 2)
+    wrong = session.step(*actions(40, seed=99)).frames
+    session.undo()
+    assert pixels(wrong, three[2].frames) > 0 and torch.equal(walk(session, 1, 2)[0].frames, three[2].frames)
+    session.undo()
+    session.undo()
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2, 1), three[1:], strict=True))
+
+
+def test_a_restored_session_continues_exactly(session: realtime.Session, three: list[realtime.Chunk], tmp_path: Path) -> None:
+    session.reset(IMAGE)
+    walk(session, 2)
+    session.policy = "recent"
+    session.save(tmp_path / "state.safetensors")
+    session.policy = "camera"
+    other = realtime.Session(OPTIONS)
+    other.restore(tmp_path / "state.safetensors")
+    assert other.policy == "recent"
+    other.policy = "camera"
+    assert torch.equal(walk(other, 1, 2)[0].frames, three[2].frames)
+    moe.write_weights(tmp_path / "foreign.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="no saved session of preset micro"):
+        other.restore(tmp_path / "foreign.safetensors")
+
+
+def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
+    nets, _ = realtime.load_parts(OPTIONS, "dit", "encoder", "decoder")
+    model = {"preset": "micro", "stage": "distill", "shift": 2.0, "encoding": "anchored", "model": vars(dit.PRESETS["micro"])}
+    moe.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
+    moe.write_weights(tmp_path / "vae.safetensors", nets["encoder"].state_dict(), vae.metadata(nets["encoder"]))
+    session = realtime.Session(replace(OPTIONS, weights=str(tmp_path)))
+    assert session.denoiser.meta == {"encoding": "anchored", "shift": 2.0, "method": "renoise"}
+    session.reset(IMAGE)
+    assert walk(session, 1)[0].frames.float().std() > 5
+    with pytest.raises(ValueError, match="holds a micro model; add --preset micro"):
+        realtime.load_parts(replace(session.options, preset="tiny"), "dit")
+    with pytest.raises(ValueError, match="no light75 decoder.*--stage lightvae"):
+        realtime.Session(replace(OPTIONS, weights=str(tmp_path), decoder="light75"))
+
+
+# ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
+
+def test_a_slow_decoder_blocks_the_queue_not_memory(session: realtime.Session) -> None:
+    session.reset(IMAGE)
+    gate, decode = threading.Event(), session.decoder.decode
+    session.decoder.decode = lambda *args: (gate.wait(20), decode(*args))[1]
+    for k in range(1 + realtime.QUEUE):                              # one in work, QUEUE waiting
+        session.submit(*actions(session.frames_needed, k))
+    fourth = threading.Thread(target=lambda: session.submit(*actions(session.frames_needed, 3)))
+    fourth.start()
+    fourth.join(0.5)
+    assert fourth.is_alive() and len(session.pending) == 1 + realtime.QUEUE
+    gate.set()
+    fourth.join(20)
+    session.decoder.decode = decode
+    assert not fourth.is_alive() and [session.collect().info["segment"] for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_an_error_of_the_decoder_reaches_the_player(session: realtime.Session) -> None:
+    session.reset(IMAGE)
+    decode, session.decoder.decode = session.decoder.decode, lambda *args: 1 / 0
+    session.submit(*actions(56))
+    with pytest.raises(ZeroDivisionError):
+        session.collect()
+    session.decoder.decode = decode
+
+
+def test_latent_2048_is_not_a_wall_and_history_stays_short(session: realtime.Session) -> None:
+    session.reset(IMAGE)
+    walk(session, 1)
+    d = session.denoiser
+    rows = len(d.now.poses)
+    d.now = d.now._replace(count=d.now.count + 4000, origin=d.now.origin + 16000, segment=400)
+    chunk = walk(session, 2)[-1]
+    assert chunk.info["first_latent"] == 4025 and chunk.frames.float().std() > 5
+    assert len(d.now.poses) == len(d.now.keyboard) + 1 == rows <= 36
+
+
+def test_short_segments_keep_four_past_latents() -> None:
+    short = realtime.Session(replace(OPTIONS, new=2))
+    short.reset(IMAGE)
+    chunks = walk(short, 3)
+    assert [len(c.frames) for c in chunks] == [56, 8, 8] and short.denoiser.now.past.shape[2] == 4
+    assert [c.info["first_latent"] for c in chunks] == [1, 15, 17]
+    assert len(chunks[2].info["memory"]) == 5
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four released segments, from keys to latents. Tolerance: its diagonal step is 8.73 cm, ours 12.35/√2 = 8.733 cm."""
+    g, saved = load_file(GOLDEN / "rollout.safetensors"), load_file(GOLDEN / "dit.safetensors")
+    said = json.loads((GOLDEN / "meta.json").read_text())["dit_config"]
+    cfg = replace(moe.from_released(said | {"sigma_theta": 0.0}), text_dim=64, text_len=said.get("text_len", 16), timestep="integer")
+    model = dit.DiT(cfg)
+    model.load_state_dict({n.removeprefix("weights."): t.float() for n, t in saved.items() if n.startswith("weights.")})
+    options = realtime.Options(preset="5b", device="cpu", dtype="float32")
+    d = realtime.Denoiser(model.eval(), {"encoding": "released", "shift": 5.0, "method": "unipc"}, options)
+    d.reset(g["image_latent"], g["context"], 0, (0.0, 0.0, 0.0, 0.0, 0.0))
+    at = 0
+    for k in range(4):
+        n = 56 if k == 0 else 40
+        monkeypatch.setattr(torch, "randn", lambda *a, k=k, n=n, **_: g[f"segment{k}.noise"][:, :, -n // 4:])
+        x0, info = d.run(g["keyboard"][at:at + n], g["mouse"][at:at + n], "camera")
+        monkeypatch.undo()
+        at += n
+        right = g[f"segment{k}.latents"][:, :, -n // 4:]
+        if k:
+            assert [m["latent"] for m in info["memory"]] == g[f"segment{k}.memory_latents_idx"].tolist()
+        assert (x0 - right).norm() / right.norm() < 1e-3, f"segment {k}"
+
+
+def test_flop_formulas_give_905_tf() -> None:
+    exact, released, decode = realtime.segment_flops(realtime.Options(preset="5b"))
+    assert abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7      # + text K and V, per segment
+    assert abs(decode / 1e12 - 663.5) < 0.2
+    assert abs(realtime.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86) < 0.1
+    parts = realtime.dit_flops(dit.PRESETS["5b"], 880)
+    for part, tf in (("self-attention", 103.06), ("feed-forward", 88.36), ("camera", 37.87), ("time", 2.24), ("rays", 1.26)):
+        assert parts[part][2] / 1e12 == pytest.approx(tf, rel=5e-3), part
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+@torch.no_grad()
+def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
+    model = moe.build(preset)
+    context, places = dit.random_context(model.cfg), 16
+    with FlopCounterMode(display=False) as once:
+        prepared = model.prepare(context)
+    with FlopCounterMode(display=False) as step:
+        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, prepared)
+    ours = [sum(column) for column in zip(*realtime.dit_flops(model.cfg, places).values(), strict=True)]
+    assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
+    assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
+    net = vae.VAE(realtime.vae_config(preset, "light50"))
+    z = torch.randn(1, model.cfg.in_dim, 1, 8, 8)
+    state = net.decode_stream(z)[1]
+    with FlopCounterMode(display=False) as decode:
+        net.decode_stream(z, state)
+    assert decode.get_total_flops() == pytest.approx(realtime.vae_flops(net.cfg, 8, 8), rel=0.01)
+
+
+# ---- behaviour: memory policies, bad input, cost ---------------------------------------------------------------------
+
+def test_memory_is_switched_live(session: realtime.Session) -> None:
+    session.reset(IMAGE)
+    walk(session, 2)
+    picked, frames = {}, {}
+    for session.policy in memory.POLICIES:
+        chunk = walk(session, 1, 2)[0]
+        picked[session.policy], frames[session.policy] = [m["latent"] for m in chunk.info["memory"]], chunk.frames
+        session.undo()
+    session.policy = "camera"
+    assert picked["none"] == [] and picked["camera"][-1] == 1 and picked["recent"] == [20, 19, 18, 17, 16]
+    assert len(set(picked["random"])) == 5 and max(picked["random"]) < 21                  # never the past window itself
+    assert pixels(frames["none"], frames["camera"]) > 0
+
+
+def test_pitch_stops_at_85_degrees(session: realtime.Session) -> None:
+    session.reset(IMAGE, pose=(1.0, -1.6, 2.0, 0.0, 0.0))
+    chunk = session.step(torch.zeros(56, 6), torch.tensor([0.2, 0.0]).repeat(56, 1))
+    assert max(pose[3] for pose in chunk.info["poses"]) == 85.0 and chunk.info["poses"][-1][:3] == [1.0, -1.6, 2.0]
+
+
+def test_wrong_input_says_what_is_right(session: realtime.Session) -> None:
+    fresh = realtime.Session(OPTIONS)
+    with pytest.raises(ValueError, match="call reset"):
+        fresh.step(*actions(56))
+    with pytest.raises(ValueError, match=r"image must be \(64, 64, 3\) uint8 for preset micro, got \(32, 64, 3\)"):
+        session.reset(IMAGE[:32])
+    session.reset(IMAGE)
+    with pytest.raises(ValueError, match="segment 0 takes finite keyboard .56, 6. .* actions of the future belong to the next step"):
+        session.step(*actions(96))
+    with pytest.raises(ValueError, match="finite"):
+        session.step(torch.full((56, 6), float("nan")), torch.zeros(56, 2))
+    with pytest.raises(ValueError, match="nothing to undo"):
+        session.undo()
+    with pytest.raises(ValueError, match="nothing to collect"):
+        session.collect()
+    session.submit(*actions(56))
+    with pytest.raises(ValueError, match="1 segments were submitted and not collected"):
+        session.save("nowhere.safetensors")
+    session.collect()
+    session.policy = "sometimes"
+    with pytest.raises(ValueError, match="policy must be one of camera, recent, random, none"):
+        session.submit(*actions(40))
+    session.policy = "camera"
+
+
+def test_impossible_options_fail_before_anything_is_allocated() -> None:
+    with pytest.raises(ValueError, match="^5b needs a CUDA GPU; found CPU. Try --preset tiny.$"):
+        realtime.Session(realtime.Options(preset="5b", device="cpu"))
+    with pytest.raises(ValueError, match="preset must be one of micro, tiny"):
+        realtime.Session(realtime.Options(preset="huge"))
+    with pytest.raises(ValueError, match="new must be one of 10, 5, 2"):
+        realtime.Session(replace(OPTIONS, new=3))
+    with pytest.raises(ValueError, match="No model for preset micro.*train.py --stage base --preset micro.*--fake"):
+        realtime.Session(replace(OPTIONS, weights=""))
+    with pytest.raises(ValueError, match="17 denoising ranks cannot work here: micro has 16 places"):
+        realtime.open_session(OPTIONS, 17)
+
+
+def test_a_small_gpu_is_told_what_would_fit() -> None:
+    options = realtime.Options(preset="5b", device="cuda:0", dtype="bfloat16")
+    text = realtime.will_not_fit(options, 22.1)
+    assert text.startswith("5b bfloat16 at 1280×704 needs ~") and "cuda:0 has 22.1 GB free. Options, cheapest first:" in text
+    assert "--vae light75 (−" in text and "--int8 (−1.1)" in text
+    assert 19 < realtime.estimate(options) < 40                      # 12.9 weights, 6.2 camera cache, decoder, activations
+    assert realtime.estimate(OPTIONS) < 0.2
+
+
+def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session) -> None:
+    session.reset(IMAGE)
+    t = realtime.time_segment(session, rounds=2, warmup=1)
+    assert t["predicted"] == pytest.approx(40 / max(t["D"], t["V"])) and t["serial"] == pytest.approx(40 / (t["D"] + t["V"]))
+    assert t["mean"] == pytest.approx(0.5 + t["D"] + t["V"] / 10) and t["worst"] == pytest.approx(t["mean"] + 0.5)
+    assert not session.pending
+
+
+def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    realtime.main(["--bench", "--preset", "5b", "--suite", "model", "--decoder", "light75", "--out", str(tmp_path)])
+    printed, saved = capsys.readouterr().out, json.loads((tmp_path / "bench-5b-model.json").read_text())
+    rows = {row[0]: row[2] for row in saved["rows"]}
+    assert rows["TF to denoise"] == pytest.approx(808.3, abs=0.1) and "load" in saved["about"] and "threads" in printed
+    assert rows["FPS on 1 H200, projected"] < rows["FPS on 2 H200, projected"] < rows["FPS on 9 H200, projected"]
+
+
+def test_bench_ladder_keeps_the_exact_row_exact(tmp_path: Path) -> None:
+    realtime.main(["--bench", "--preset", "micro", "--suite", "ladder", "--rounds", "2", "--out", str(tmp_path)])
+    rows = {row[0].split(":")[0]: row for row in json.loads((tmp_path / "bench-micro-ladder.json").read_text())["rows"]}
+    assert rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
+    assert 1e-4 < rows["int8"][4] < 0.3 and rows["5 new"][4] is None
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(three: list[realtime.Chunk], session: realtime.Session, tmp_path: Path) -> None:
+    session.reset(IMAGE)
+    walk(session, 3)
+    ranks = realtime.open_session(replace(OPTIONS, threads=1), 2)
+    ranks.reset(IMAGE)
+    for k in range(2):
+        ranks.submit(*actions(ranks.frames_needed, k))
+    chunks = [ranks.collect(), ranks.collect()]
+    ranks.save(tmp_path / "ranks.safetensors")
+    chunks += walk(ranks, 1, 2)
+    mine, right = ranks.denoiser.now.past, session.denoiser.now.past
+    assert (mine - right).norm() / right.norm() < 1e-4
+    assert all(pixels(a.frames, b.frames) <= 1 for a, b in zip(chunks, three, strict=True))
+    ranks.undo()
+    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
+    ranks.restore(tmp_path / "ranks.safetensors")
+    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
+    # a rank that fails is named, and nobody is left behind
+    ranks.team.post("denoise", "nonsense")
+    with pytest.raises(RuntimeError, match=r"rank 1 \(denoise\) failed: AttributeError.*nonsense"):
+        walk(ranks, 2, 3)
+    ranks.close()
+    for process in ranks.team.crew:
+        process.join(20)
+    assert not any(process.is_alive() for process in ranks.team.crew) and not dist.is_initialized()
+
+
+def test_a_killed_decoder_ends_all_ranks_within_seconds(three: list[realtime.Chunk]) -> None:
+    ranks = realtime.open_session(replace(OPTIONS, threads=1), 1)
+    ranks.reset(IMAGE)
+    assert torch.equal(walk(ranks, 1)[0].frames, three[0].frames)    # 1 + 1 is exact
+    os.kill(ranks.team.crew[0].pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        walk(ranks, 1, 1)
+    assert time.monotonic() - began < 10
+    ranks.close()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_stalled_denoiser_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow: waits for the deadline."""
+    ranks = realtime.open_session(replace(OPTIONS, threads=1), 2)
+    ranks.reset(IMAGE)
+    walk(ranks, 1)
+    os.kill(ranks.team.crew[0].pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="denoiser died or stalled"):
+        walk(ranks, 1, 1)
+    assert time.monotonic() - began < 1.5 * realtime.PATIENCE
+    ranks.close()
+    for process in ranks.team.crew:
+        process.join(5)
+    assert not any(process.is_alive() for process in ranks.team.crew)
+
+
+def test_ranks_with_other_options_or_weights_are_named() -> None:
+    store, said = dist.HashStore(), []
+
+    def join(rank: int, options: realtime.Options, shift: float) -> None:
+        model = moe.build("micro")
+        torch.nn.init.constant_(model.head.head.bias, shift)
+        for p in list(model.parameters())[:-1]:
+            torch.nn.init.ones_(p)
+        try:
+            realtime.Team(rank, 3, store, options, model if rank < 2 else None)
+        except ValueError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=join, args=(r, o, b)) for r, o, b in
+               ((0, OPTIONS, 0.0), (1, OPTIONS, 1.0), (2, replace(OPTIONS, steps=4), 0.0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(said)) == 1 and len(said) == 3
+    assert "rank 1 differs from rank 0 in its weights; rank 2 differs from rank 0 in its options" in said[0]
+
+
+@pytest.mark.slow
+def test_hours_of_play_stay_within_bounded_memory() -> None:
+    """Slow: 200 segments, 8,016 frames."""
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    session = realtime.Session(replace(OPTIONS, bank=64))
+    session.reset(IMAGE)
+    walk(session, 20)
+    before, rows = resident(), len(session.denoiser.now.poses)
+    chunks = SimpleNamespace(last=None)
+    for k in range(20, 200):
+        chunks.last = session.step(*actions(40, k))
+    assert resident() - before < 50 and len(session.denoiser.now.poses) == rows
+    assert chunks.last.info["bank"] < 700 and chunks.last.frames.float().std() > 5
+
+
+@pytest.mark.gpu
+def test_a_gpu_session_plays_like_a_cpu_session() -> None:
+    """Needs CUDA: same noise is not promised across devices, finite and lively frames are."""
+    session = realtime.Session(replace(OPTIONS, device="cuda", dtype="bfloat16"))
+    session.reset(IMAGE)
+    chunks = walk(session, 2)
+    assert all(c.frames.device.type == "cpu" and c.frames.float().std() > 5 for c in chunks)
