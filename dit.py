@@ -16,7 +16,7 @@ exist); a last block that answers only for latents whose output is read; prepare
 step changes. Ranks share places, not time: only self-attention (all-to-all over heads) and output talk.
 
 Departures: no padding tokens; projections in the weights' dtype, not float32; angles on the fly, so no end at
-latent 2,048; any batch. Action q/k norm weights are loaded and ignored, as released (a switch in the config).
+latent 2,048; any batch; ray tokens join the input (own presets only). Action q/k norm weights: ignored, as released.
 `context` is a memory.Context, read by attribute: past, memory, times, rays, mouse, keyboard, text.
 Demo: python dit.py      Tests: pytest tests/test_dit.py
 """
@@ -58,6 +58,7 @@ class DiTConfig:
     action_window: int = 12                  # frames of actions each latent sees
     action_norm_weight: bool = False         # multiply by the action q/k norm weights (the release does not)
     timestep: str = "exact"                  # 1000·σ | "integer": truncated | "bf16": truncated and rounded
+    rays_at_input: bool = True               # ray tokens also join the input; the release has them in the blocks only
     fp32_stream: bool = False                # float32 residual stream under bf16 weights, as released
 
 
@@ -68,7 +69,7 @@ PRESETS = {
     "small": DiTConfig(in_dim=48),
     "5b": DiTConfig(dim=3072, heads=24, layers=30, ffn=14336, in_dim=48, text_dim=4096, text_len=512,
                     ray_channels=1536, action_blocks=tuple(range(15)), action_hidden=128, action_width=1024,
-                    action_heads=16, action_rope=8, timestep="bf16", fp32_stream=True),
+                    action_heads=16, action_rope=8, timestep="bf16", rays_at_input=False, fp32_stream=True),
 }
 PRESETS["14b"] = replace(PRESETS["5b"], dim=5120, heads=40, layers=40, ffn=13824, timestep="exact",
                          action_blocks=tuple(range(20)))      # one expert of the 28B pair
@@ -485,12 +486,12 @@ class DiT(nn.Module):
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
         shared = prepared or self.prepare(context, blocks=False)
         x = torch.cat([shared.clean, self.embed(x_sigma, shared.here)], 1)           # (B, T, S, D)
+        x = x + shared.rays if self.cfg.rays_at_input else x
         x = x.float() if self.cfg.fp32_stream else x
         is_new = (torch.arange(T, device=x.device) >= T - new).long()                # row of t = 0 or of t
         e, e0 = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))    # (B, T, D), (B, T, 6, D)
         for i, block in enumerate(self.blocks):
-            # the last block answers for the wanted latents only, unless its actions must look at all of them
-            keep = wanted if i == len(self.blocks) - 1 and block.action_model is None else T
+            keep = wanted if i == len(self.blocks) - 1 and block.action_model is None else T   # answer where it is read
             x = block(x, e0, shared, shared.blocks and shared.blocks[i], keep)
         y = self.head(x[:, -wanted:], e[:, -wanted:])                                # (B, wanted, S, 4·C)
         if shared.group is not None:

@@ -265,7 +265,7 @@ def from_released(said: dict) -> DiTConfig:
     names = {"num_heads": "heads", "num_layers": "layers", "ffn_dim": "ffn", "patch_size": "patch",
              "camera_embed_in_channels": "ray_channels"}
     cfg = {"text_dim": 4096, "text_len": 512, "ray_channels": 6 * 16 * 16, "action_blocks": (),
-           "timestep": "bf16", "fp32_stream": True}
+           "timestep": "bf16", "rays_at_input": False, "fp32_stream": True}
     if actions := said.get("action_config"):
         cfg |= {"action_blocks": actions["blocks"], "action_hidden": actions["hidden_size"],
                 "action_width": actions["mouse_hidden_dim"], "action_heads": actions["heads_num"],

@@ -25,7 +25,8 @@ GOLDEN = Path(__file__).parent / "golden"
 MICRO = dit.PRESETS["micro"]
 GOLDEN_CONFIG = DiTConfig(                       # tests/golden/meta.json in our names
     dim=64, heads=2, layers=2, ffn=128, in_dim=48, text_dim=64, text_len=16, freq_dim=256, ray_channels=1536,
-    sigma_theta=0.0, action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4)
+    sigma_theta=0.0, action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4,
+    rays_at_input=False)
 CASES = ("first_segment", "later_segment_with_memory", "later_segment_without_memory",
          "perturbed_rope_sigma_0.3")
 
@@ -120,6 +121,7 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
     cells = F.pixel_unshuffle(c.rays.transpose(1, 2).flatten(0, 1), 2).flatten(2).mT         # (B·T, h·w, R·4)
     p = m.patch_embedding_wancamctrl(cells.reshape(B, T * h * w, -1))
     rays = p + m.c2ws_hidden_states_layer2(F.silu(m.c2ws_hidden_states_layer1(p)))
+    x = x + rays if cfg.rays_at_input else x
     text = m.text_embedding(F.pad(c.text, (0, 0, 0, cfg.text_len - c.text.shape[1])))
     pairs = cfg.dim // cfg.heads // 2
     angles = torch.zeros(B, T, h, w, cfg.heads, pairs, dtype=torch.float64)
@@ -216,7 +218,7 @@ def test_memory_is_read_but_never_predicted():
 
 def test_zero_initialised_action_modules_change_nothing():
     torch.manual_seed(0)
-    model = DiT(MICRO)
+    model = DiT(replace(MICRO, rays_at_input=False))                     # as released: cameras enter through silent layers alone
     x, sigma, c = inputs(MICRO)
     assert not model(x, sigma, c).any()                                  # the output layer starts silent too
     nn.init.normal_(model.head.head.weight)

@@ -140,7 +140,7 @@ def test_a_critic_learns_what_the_student_makes():
     x0, context = rollout(network(), clip(), 1, None, CFG, seeded())
     opt = torch.optim.Adam(fake.parameters(), 3e-3)
     losses = []
-    for i in range(25):
+    for i in range(40):
         loss = dmd.critic_loss(x0, context, fake, CFG, seeded(i % 3))
         opt.zero_grad()
         loss.backward()

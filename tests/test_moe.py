@@ -244,7 +244,7 @@ def test_the_released_config_says_everything(tmp_path):
     assert model.cfg == dit.DiTConfig(
         dim=64, heads=2, layers=2, ffn=128, in_dim=48, text_dim=64, text_len=16, ray_channels=1536, sigma_theta=0.0,
         action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4, timestep="bf16",
-        fp32_stream=True)
+        rays_at_input=False, fp32_stream=True)
     published = {"_class_name": "WanModel", "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30,
                  "freq_dim": 256, "in_dim": 48, "out_dim": 48, "text_len": 512, "eps": 1e-6, "sigma_theta": 0.8,
                  "action_config": {"blocks": list(range(15)), "heads_num": 16, "hidden_size": 128,
