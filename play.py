@@ -45,7 +45,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
-import imageio.v3 as imageio
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
@@ -231,16 +231,17 @@ class FakeSession:
         self.enter(truth, [tuple(pose) for pose in tensors["poses"].tolist()])
 
 # ---------------------------------------------------------------------------------------- what a session leaves on disk
-def open_film(path: Path, fps: int, size: tuple[int, int]) -> object | None:
-    """An mp4 that grows frame by frame, or None where none can be written."""
+def open_film(path: Path, fps: int, size: tuple[int, int]) -> tuple | None:
+    """An mp4 that grows frame by frame, (container, stream), or None where none can be written."""
     H, W = size
     if H % 2 or W % 2:
         raise ValueError(f"mp4 needs even sizes, got {W}x{H}; nearest legal size: {W + W % 2}x{H + H % 2}")
     try:
-        film = imageio.imopen(path, "w", plugin="pyav")
-        film.init_video_stream("libx264", fps=fps)
-        return film
-    except (ImportError, OSError, ValueError) as error:
+        container = av.open(str(path), "w")
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "18", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        return container, stream
+    except (OSError, ValueError) as error:                                 # no encoder, or no place to write to
         print(f'no {path.name} ({error}): pip install "imageio[pyav]". Every frame is kept in {path.parent / "rgb"}', flush=True)
 
 def memory_panel(width: int, said: dict) -> np.ndarray:                                  # (96, width, 3) uint8
@@ -290,7 +291,7 @@ class Recording:
             big = frame.repeat(self.times, 0).repeat(self.times, 1)
             for film, picture in zip(self.films, (big, np.concatenate([big, panel])), strict=True):
                 if film:
-                    film.write_frame(picture)
+                    film[0].mux(film[1].encode(av.VideoFrame.from_ndarray(picture)))
 
     def close(self, session: realtime.Session | FakeSession) -> list[dict]:
         """Write what is pending and make the folder whole: films, episode, start picture, state, session.json. Returns its chunks."""
@@ -298,8 +299,10 @@ class Recording:
             self.commit()
         if self.busy:
             self.busy.result()
-            for file in filter(None, [*self.films, self.raw]):
-                file.close()
+            self.raw.close()
+            for container, stream in filter(None, self.films):
+                container.mux(stream.encode())
+                container.close()
             rows = {key: [row for said in self.written for row in said.pop(key)] for key in ("keyboard", "mouse", "poses")}
             rows["poses"].insert(0, list(self.pose))
             self.save_episode(*(np.array(rows[key]) for key in ("keyboard", "mouse", "poses")))
@@ -764,7 +767,7 @@ def find_weights(args: argparse.Namespace) -> None:
     if hub != args.weights:
         raise ValueError(f"get the files first:  hf download {hub} --local-dir weights/{Path(hub).name}\n"
                          f"then: python play.py --preset {args.preset} --weights weights/{Path(hub).name}")
-    shipped = [HERE / "assets" / args.preset] if list((HERE / "assets" / args.preset).glob("*.safetensors")) else []
+    shipped = [file.parent for name in ("student", "base") if (file := HERE / "assets" / args.preset / f"{name}.safetensors").exists()]
     runs = [file.parent for file in sorted(Path("runs").glob(f"*-{args.preset}/latest"), key=lambda file: file.stat().st_mtime)]
     args.weights = args.weights or str(next(iter([*runs[-1:], *shipped]), ""))
     if not args.weights and not args.fake:
@@ -853,8 +856,8 @@ def check(args: argparse.Namespace) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}")
     print(f"preset {args.preset} · " + ("no weights: the game itself" if args.fake else f"weights {args.weights}"))
-    need = {} if args.fake else realtime.estimate(realtime.resolve(options_of(args)))
-    print("memory · " + " · ".join(f"{name} {size:.2f} GB" for name, size in need.items()) + f" · together {sum(need.values()):.2f} GB")
+    if not args.fake:
+        print(f"memory · about {realtime.estimate(realtime.resolve(options_of(args))):.2f} GB")
     return 0
 
 def main(argv: list[str]) -> int | None:

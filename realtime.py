@@ -13,8 +13,7 @@ alone: undo, restore, replay and N ranks give the same frames. N + 1 ranks on to
 place (dit.py) and hold equal memories, rank N decodes. Orders wait in a shared store, latents and pixels are sent; if a rank dies,
 fails or stalls, rank 0 raises one RuntimeError and every process ends within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
-Commands: python realtime.py --bench [--preset tiny|5b] [--suite model|ablation|ladder|pipeline]
-Demo: python realtime.py      Tests: pytest tests/test_realtime.py
+Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python realtime.py --bench --suite ablation
 """
 import argparse
 import contextlib
@@ -51,7 +50,6 @@ DECODERS = {"full": (0.0, "vae.safetensors", "Wan2.2_VAE.pth"), "light50": (0.5,
             "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth")}       # channels removed, our file, the released one
 WINDOW = memory.Window()
 QUEUE, UNDO = 2, 4    # segments that may wait for the decoder; that can be taken back
-PATIENCE = 20.0       # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
 PIECE = 4_000_000     # pixels decoded per call: one latent at 720p, a whole segment at 64x64
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Options:
     bank: int = 4096              # latents kept before the keyframe gate closes
     max_pitch: float = 85.0       # degrees
     threads: int = 0              # of torch in each process; 0 leaves them
+    patience: float = 20.0        # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
 
 class Walk(NamedTuple):
     """Where a walk stands. Never changed in place: an old one is a snapshot."""
@@ -146,6 +145,13 @@ def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
     raise ValueError(f"no {name} decoder: looked for {' or '.join(files)} in {', '.join(map(str, places))}; make one with: "
                      f"python train.py --stage {'vae' if name == 'full' else 'lightvae'} --preset {preset}")
 
+def embed(options: Options, prompt: str) -> Tensor:                  # word hashes; for released weights umT5, cached beside them
+    c, root = dit.PRESETS[options.preset], Path(options.weights)
+    root = root if (root / "google").is_dir() else root.parent
+    if c.text_dim < 4096 or options.weights == "random":
+        return data.embed_prompt(prompt, c.text_dim, c.text_len)
+    return data.encode_umt5(prompt, root / "google/umt5-xxl", lambda: moe.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0], root)
+
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 def dit_flops(c: dit.DiTConfig, S: int, clean: int = 9, new: int = 10) -> dict[str, tuple[float, float, float]]:
     """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything is computed
@@ -219,10 +225,8 @@ class Denoiser:
     def reset(self, latent: Tensor, text: Tensor, seed: int, pose: Sequence[float]) -> None:      # (1, C, 1, h, w)
         poses = torch.tensor([list(pose)], dtype=torch.float64)
         self.start(Walk(latent, text[None], poses, torch.zeros(0, 6), torch.zeros(0, 2), seed))
-        camera = memory.segment_cameras(memory.pose_to_c2w(poses)[None], 0, 1)
-        self.bank.append(self.now.past[0], camera[0].float(), torch.zeros(1, dtype=torch.long))
+        self.bank.append(self.now.past[0], memory.segment_cameras(memory.pose_to_c2w(poses)[None], 0, 1)[0].float(), torch.tensor([0]))
 
-    @torch.no_grad()
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
         """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened."""
         now, o, began = self.now, self.options, clock(self.options.device)
@@ -283,10 +287,8 @@ class Decoder:
     def __init__(self, network: vae.VAE, options: Options):
         self.network, self.options, self.state, self.history = network, options, None, deque(maxlen=UNDO)
         self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-        cuda = options.device.startswith("cuda")                      # beside the denoiser's kernels
-        self.stream = torch.cuda.stream(torch.cuda.Stream(options.device)) if cuda else contextlib.nullcontext()
+        self.stream = torch.cuda.stream(torch.cuda.Stream(options.device)) if "cuda" in options.device else contextlib.nullcontext()
 
-    @torch.no_grad()
     def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:     # (1, C, n, h, w) -> (4n, H, W, 3), ms
         start, frames, state = time.perf_counter(), [], None if fresh else self.state
         self.history.append(self.state)
@@ -309,9 +311,9 @@ class Decoder:
 
 # ---- N + 1 ranks -----------------------------------------------------------------------------------------------------
 class Team:
-    """Ranks 0 .. N−1 denoise, rank N decodes. Players pause, so orders may take for ever; everything else has a deadline."""
+    """Ranks 0 .. N−1 denoise, rank N decodes. Players pause, so orders may take for ever; everything else has a deadline.
+    They meet once all have loaded and have the same code, options and weights: otherwise frames would silently differ."""
     def __init__(self, rank: int, world: int, store: dist.Store, options: Options, model: nn.Module | None, crew: Sequence = ()):
-        """Once all have loaded: same code, options and weights everywhere, or frames would silently differ."""
         self.last, self.store, self.crew, self.posted = world - 1, store, crew, {"denoise": 0, "decode": 0}
         code = [(ROOT / f"{name}.py").read_text() for name in ("dit", "vae", "memory", "moe", "quant", "realtime")]
         sums = [f"{p.flatten()[::97].double().abs().sum():.6g}" for p in model.state_dict().values()] if model else None
@@ -325,7 +327,7 @@ class Team:
         if wrong := [f"rank {r} differs from rank 0 in its {k}" for r, them in enumerate(others, 1) for k in them if them[k] != first[k]]:
             raise ValueError(f"{'; '.join(wrong)}. Start all ranks from one folder, with the same options and weights")
         store.set_timeout(timedelta(days=7))
-        deadline, backend = timedelta(seconds=PATIENCE * (30 if options.compile else 1)), "nccl" if options.device.startswith("cuda") else "gloo"
+        deadline, backend = timedelta(seconds=options.patience * (30 if options.compile else 1)), "nccl" if "cuda" in options.device else "gloo"
         dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=world, timeout=deadline)
         self.group = dist.new_group(list(range(self.last)), timeout=deadline, backend=backend)
         self.decode, self.dump, self.load, self.undo = (partial(self.ask, name) for name in ("decode", "dump", "load", "undo"))
@@ -423,13 +425,12 @@ class Session:
 
     def reset(self, image: Tensor, prompt: str = "", seed: int = 42, pose: Sequence[float] = (0.0, -1.6, 0.0, 0.0, 0.0)) -> Chunk:
         """Start from a picture (H, W, 3) uint8. Returns it as the model sees it: frame 0."""
-        image, shape, c, encoder = torch.as_tensor(image), (*SIZES[self.options.preset], 3), self.denoiser.model.cfg, self.nets["encoder"]
+        image, shape, encoder = torch.as_tensor(image), (*SIZES[self.options.preset], 3), self.nets["encoder"]
         if tuple(image.shape) != shape or image.dtype != torch.uint8:
             raise ValueError(f"image must be {shape} uint8 for preset {self.options.preset}, got {tuple(image.shape)} {image.dtype}")
         self.pending.clear()
-        with torch.no_grad():
-            latent = encoder.encode(image.permute(2, 0, 1)[None, :, None].to(**self.denoiser.place) / 127.5 - 1).cpu()
-        self.everywhere("reset", latent, data.embed_prompt(prompt, c.text_dim, c.text_len), int(seed), tuple(pose))
+        latent = encoder.encode(image.permute(2, 0, 1)[None, :, None].to(**self.denoiser.place) / 127.5 - 1).cpu()
+        self.everywhere("reset", latent, embed(self.options, prompt), int(seed), tuple(pose))
         self.decode(latent, {"segment": -1, "first_latent": 0, "policy": self.policy, "bank": 1, "memory": [], "poses": [list(pose)], "ms": {}}, True)
         return self.collect()
 
@@ -520,7 +521,7 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
     cpu, seconds, errors, right = options.device == "cpu", {}, {}, torch.zeros(0)
     slow, fast = replace(options, dtype="float32" if cpu else "bfloat16"), replace(options, dtype="bfloat16", compile=not cpu)
     variants = {"as released": slow, "exact reuse": slow, "int8": replace(slow, quantize="qkvo"), "fast": fast, "5 new": replace(fast, new=5),
-                "2 new": replace(fast, new=2)} | {f"fast int8 {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
+                "2 new": replace(fast, new=2)} | {f"fast {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
     session = Session(slow)
     session.reset(torch.randint(0, 256, (*SIZES[options.preset], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     session.step(*walk_actions(session.frames_needed))
@@ -563,11 +564,10 @@ def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
                  t["as released"] / q[1], errors[name]) for name, q in quartiles.items() if name in errors]
     D, V, light = t["fast"], t["full"], t["light75"]
     rows = [("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
-            ("− INT8, bfloat16", None, 0.5, D / t["fast int8 qkvo"], "fast int8 qkvo"),
-            ("− INT8 in all layers", None, 0.4, D / t["fast int8 all"], "fast int8 all"),
+            ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"), ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),
             ("− light VAE, async", 1.551, 3, max(D, V) / max(D, light), ""), ("− light VAE, serial", None, 2, (D + V) / (D + light), ""),
             ("50 % VAE", 2.53, 2.5, V / t["light50"], ""), ("75 % VAE", 5.85, 5, V / light, ""), ("− async", None, 2, (D + V) / max(D, V), ""),
-            ("− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms", 6.06, 5.2, 1 + 5 * 441 * 0.0019 / D, ""),
+            ("− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms", 6.06, None, 1 + 5 * 441 * 0.0019 / D, ""),
             ("time per frame, 5 new", None, 1.3, 2 * t["5 new"] / D, ""), ("time per frame, 2 new", None, 2.4, 5 * t["2 new"] / D, "")]
     return [(*row, errors.get(name)) for *row, name in rows]
 
