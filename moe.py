@@ -27,11 +27,12 @@ import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -365,7 +366,8 @@ def _count(names: list[str], what: str) -> str:
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
     if dist.is_initialized():
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        kind = next(model.parameters()).device.type
+        mesh = init_device_mesh("cpu" if kind == "meta" else kind, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32)
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
@@ -377,7 +379,7 @@ def twin(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Mo
     recompute: its blocks keep only their inputs and run again in the backward pass (activation checkpointing)."""
     low = model if dist.is_initialized() or dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     for block in low.blocks if recompute else ():
-        block.forward = lambda *args, plain=block.forward, **more: checkpoint(plain, *args, use_reentrant=False, **more)
+        block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)   # copies along with the block
     return low
 
 
@@ -462,7 +464,7 @@ def gathered(x: Tensor) -> Tensor:
 
 def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) -> None:
     """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
-    if not torch.isfinite(loss.detach()):
+    if not gathered(loss.detach()[None]).isfinite().all():              # every rank stops, also for the loss of another
         bad = next((n for n, p in model.named_parameters() if not torch.isfinite(whole(p)).all()), "none: activations overflowed")
         write_weights(folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()})
         raise ValueError(f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}")
@@ -512,12 +514,16 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
         final = folder / "ckpt" / f"{said['step']:06d}"
         tmp = final.with_name(final.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
         said = said | {"config": asdict(models[first].cfg)}
-        for name, tensors in weights.items():
-            write_weights(tmp / f"{name}.safetensors", tensors, said)
-        write_text(tmp / "config.json", json.dumps(said, indent=1))
-        torch.save(state, tmp / "train_state.pt")
+        try:
+            tmp.mkdir(parents=True)
+            for name, tensors in weights.items():
+                write_weights(tmp / f"{name}.safetensors", tensors, said)
+            write_text(tmp / "config.json", json.dumps(said, indent=1))
+            torch.save(state, tmp / "train_state.pt")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise ValueError(f"cannot save {final}: {error}. Older checkpoints are intact: make room, then the same command resumes") from error
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
         write_text(folder / "latest", final.name)

@@ -14,8 +14,8 @@ the model itself made earlier (error_buffer.py); with p = 0.2 there is neither, 
 
 Departures from the paper: learning rates (the paper's suit 5 B parameters; ours stand in STAGES), Muon on the block matrices
 of small models, latents encoded once and cached, revisits drawn more often than they occur, one convention for action windows.
-All that is drawn in a step (clips, windows, σ, noise, drops) is a function of (seed, step) alone: resuming is exact, and N
-ranks that each take their share of the same batch compute the losses of one process.
+All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks that each take their share of a
+batch compute the losses of one process (vae: one rank only; distill: ranks share σ and noise, so their losses differ from one's).
 
 Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, diffusion_pytorch_model.safetensors,
 ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
@@ -109,14 +109,14 @@ class TrainConfig:
 
 
 VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
-BIG = dict(lr=2e-5, muon=0.0, batch=64, steps=50_000, shift=5.0, encoding="released", checkpoint_activations=True, ema=0.999)
+BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, shift=5.0, encoding="released", checkpoint_activations=True, ema=0.999)
 CHANGES = {  # what differs from the defaults above: by stage, then by preset
     "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
-    "distill": dict(steps=240, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, sample_every=80,
-                    log_every=5),
-    "micro": dict(batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
+    "distill": dict(segments=5, steps=240, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, log_every=5),
+    "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
 }
 FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
+VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
 WINDOW = memory.Window()
 
 
@@ -130,15 +130,15 @@ class Run:
     rank: int = 0
     world: int = 1
     step: int = 0
-    stop: bool = False
+    asked: bool = False                            # a signal came
+    stop: bool = False                             # all ranks know of it
 
     def due(self, every: int) -> bool:             # at the end, and every so many steps
         return self.step >= self.cfg.steps or bool(every) and self.step % every == 0
 
 
 @dataclass
-class Clips:
-    """A dataset as latents in memory; row e is one episode."""
+class Clips:            # a dataset as latents in memory; row e is one episode
     latents: Tensor     # (E, C, T, h, w) float16
     c2w: Tensor         # (E, F, 4, 4)
     keyboard: Tensor    # (E, F, 6)
@@ -151,8 +151,7 @@ class Clips:
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> TrainConfig:
     """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="also: --plot RUN [RUN ...]   loss curves (needs matplotlib);   --export RUN FILE   averaged weights in bfloat16")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="also: --plot RUN ... (loss curves), --export RUN FILE (weights)")
     groups, names = {}, ["--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)]
     for f, name in zip(dataclasses.fields(TrainConfig), names, strict=True):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
@@ -191,25 +190,27 @@ def setup(cfg: TrainConfig) -> Run:
         shutil.rmtree(folder, ignore_errors=True)
     if world > 1:
         dist.barrier()
-    old = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    old = json.loads((folder / "config.json").read_text()) if (folder / "latest").exists() else {}
     new = dataclasses.asdict(cfg)
     rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k) != new[k]]
     if rows:
         raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
                          + "\nadd --fresh to start over, or choose another --run NAME")
     name = cfg.dtype if cfg.dtype != "auto" else old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.")
+    names = [name]                                 # every rank measures, rank 0 decides
+    dist.broadcast_object_list(names) if world > 1 else None
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        moe.write_text(folder / "config.json", json.dumps(new | {"resolved_dtype": name, "torch": torch.__version__}, indent=1))
-    run = Run(folder, cfg, device, getattr(torch, name), rank, world)
+        moe.write_text(folder / "config.json", json.dumps(new | {"resolved_dtype": names[0], "torch": torch.__version__}, indent=1))
+    run = Run(folder, cfg, device, getattr(torch, names[0]), rank, world)
 
     def ask_to_stop(*_: object) -> None:
-        if run.stop:
+        if run.asked:
             raise KeyboardInterrupt
-        run.stop = True
+        run.asked = True
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     return run
 
 
@@ -234,6 +235,9 @@ def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: lis
     run.step = state.get("step", 0)
     if run.step and run.rank == 0:
         print(f"resuming {run.folder} at step {run.step} (--fresh starts over)", flush=True)
+    if run.rank == 0 and (run.folder / "log.jsonl").exists():      # steps after the last save will be logged again
+        lines = (run.folder / "log.jsonl").read_text().splitlines(keepends=True)
+        moe.write_text(run.folder / "log.jsonl", "".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step))
     return state
 
 
@@ -249,6 +253,7 @@ class Progress:
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(float(value))
         self.bar.update(1)
+        run.stop = bool(moe.gathered(torch.tensor([run.asked], dtype=torch.uint8, device=run.device)).any())
         if run.rank == 0 and (run.stop or run.due(run.cfg.log_every)):
             rate = (run.step - self.first) / (time.perf_counter() - self.start)
             line = {"step": run.step} | {k: round(sum(v) / len(v), 5) for k, v in self.sums.items()} | {"it_s": round(rate, 3)}
@@ -264,8 +269,7 @@ def record(run: Run, line: dict) -> None:
         log.write(json.dumps(line) + "\n")
     if run.cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(str(run.folder)) as events:
-            events.add_scalars("training", line, line["step"])
+        SummaryWriter(str(run.folder)).add_scalars("training", line, line["step"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -294,9 +298,10 @@ def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor
 
 
 def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
-    path = Path(cfg.vae or f"assets/{cfg.preset}/vae.safetensors")
-    if not path.exists():
-        raise ValueError(f"no VAE at {path}; make one with: python train.py --stage vae --preset {cfg.preset}")
+    places = [Path(cfg.vae)] if cfg.vae else [Path(f"{where}/vae.safetensors") for where in (f"assets/{cfg.preset}", f"runs/vae-{cfg.preset}")]
+    path = next((p for p in places if p.exists()), None)
+    if path is None:
+        raise ValueError(f"no VAE at {places[0]}; make one with: python train.py --stage vae --preset {cfg.preset}")
     return vae_file.from_weights(*moe.read_weights(path)).float().to(device).eval().requires_grad_(False)
 
 
@@ -354,12 +359,8 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     index = None if i2v or off else memory.select_training(clips.c2w[rows], start, n_new, generator=g)
     x0, context = memory.clip_context(
         clips.latents[rows].float(), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows], clips.text[rows].float(),
-        start, n_new, n_past, index, cfg.encoding, vae_file.PRESETS[cfg.preset].stride[1])
+        start, n_new, n_past, index, cfg.encoding, VAES[cfg.preset].stride[1])
     return x0.to(run.device), context.mute(null).to(run.device)
-
-
-def rows_of(context: memory.Context, rows: slice) -> memory.Context:
-    return memory.Context(**{f.name: getattr(context, f.name)[rows] for f in dataclasses.fields(context)})
 
 
 # ------------------------------------------------------------------------------------------------ stages: vae, lightvae
@@ -369,7 +370,7 @@ def train_vae(run: Run) -> None:
     root = dataset(run)
     videos = [np.array(data.read_episode(p).video) for split in ("train", "third") for p in data.list_episodes(root, split)]
     torch.manual_seed(cfg.seed)
-    preset = vae_file.PRESETS[cfg.preset]
+    preset = VAES[cfg.preset]
     teacher = load_vae(cfg, run.device) if light else None
     model = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else preset).to(run.device)
     helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(preset.z_dim)
@@ -432,18 +433,19 @@ def train_base(run: Run) -> None:
         g = generator(cfg, run.step + 500_000_000)
         sigma = share(run, low_sigma + (high_sigma - low_sigma) * dit.sample_sigma(cfg.batch, cfg.shift, g)).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
-        context = inject(errors, context, cfg, g)                                # imperfect past and memory     Eq. 2, 5
+        context = inject(errors, context, run, g)                                # imperfect past and memory     Eq. 2, 5
         x_sigma = dit.add_noise(x0, noise, sigma)                                # x_σ = (1 − σ)·x0 + σ·ε
-        losses, refreshed = [], moe.refresh(low, model)
-        for rows in (slice(part, None, cfg.accum) for part in range(cfg.accum)):
-            v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], rows_of(context, rows).to(dtype=run.dtype)).float()
+        losses, delta, refreshed = [], torch.empty_like(x0), moe.refresh(low, model)
+        for rows in (slice(i, None, cfg.accum) for i in range(cfg.accum)):
+            part = dataclasses.replace(context, **{f.name: getattr(context, f.name)[rows] for f in dataclasses.fields(context)})
+            v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], part.to(dtype=run.dtype)).float()
             loss = (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()         # v = ε − x0            Eq. 3, 6
             moe.check_finite(loss, model, run.folder, x0=x0, noise=noise, sigma=sigma)
             (loss / cfg.accum).backward()
             moe.collect(low, model)
             losses.append(moe.gathered(loss.detach()[None]).mean())
-            delta = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
-            errors.push(moe.gathered(delta), moe.gathered(sigma[rows]), g)
+            delta[rows] = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
+        errors.push(moe.gathered(delta), moe.gathered(sigma), g)
         norm = moe.update(opts, model, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
         run.step += 1
         progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
@@ -453,14 +455,12 @@ def train_base(run: Run) -> None:
             look(run, moe.averaged(model, ema), decoder, held)
 
 
-def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, cfg: TrainConfig, g: torch.Generator) -> memory.Context:
+def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator) -> memory.Context:
     """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
-    past, bank = context.past, context.memory
-    if cfg.inject != "memory" and past.shape[2] > 1:
-        past = errors.perturb(past, cfg.gamma, g)
-    if cfg.inject != "past":
-        bank = errors.perturb(bank, cfg.gamma, g)
-    return dataclasses.replace(context, past=past, memory=bank)
+    clean = {"past": context.past, "memory": context.memory} if context.past.shape[2] > 1 else {}
+    return dataclasses.replace(context, **{             # drawn for the whole batch: every rank takes its rows
+        name: x + share(run, errors.perturb(x.new_zeros(run.cfg.batch, *x.shape[1:]), run.cfg.gamma, g))
+        for name, x in clean.items() if run.cfg.inject in ("both", name)})
 
 
 def start_model(run: Run) -> nn.Module:
@@ -527,7 +527,7 @@ def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:
     """Where the rollouts of a step begin, and the ways they go."""
     rows = share(run, torch.randint(len(clips.paths), (run.cfg.batch,), generator=generator(run.cfg, step)))
     return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
-                    clips.text[rows].float(), run.cfg.encoding, vae_file.PRESETS[run.cfg.preset].stride[1])
+                    clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1])
 
 
 # ------------------------------------------------------------------------------------------------------- looking at a model
@@ -560,8 +560,10 @@ def plot(folders: list[str]) -> None:
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     for folder in folders:
+        if not (Path(folder) / "log.jsonl").exists():
+            raise ValueError(f"no {folder}/log.jsonl; --plot takes folders of runs, such as runs/base-tiny")
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        points = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
+        points = np.array([(line["step"], line.get("loss", line.get("critic"))) for line in lines if line.keys() & {"loss", "critic"}])
         n = min(10, len(points))
         plt.plot(points[n - 1:, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=Path(folder).name)
     plt.xlabel("step"), plt.ylabel("loss"), plt.yscale("log"), plt.legend()
@@ -571,8 +573,7 @@ def plot(folders: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     if argv[:1] in (["--plot"], ["--export"]):
-        plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])
-        return 0
+        return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])) or 0
     cfg = parse(argv)
     if cfg.dry_run:
         h, w = {"5b": (44, 80), "14b": (44, 80)}.get(cfg.preset, (8, 8))
@@ -585,8 +586,7 @@ def main(argv: list[str]) -> int:
     try:
         {"vae": train_vae, "lightvae": train_vae, "distill": train_distill}.get(cfg.stage, train_base)(run)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group() if dist.is_initialized() else None
     if run.rank == 0:
         print(f"stopped at step {run.step}; the same command resumes it" if run.stop else f"done: {run.folder} at step {run.step}")
     return 130 if run.stop else 0

@@ -148,7 +148,7 @@ def test_random_garbage_is_an_error_with_a_caret_or_parses() -> None:
 def test_hypothesis_agrees_that_every_string_is_parsed_or_explained() -> None:
     hypothesis = pytest.importorskip("hypothesis", reason="property tests need: pip install hypothesis")
 
-    @hypothesis.settings(max_examples=50, deadline=None)
+    @hypothesis.settings(max_examples=50, deadline=None, database=None)
     @hypothesis.given(hypothesis.strategies.text(max_size=30))
     def explained(text: str) -> None:
         with contextlib.suppress(ValueError):
