@@ -617,7 +617,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, timeout = "HTTP/1.1", 20
 
     def log_message(self, *said: object) -> None:
-        """Requests are not news: errors go to the page and to /state."""
+        """Requests are not news, unless one debugs: errors go to the page and to /state."""
+        if self.server.player.args.debug:
+            super().log_message(*said)
 
     def handle(self) -> None:
         if self.server.slots.acquire(blocking=False):                      # 64 connections at once; more are closed unheard

@@ -16,6 +16,8 @@ LEVEL = {  # who may import whom; a new edge is a decision, made here
     "play": {"realtime", "data", "world"},
     "evaluate": {"realtime", "data", "world", "dit", "vae", "memory", "error_buffer", "quant", "moe", "dmd", "train"},
 }
+CAPS = {"world": 750, "data": 750, "evaluate": 750,
+        "play": 900}      # debt: the page's server and the session folder share one file; it may shrink to 600, never grow
 TORCH_ONLY = {"dit", "vae", "memory", "error_buffer", "quant", "dmd"}
 FORBIDDEN = {"einops", "timm", "diffusers", "hydra", "wandb", "cv2", "gradio", "flask"}
 FILES = sorted(path for path in ROOT.glob("*.py"))
@@ -49,7 +51,7 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_no_file_over_its_cap(path: Path) -> None:
     lines = path.read_text().splitlines()
-    assert len(lines) <= (750 if path.stem in ("world", "data", "evaluate") else 600)
+    assert len(lines) <= CAPS.get(path.stem, 600)
     assert max(map(len, lines)) <= 150
     assert ast.get_docstring(ast.parse(path.read_text())), "a file begins with its one sentence"
 
