@@ -630,22 +630,24 @@ CLAIMS: dict[str, list[Claim]] = {
 COMMANDS = {"sanity": sanity, "memory": remember, "drift": drift, "action": action, "distill": distill, "int8": int8, "vae": decoders,
             "retrieval": retrieval, "rope": rope, "moe": experts, "latency": latency}
 def judge(claim: Claim, raw: Raw) -> dict:
-    """Value, interval and verdict: met, missed, reported, or not measured."""
+    """Value, interval and verdict: met, missed, unclear, reported, or not measured."""
     row = {name: getattr(claim, name) for name in ("name", "paper", "predicted", "unit", "where", "exact")}
     x: list[float] = []
     with contextlib.suppress(KeyError):
         x = [v for v in np.atleast_1d(claim.measure(raw) if claim.measure else []).tolist() if math.isfinite(v)]
     if not x:
         return row | {"value": None, "interval": None, "verdict": "not measured"}
-    value, met = sum(x) / len(x), None
+    value, met, interval = sum(x) / len(x), None, bca(x) if len(x) > 2 else None
     if claim.exact:
         met = round(value, 2) == claim.paper
     elif bound := re.fullmatch(r"(>=|<=|>) (-?[\d.]+)", claim.predicted):
-        met = {">=": value >= float(bound[2]), "<=": value <= float(bound[2]), ">": value > float(bound[2])}[bound[1]]
+        holds = {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__}[bound[1]]
+        met = holds(float(value), float(bound[2]))
+        met = "unclear" if met and interval and not all(holds(float(end), float(bound[2])) for end in interval) else met
     elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", claim.predicted):         # around zero: two one-sided tests
         low, high = float(span[1]), float(span[2])
         met = equivalent(x, high) if low == -high and len(x) > 2 else low <= value <= high
-    return row | {"value": value, "interval": bca(x) if len(x) > 2 else None, "verdict": {None: "reported", True: "met", False: "missed"}[met]}
+    return row | {"value": value, "interval": interval, "verdict": {None: "reported", True: "met", False: "missed"}.get(met, met)}
 
 # ---- results and report ----------------------------------------------------------------------------------------------
 def write(path: Path, content: str) -> None:            # atomic

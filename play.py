@@ -770,7 +770,9 @@ def find_weights(args: argparse.Namespace) -> None:
         raise ValueError(f"get the files first:  hf download {hub} --local-dir weights/{Path(hub).name}\n"
                          f"then: python play.py --preset {args.preset} --weights weights/{Path(hub).name}")
     shipped = [file.parent for name in ("student", "base") if (file := HERE / "assets" / args.preset / f"{name}.safetensors").exists()]
-    runs = [file.parent for file in sorted(Path("runs").glob(f"*-{args.preset}/latest"), key=lambda file: file.stat().st_mtime)]
+    made = {file.parent: json.loads((file.parent / "config.json").read_text()) for file in Path("runs").glob("*/latest")}
+    runs = sorted((run for run, said in made.items() if said["preset"] == args.preset and said["stage"] in ("base", "distill")),
+                  key=lambda run: (run / "latest").stat().st_mtime)
     args.weights = args.weights or str(next(iter([*runs[-1:], *shipped]), ""))
     if not args.weights and not args.fake:
         args.fake = True

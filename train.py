@@ -85,7 +85,7 @@ class TrainConfig:
     decay: float = opt(0.01, "weight decay", "optimisation", "not stated")
     ema: float = opt(0.995, "decay of the averaged weights", "optimisation", "not stated")
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass", "optimisation", "not stated")
-    shift: float = opt(2.0, "of the training σ; small latents need less", "optimisation", "5 (lineage)")
+    shift: float = opt(5.0, "of the training and sampling σ: more steps where layout is decided", "optimisation", "5 (lineage)")
     p_i2v: float = opt(0.2, "batches without past and memory: image to video", "memory", "0.2, §3.1")
     p_memory_off: float = opt(0.15, "other batches without memory, so that it can be switched off", "memory", "part of the 0.2")
     p_null: float = opt(0.1, "samples with null text and actions, for guidance", "memory", "not stated")
@@ -109,7 +109,7 @@ class TrainConfig:
 
 
 VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
-BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, shift=5.0, encoding="released", checkpoint_activations=True, ema=0.999)
+BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, encoding="released", checkpoint_activations=True, ema=0.999)
 CHANGES = {  # what differs from the defaults above: by stage, then by preset
     "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
     "distill": dict(segments=5, steps=240, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, log_every=5),

@@ -773,10 +773,12 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(tmp_path: Path, monk
     args = arguments()
     play.find_weights(args)
     assert args.weights == str(tmp_path / "assets/tiny") and not args.fake
-    for age, name in ((100, "base-tiny"), (50, "distill-tiny"), (10, "base-small")):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "latest").write_text("000001")
-        os.utime(tmp_path / "runs" / name / "latest", (time.time() - age,) * 2)
+    for age, stage, preset in ((100, "base", "tiny"), (50, "distill", "tiny"), (20, "vae", "tiny"), (10, "base", "small")):
+        folder = tmp_path / "runs" / f"{stage}-{preset}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"stage": stage, "preset": preset}))
+        (folder / "latest").write_text("000001")
+        os.utime(folder / "latest", (time.time() - age,) * 2)
     args = arguments()
     play.find_weights(args)
     assert args.weights == "runs/distill-tiny"
