@@ -657,7 +657,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     split = "final" if args.final else "tune" if args.tune else "test"
     worlds, began = list(world.SPLITS[split][:WORLDS[split] if args.full else args.worlds]), time.perf_counter()
     run, path = Run(worlds, args.full, args.weights, Path(args.out), {}, {}, []), Path(args.out) / f"{name}.json"
-    flags = "".join(f" --{f}" for f in ("full", "final", "tune") if getattr(args, f)) + ("" if args.full else " --quick")
+    flags = "".join(f" --{f}" for f in ("full", "final", "tune") if getattr(args, f)) + ("" if args.full else f" --quick --worlds {args.worlds}")
     cpu = re.search(r"model name\s*: (.*)", f.read_text()) if (f := Path("/proc/cpuinfo")).exists() else None
     result = {"command": f"python evaluate.py {name}{flags}", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "seed": 0,
               "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores", "split": split, "threads": torch.get_num_threads(),
