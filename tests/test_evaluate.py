@@ -259,7 +259,7 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(tm
     evaluate.measure("moe", arguments(out))
     evaluate.report(out, readme, tmp_path / "figures")
     first = readme.read_text()
-    assert "old" not in first and "kept" in first and "`python evaluate.py moe --quick`" in first and "cores" in first
+    assert "old" not in first and "kept" in first and "`python evaluate.py moe --quick --worlds " in first and "cores" in first
     assert "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->" in first
     evaluate.report(out, readme, tmp_path / "figures")
     assert readme.read_text() == first
