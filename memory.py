@@ -44,7 +44,7 @@ RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")   
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
-SURVIVORS, GROUP = 160, 64                       # of more, so many per query survive the prefilter; its group size
+SURVIVORS, FINALISTS, GROUP = 160, 24, 64         # of more, so many per query survive the prefilter; its group size
 
 
 @dataclass(frozen=True)
@@ -463,9 +463,8 @@ def pick(scores: Tensor, index: Tensor, sink: int | None, repeat: float) -> Tens
 def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window.past, memory: int = Window.memory,
                     points: int = 512, generator: torch.Generator | None = None) -> Tensor:
     """Whole clips (B, F, 4, 4), first new latents (B,) -> (B, memory) latents to remember; the last is the sink, 1.
-    The released training rule: five cameras of the new chunk, newest first, scatter points (the release: 3000) in 20 m
-    around them; those that ANY new view sees count. The old latent that sees most of these is taken, none twice; the
-    most recent one if nothing is shared. Too little history repeats itself, at worst latent 0."""
+    The released rule: five new cameras, newest first, scatter points (there 3000) in 20 m around them; the old latent that
+    sees most of those that ANY new view sees is taken, none twice; too little history repeats itself, at worst latent 0."""
     if int(start.min()) <= n_past:
         raise ValueError(f"memory is older than {n_past} past latents: start must be > {n_past}, got {start.tolist()}")
     poses, chosen = torch.cat([c2w[:, :1], c2w[:, Window.stride :: Window.stride]], 1).double(), []
@@ -509,8 +508,7 @@ class MemoryBank:
         order = self.store.get("times", times)[max(0, self.size - 1) : self.size].tolist() + times.tolist()
         if order != sorted(set(order)):
             raise ValueError(f"times must grow from latent to latent, got {order} (the bank's last one first)")
-        cameras = cameras.to(latents.device)
-        keys = frustum_key(cameras[:, -1])
+        keys = frustum_key((cameras := cameras.to(latents.device))[:, -1])
         rows = {"latents": latents.transpose(0, 1), "cameras": cameras, "times": times.cpu(),
                 "keys": torch.cat([keys, keys.square().sum(-1, keepdim=True)], -1)}
         for i, time in enumerate(times.tolist()):
@@ -544,6 +542,8 @@ class MemoryBank:
             frames = self.store["cameras"][first:stop].flatten(0, 1)
             return overlap(query, frames, self.rule).unflatten(1, (-1, Window.stride)).amax(-1), every
         slots = every if stop - first <= BRUTE_FORCE else self.nearest(query, first, stop)
+        if slots is not every:                                   # 64 points each choose those that get all of them
+            slots = slots.gather(1, overlap(query, self.store["cameras"][slots, -1], points=64).topk(FINALISTS).indices)
         return overlap(query, self.store["cameras"][slots, -1], self.rule), slots
 
     def retrieve(self, query: Tensor, before: int | None = None, policy: str = "camera", sink: bool = True,
