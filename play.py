@@ -18,7 +18,7 @@ The first viewer plays, others watch. Only this machine is served; another --hos
 
 A session folder is an episode of data.py (train on it) with play.mp4, play_memory.mp4, session.json (--replay),
 state.safetensors (--out FOLDER goes on from there) and start.png. An undo takes back latents, pose and random state.
-Tests: pytest tests/test_play.py      The pictures in assets/: python play.py --make-start
+Tests: pytest tests/test_play.py      Pictures: python play.py --make-start; python play.py --film assets/figures/memory.gif
 """
 import argparse
 import base64
@@ -35,6 +35,7 @@ import re
 import secrets
 import signal
 import sys
+import tempfile
 import threading
 import time
 import webbrowser
@@ -48,7 +49,7 @@ from urllib.parse import parse_qs
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 import data
 import realtime
@@ -440,6 +441,7 @@ class Player(threading.Thread):
         """Load the model, then the start picture or the session that goes on."""
         self.screen.note(stage="loading the model" + (", compiling (first time ~60-150 s, cached afterwards)…" if self.args.compile else ""))
         self.session = FakeSession(self.args.size) if self.args.fake else realtime.open_session(options_of(self.args), self.args.dit_ranks)
+        self.session.policy = self.args.memory
         self.size, folder = self.session.size if self.args.fake else realtime.SIZES[self.args.preset], self.args.resume
         if folder:
             said, video = json.loads((folder / "session.json").read_text()), data.read_episode(folder).video
@@ -723,7 +725,9 @@ FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first
     "prompt": ("", "what the world is, for models with a text encoder"),
     "weights": ("", "file, folder, run or hf:ORG/NAME; default: the newest run, else the shipped ones"),
     "actions": ("", 'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; writes films and a session, exits 0'),
+    "memory": (("camera", "none", "recent", "random"), "which old frames it looks back at; the page switches live (M)"),
     "replay": ("", "a session folder: the same frames again"),
+    "film": ("", "a .gif: one walk (--actions, else @revisit) as true world, memory on, memory off, side by side"),
     "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
     "seed": (42, "of the noise"), "steps": (3, "network calls per chunk"),
     "new": (10, "new latents per chunk, 10, 5 or 2: fewer bind actions sooner and cost more"),
@@ -818,6 +822,38 @@ def headless(args: argparse.Namespace, keyboard: np.ndarray, mouse: np.ndarray, 
         written = player.save()
     return written
 
+def film(args: argparse.Namespace) -> int:
+    """One walk in three panels, the true world, memory on and memory off, as a GIF at one and a half times its speed."""
+    if not open_start(Path(args.image), (64, 64), args.image).truth:
+        raise ValueError(f"--film shows the true world too, and {args.image} names none; take one of assets/ (or of --make-start)")
+    keyboard, mouse, _ = read_actions(args.actions or "@revisit", FILE_FPS)
+    panels, target = [], args.film
+    with tempfile.TemporaryDirectory() as folder:
+        for policy in ("camera", "none"):
+            args.out = f"{folder}/{policy}"
+            headless(args, keyboard, mouse, [policy], FILE_FPS)
+            walk = data.read_episode(Path(args.out))
+            panels.append(np.array(walk.video))
+        truth, here = data.true_frames(walk.meta, walk.c2w, *walk.video.shape[1:3]), walk.player
+    T, side = len(truth), max(1, 256 // truth.shape[2]) * truth.shape[2]
+    size, font, pictures = (3 * side + 16, side + 60), ImageFont.load_default(17), []
+    back = (np.abs(here - here[0]) < 1.5).all(1) & (np.arange(T) > T // 2)         # metres and degrees
+    for t in range(0, T, 2):
+        pictures.append(Image.new("RGB", size, (255, 255, 255)))
+        draw = ImageDraw.Draw(pictures[-1])
+        for k, (title, panel) in enumerate(zip(("true world", "memory on", "memory off"), (truth, *panels), strict=True)):
+            pictures[-1].paste(Image.fromarray(panel[t]).resize((side, side), Image.Resampling.NEAREST), (k * (side + 8), 30))
+            draw.text((k * (side + 8) + side // 2, 15), title, (20, 24, 31), font, "mm")
+        said = "back where we started" if back[t] else "coming back" if t > T // 2 else "turning away"
+        draw.text((size[0] // 2, side + 45), said, (20, 24, 31), font, "mm")
+    palette = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::6]])).quantize(96)      # one for all: no flicker
+    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    first.save(target, save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)
+    scores = [f"{data.psnr(panel[back], truth[back]).mean():.1f} dB" for panel in panels] if back.any() else ["-", "-"]
+    print(f"{target}: {len(pictures)} pictures, {Path(target).stat().st_size / 1e6:.2f} MB; back at the start: on {scores[0]}, off {scores[1]}")
+    return 130 if args.stop.is_set() else 0
+
 def replay(args: argparse.Namespace) -> int:
     """The same actions from the same start: identical frames, or the reason why not."""
     file = Path(args.replay) / "session.json" if Path(args.replay).is_dir() else Path(args.replay)
@@ -871,10 +907,12 @@ def main(argv: list[str]) -> int | None:
     if args.make_start or args.replay:
         return make_start(HERE / "assets") if args.make_start else replay(args)
     find_weights(args)
+    if args.film:
+        return film(args)
     if args.actions:
         keyboard, mouse, notes = read_actions(args.actions, args.fps or FILE_FPS)
         print("\n".join(notes), end="\n" * bool(notes))
-        headless(args, keyboard, mouse, ["camera"], args.fps or FILE_FPS)
+        headless(args, keyboard, mouse, [args.memory], args.fps or FILE_FPS)
         return 130 if args.stop.is_set() else 0
     return check(args) if args.check else bench(args) if args.bench else serve(args)
 

@@ -15,7 +15,7 @@ the model itself made earlier (error_buffer.py); with p = 0.2 there is neither, 
 Departures from the paper: learning rates (the paper's suit 5 B parameters; ours stand in STAGES), Muon on the block matrices
 of small models, latents encoded once and cached, revisits drawn more often than they occur, one convention for action windows.
 All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks that each take their share of a
-batch compute the losses of one process (vae: one rank only; distill: ranks share σ and noise, so their losses differ from one's).
+batch compute the losses of one process (vae: one rank only; distill: every rank draws noise of its own).
 
 Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, diffusion_pytorch_model.safetensors,
 ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
@@ -110,10 +110,11 @@ class TrainConfig:
 
 VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
 BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, encoding="released", checkpoint_activations=True, ema=0.999)
-CHANGES = {  # what differs from the defaults above: by stage, then by preset
+CHANGES = {  # what differs from the defaults above: by stage, then by preset, then by both
     "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
     "distill": dict(segments=5, steps=240, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, log_every=5),
     "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
+    "distill-5b": dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0),
 }
 FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
@@ -164,7 +165,8 @@ def parse(argv: list[str]) -> TrainConfig:
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
         raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    changes = CHANGES.get(args.stage or "base", {}) | CHANGES.get(args.preset or "tiny", {})
+    which = args.stage or "base", args.preset or "tiny"
+    changes = CHANGES.get(which[0], {}) | CHANGES.get(which[1], {}) | CHANGES.get("-".join(which), {})
     cfg = TrainConfig(**changes | {name: value for name, value in vars(args).items() if value is not None})
     return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}")
 
@@ -188,8 +190,7 @@ def setup(cfg: TrainConfig) -> Run:
     folder = Path("runs") / cfg.run
     if cfg.fresh and rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    if world > 1:
-        dist.barrier()
+    dist.barrier() if world > 1 else None
     old = json.loads((folder / "config.json").read_text()) if (folder / "latest").exists() else {}
     new = dataclasses.asdict(cfg)
     rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k) != new[k]]
@@ -280,8 +281,7 @@ def dataset(run: Run) -> Path:
         raise ValueError(f"--data {root} does not exist; make one with: python data.py make --preset {run.cfg.preset} --out {root}")
     if run.rank == 0 and not run.cfg.data:
         data.make_dataset(root, preset=run.cfg.preset)      # skips every finished episode
-    if run.world > 1:
-        dist.barrier()
+    dist.barrier() if run.world > 1 else None
     return root
 
 
@@ -327,8 +327,7 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
                          "keyboard": torch.from_numpy(np.array(episode.keyboard)), "mouse": torch.from_numpy(np.array(episode.mouse)),
                          "text": data.embed_prompt(episode.text, size.text_dim, size.text_len).half()})
         moe.write_weights(cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split})
-    if run.world > 1:
-        dist.barrier()
+    dist.barrier() if run.world > 1 else None
     return Clips(**moe.read_weights(cache)[0], paths=[str(p) for p in paths])
 
 
@@ -486,25 +485,26 @@ def train_distill(run: Run) -> None:
     restore(run, models, ema, opts + opts_fake)
     low, low_fake, progress = moe.twin(student, run.dtype, cfg.checkpoint_activations), moe.twin(fake, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
-        g, cold = generator(cfg, run.step + 700_000_000), run.step < cfg.cold_start
+        g, cold = generator(cfg, run.step + 700_000_000), run.step < cfg.cold_start          # g: the same on every rank
+        own = generator(cfg, run.step + 800_000_000 + 1_000_000 * run.rank)
         critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
         student_in, fake_in = (in_dtype(moe.refresh(*pair), run) for pair in ((low, student), (low_fake, fake)))
         exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
         with torch.set_grad_enabled(students_turn):
             if cold:                                                             # one segment, true past and memory
                 x0, context = draw(clips, run, run.step)
-                x0 = dmd.few_step(student_in, context, dmd.fresh(x0, g), exit_step, how, g)
+                x0 = dmd.few_step(student_in, context, dmd.fresh(x0, own), exit_step, how, own)
             else:                                                                # on its own outputs
-                x0, context = dmd.rollout(student_in, scene(clips, run, run.step), dmd.draw_segments(how, g), exit_step, how, g)
+                x0, context = dmd.rollout(student_in, scene(clips, run, run.step), dmd.draw_segments(how, g), exit_step, how, own)
         numbers = {}
         if students_turn:
-            loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, g)         # Eq. 8
+            loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, own)         # Eq. 8
             moe.check_finite(loss, student, run.folder, x0=x0)
             loss.backward()
             moe.collect(low, student)
             numbers["norm"] = moe.update(opts, student, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
         if critics_turn:
-            loss = dmd.critic_loss(x0.detach(), context, fake_in, how, g)
+            loss = dmd.critic_loss(x0.detach(), context, fake_in, how, own)
             moe.check_finite(loss, fake, run.folder, x0=x0)
             loss.backward()
             moe.collect(low_fake, fake)
