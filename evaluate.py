@@ -317,7 +317,6 @@ class Run:
     def put(self, row: str, values: dict[str, float]) -> None:
         for column, value in values.items():
             self.raw.setdefault(f"{row}/{column}", []).append(float(value))
-
     some = property(lambda self: self.worlds if self.full else self.worlds[:6])                       # for what is slow
     tau = property(lambda self: (results(self.out).get("sanity", {}).get("raw") or {TAU: [0.75]})[TAU][0])      # under it a frame is lost
 
@@ -345,7 +344,6 @@ class Run:
         pred, true = torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs]))
         features = pixel_pca(true)
         self.put(row, {f"{name}TWFD": frechet(features(pred), features(true)), f"{name}MMD": mmd(features(pred), features(true))})
-
 TAU = "lost threshold tau/zncc"
 off = lambda found, pose: {"m": np.hypot(*(found.pose - pose)[[0, 2]]), "deg": abs(found.pose - pose)[4], "ambiguous": found.ambiguous}
 
@@ -463,8 +461,9 @@ def distill(run: Run) -> None:
             made.setdefault(row, []).append((image[0], frames[at]))
     for row, pairs in made.items():
         run.distances(row, "", pairs)
+    strips = [[true[-1] for _, true in made[T50]], *([np.uint8(255 * x[-1].numpy()) for x, _ in made[row]] for row in (T50, T3, S) if row in made)]
+    run.pictures["student"] = np.concatenate([np.concatenate(x, 1) for x in strips]).repeat(3, 0).repeat(3, 1)     # truth, teacher twice, student
     run.notes += [] if student else ["student rows: python train.py --stage distill"]
-
 @torch.no_grad()
 def int8(run: Run) -> None:
     """M7: what INT8 does to a velocity, a segment and a rollout, beside a float rollout disturbed by as much once."""
@@ -490,7 +489,6 @@ def int8(run: Run) -> None:
             x = dit.add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), sigma)
             v, v_hat = (model(x.to(dtype), sigma, context.to(dtype=dtype)).float() for model in (p.nets["dit"], small))
             run.put("velocity SQNR dB", {f"sigma {sigma.item():.1f}": 10 * math.log10(float(v.square().sum() / (v - v_hat).square().sum()))})
-
 @torch.no_grad()
 def decoders(run: Run) -> None:
     """M8: the three decoders on true latents of 9 and 33 frames, in turns, and on latents that the model made."""
@@ -501,7 +499,7 @@ def decoders(run: Run) -> None:
         except ValueError:
             run.notes.append(f"{row}: python train.py --stage {'vae' if name == 'full' else 'lightvae'}")
     full = found.get("Wan2.2") or lacking("vae")
-    picture = lambda y: (y[0].float().permute(1, 2, 3, 0) + 1) / 2
+    picture, last, sheet = lambda y: (y[0].float().permute(1, 2, 3, 0) + 1) / 2, {}, []
     for i, seed in enumerate(run.worlds):
         frames = shoot(scene(seed), world.simulate(scene(seed), 0, 33)["player"])[0]
         for n, (row, model) in ((n, pair) for n in (9, 33) for pair in found.items()):
@@ -511,12 +509,15 @@ def decoders(run: Run) -> None:
             run.scores(f"{row}, {n} frames", picture(y), frames[:n])
             seconds = {"encode + decode s": times[2] - times[0], "decode s": times[2] - times[1]} if i else {}       # world 0 warms up
             run.put(f"{row}, {n} frames", {"last frame psnr": data.psnr(picture(y)[-1:], frames[n - 1:n])} | seconds)
+            last[row] = np.uint8(255 * picture(y)[-1].numpy())
+        sheet.append(np.concatenate([frames[-1], *last.values()]))
         if p and seed in run.some:
             script, _, z = opened(p, revisit(seed, 0.0))
             new = rollout(p, script, z, 1)[0].to(dtype)
             made = {row: picture(model.decode(new, clamp=True)) for row, model in found.items()}
             for row in list(made)[1:]:
                 run.scores(f"{row} beside Wan2.2, generated latents", made[row], (255 * made["Wan2.2"]).round().byte().numpy())
+    run.pictures["decoders"] = np.concatenate(sheet[:6], 1).repeat(3, 0).repeat(3, 1)                # truth, full, 50 %, 75 %
 
 def retrieval(run: Run) -> None:
     """M10: how much of what any bank frame could show do five chosen ones show? Truth by exact depth; needs no model."""
@@ -698,9 +699,10 @@ def report(out: Path, readme: Path, figures: Path) -> None:
     """Rewrite what stands between <!-- table:NAME --> (claims) or table:NAME:raw and <!-- /table -->, and the figures, from the json."""
     found = results(out)
     tables = {name: claim_table(result) for name, result in found.items()} | {f"{name}:raw": raw_table(result) for name, result in found.items()}
+    tables |= {path.stem: "\n".join(json.loads(path.read_text())["table"]) for path in out.glob("bench-*.json")}       # of realtime.py
     fill = lambda at: f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
     if readme.exists():
-        write(readme, re.sub(r"<!-- table:([\w:]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
+        write(readme, re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
     figures.mkdir(parents=True, exist_ok=True)
     for name, content in (pair for result in found.values() for pair in result.get("pictures", {}).items()):
         (figures / f"{name}.png").write_bytes(base64.b64decode(content))

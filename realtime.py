@@ -583,12 +583,12 @@ def main(argv: Sequence[str]) -> None:
     if a.bench:
         options = Options(a.preset, a.weights, a.decoder, device=a.device, dtype="bfloat16")
         rows = bench(options if a.suite == "model" else resolve(options), a.suite, a.rounds)
-        about = f"{a.preset} {a.suite} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-        print(about, "| what | paper | predicted | measured | error |", "|---|---|---|---|---|", sep="\n")
-        for what, *numbers in rows:
-            print(f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |")
+        about = f"{a.preset} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        cells = [f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |" for what, *numbers in rows]
+        table = ["| what | paper | predicted | measured | error |", "|---" * 5 + "|", *cells, "", f"`python realtime.py {' '.join(argv)}` · {about}"]
+        print("\n".join(table))
         Path(a.out).mkdir(exist_ok=True)
-        (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(json.dumps({"about": about, "command": sys.argv, "rows": rows}, indent=1))
+        (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(json.dumps({"rows": rows, "table": table}, indent=1))
         return
     session = Session(Options("micro", "random", device="cpu", dtype="float32"))
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))

@@ -302,7 +302,7 @@ def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.Capture
     realtime.main(["--bench", "--preset", "5b", "--suite", "model", "--decoder", "light75", "--out", str(tmp_path)])
     printed, saved = capsys.readouterr().out, json.loads((tmp_path / "bench-5b-model.json").read_text())
     rows = {row[0]: row[2] for row in saved["rows"]}
-    assert rows["TF to denoise"] == pytest.approx(808.3, abs=0.1) and "load" in saved["about"] and "threads" in printed
+    assert rows["TF to denoise"] == pytest.approx(808.3, abs=0.1) and "\n".join(saved["table"]) + "\n" == printed and "threads" in printed
     assert rows["FPS on 1 H200, projected"] < rows["FPS on 2 H200, projected"] < rows["FPS on 9 H200, projected"]
 
 

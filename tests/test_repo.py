@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = {  # who may import whom; a new edge is a decision, made here
     "dit": set(), "vae": set(), "memory": set(), "error_buffer": set(), "quant": set(),
@@ -110,3 +112,11 @@ def test_the_project_speaks_of_itself_alone() -> None:
         text = path.read_text()
         if path.name != "test_repo.py":
             assert not re.search(r"/(work|root|farm)/", text), f"path of a machine in {path.name}"
+
+
+def test_every_table_of_results_in_the_readme_is_what_the_json_say(tmp_path: Path) -> None:
+    before = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(before)
+    evaluate.report(ROOT / "results", tmp_path / "README.md", tmp_path / "figures")
+    assert (tmp_path / "README.md").read_text() == before, "python evaluate.py report rewrites them"
+    assert before.count("<!-- table:") >= 5
