@@ -12,7 +12,7 @@ HTTP threads touch `Controls` (what is held), `Screen` (what is seen) and a queu
 thread owns the model and decides as late as it can. A recording writes its files in a thread of its own. Plain HTTP:
     GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one {hello, id, …}.
                    A viewer has at most 3 frames on their way; a late one skips frames, nothing queues.
-    POST /input    {id, keys, dx, dy, shown, t} → 204: the keys held now, mouse pixels since the last post, newest frame drawn
+    POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post, newest frame drawn
     POST /cmd      {id, cmd, …} → {ok, error?}; cmd is one of COMMANDS        GET /state   JSON        GET /   the page
 The first viewer plays, others watch. Only this machine is served; another --host demands the token printed in the URL.
 
@@ -24,7 +24,6 @@ import argparse
 import base64
 import contextlib
 import difflib
-import errno
 import hashlib
 import io
 import json
@@ -44,7 +43,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import av
 import numpy as np
@@ -61,7 +59,7 @@ SHOW_FPS, FILE_FPS = 40, 16                  # the page aims at the paper's 40; 
 LOOK_PER_PIXEL, MAX_LOOK = 0.01, 0.4         # mouse units (15°) per pixel; per frame at most, what training has seen
 WINDOW, STREAMS, BODY, PICTURE = 3, 8, 16_384, 16_000_000      # frames on their way, viewers, bytes of an input, of a picture
 PRESETS = {"@revisit": "l:60, j:60", "@spin": "l:240", "@square": ", ".join(["w:16, l:60"] * 4), "@idle": "_:160"}
-COMMANDS = ("pause", "step", "undo", "restart", "seed", "memory", "view", "record", "pace", "run", "image", "gallery", "prompt")
+COMMANDS = ("pause", "step", "undo", "restart", "seed", "memory", "view", "record", "pace", "run", "image", "prompt")
 NO_MODEL = """No model for preset {} yet, so you walk in the game itself (--fake). Three ways to a model:
   python train.py --stage base                                    train tiny on this machine, minutes
   python play.py --preset 5b --weights weights/matrix-game-3      the released one; this command says how to get it
@@ -123,10 +121,10 @@ class Controls:
     """What is held, tapped and turned since the last decision. State, not events: nothing can queue up."""
 
     def __init__(self, clock=time.monotonic) -> None:
-        self.clock, self.lock, self.last, self.turn, self.echo = clock, threading.Lock(), clock(), np.zeros(2), None
+        self.clock, self.lock, self.last, self.turn = clock, threading.Lock(), clock(), np.zeros(2)
         self.held, self.taps = {}, {}                                      # key → when it went down; key → seconds it was down
 
-    def post(self, keys: list[str], dx: float = 0.0, dy: float = 0.0, echo: float | None = None) -> None:
+    def post(self, keys: list[str], dx: float = 0.0, dy: float = 0.0) -> None:
         with self.lock:
             now = self.clock()
             for key in set(self.held) - set(keys):
@@ -134,18 +132,18 @@ class Controls:
                 if down >= self.last:                                      # a tap: pressed after the last decision, gone before the next
                     self.taps[key] = self.taps.get(key, 0.0) + now - down
             self.held = {key: self.held.get(key, now) for key in keys}
-            self.turn, self.echo = self.turn + (-dy, dx), echo             # up and right are positive
+            self.turn = self.turn + (-dy, dx)                              # up and right are positive
 
     def read(self, n: int, fps: float, pitch: float = 0.0, limit: float = 85.0) -> tuple[np.ndarray, np.ndarray, dict]:
         """The next n actions: held keys act throughout, taps as long as they lasted (at least a latent), the mouse evenly."""
         with self.lock:
-            held, taps, turn, echo = set(self.held), self.taps, self.turn, self.echo
-            self.taps, self.turn, self.echo, self.last = {}, np.zeros(2), None, self.clock()
+            held, taps, turn = set(self.held), self.taps, self.turn
+            self.taps, self.turn, self.last = {}, np.zeros(2), self.clock()
         frames = {key: LATENT * max(1, math.ceil(seconds * fps / LATENT)) for key, seconds in taps.items()}
         chords = ["+".join(sorted(held | {key for key in frames if t < frames[key]})) or "_" for t in range(n)]
         keyboard, mouse = (part.numpy() for part in data.actions_from_keys(chords))
         mouse = mouse + turn * LOOK_PER_PIXEL / n
-        said = {"keys": sorted(held | set(taps)), "echo": echo, "clipped": bool(np.abs(mouse).max() > MAX_LOOK)}
+        said = {"keys": sorted(held | set(taps)), "clipped": bool(np.abs(mouse).max() > MAX_LOOK)}
         return *legal(keyboard, mouse, pitch, limit), said
 
 # --------------------------------------------------------------------------------------------------------- start pictures
@@ -167,7 +165,7 @@ def true_views(truth: dict, poses: np.ndarray, H: int, W: int) -> np.ndarray:   
     return data.true_frames(truth, data.poses_to_c2w(poses).astype(np.float32), H, W)
 
 def open_start(source: Path | bytes, size: tuple[int, int], name: str) -> Start:
-    """Any picture becomes a start frame. One of --make-start names its world, and is drawn again at this size."""
+    """Any picture becomes a start frame. One that names its world is drawn again at this size."""
     H, W = size
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -185,14 +183,10 @@ def open_start(source: Path | bytes, size: tuple[int, int], name: str) -> Start:
     notes += [f"enlarged: it is smaller than the model's {W}x{H}"] * (w < W or h < H)
     return Start(fitted, f"{name}: {'; '.join(notes) or 'used as it is'}. A tiny model has only seen its own world.")
 
-def make_start(folder: Path, size: int = 64) -> None:
-    """Draw start.png and the gallery: busy views of held-out worlds, each with its world and pose written into the file."""
-    for k, seed in enumerate(world.SPLITS["test"][:10]):
-        scene, truth = world.make_scene(seed), {"scene": {"seed": seed, "kind": world.make_scene(seed).kind}}
-        poses = world.simulate(scene, seed, 241, "walk")["player"][::8]
-        views = true_views(truth, poses, size, size)
-        best = max(range(len(views)), key=lambda index: len(jpeg_of(views[index])))
-        Start(views[best], "", truth, poses[best].tolist()).save(folder / (f"gallery/{k}-{scene.kind}.png" if k else "start.png"))
+def make_start(folder: Path) -> None:
+    """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
+    for path in (folder / "start.png", *folder.glob("gallery/*.png")):
+        open_start(path, (64, 64), path.name).save(path)
 
 class FakeSession:
     """The game itself behind the methods of realtime.Session: nothing is imagined, so nothing is forgotten."""
@@ -210,10 +204,9 @@ class FakeSession:
         return realtime.Chunk(first, {"ms": {}, "memory": [], "poses": list(self.poses)})
 
     def step(self, keyboard: torch.Tensor, mouse: torch.Tensor) -> realtime.Chunk:       # (n, 6), (n, 2)
-        began, past, here = time.monotonic(), np.array(self.poses[::20]), self.poses[-1]
-        gap = np.abs((past[:, 4] - here[4] + 180) % 360 - 180) / 90 + np.linalg.norm(past[:, :3] - here[:3], axis=1) / 4
-        near = [] if self.policy == "none" else [*(1 + np.argsort(gap[1:])[:4]).tolist(), 0]     # what a memory would look back at
-        picks = [{"latent": 5 * k, "frame": 20 * k, "score": max(0.0, 1 - gap[k]), "sink": not k} for k in near]
+        began, here, turned = time.monotonic(), self.poses[-1][4], lambda t: abs((self.poses[t][4] - here + 180) % 360 - 180)
+        near = [] if self.policy == "none" else [*sorted(range(20, len(self.poses), 20), key=turned)[:4], 0]     # what a memory would look back at
+        picks = [{"latent": t // 4, "frame": t, "score": 1 - turned(t) / 180, "sink": not t} for t in near]
         for keys, turn in zip(keyboard.tolist(), mouse.tolist(), strict=True):
             self.game.tick(keys, turn)
             self.poses.append(self.game.pose)
@@ -457,8 +450,7 @@ class Player(threading.Thread):
         """Begin (again) from a start picture, or go on from a saved state; what was played so far is saved."""
         self.save()
         self.begun, self.times, self.plan, self.undone = start, [], None, deque(maxlen=40 if self.args.fake else realtime.UNDO)
-        if self.args.fake:
-            self.session.truth = start.truth
+        self.session.truth = start.truth                                   # the game walks in it, a model never looks
         first, info = self.session.reset(torch.from_numpy(start.image), self.prompt, self.seed, start.pose)
         self.newest, self.poses = start.image if state else first[0].numpy(), trail or [tuple(info["poses"][0])]
         if state:
@@ -577,34 +569,32 @@ class Player(threading.Thread):
                 self.undo()
             elif cmd == "step":
                 self.once = self.set["paused"]
-            elif cmd in ("restart", "seed", "image", "gallery"):
+            elif cmd in ("restart", "seed", "image"):
                 self.seed = secrets.randbelow(1 << 31) if cmd == "seed" else self.seed
                 if cmd == "image":
-                    start = open_start(base64.b64decode(body["data"], validate=True), self.size, "the dropped picture")
-                elif cmd == "gallery":
-                    start = open_start(self.gallery[body["index"] % len(self.gallery)], self.size, "gallery")
+                    start = open_start(base64.b64decode(body["data"], validate=True), self.size, "the new picture")
                 self.reset(start)
-        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             self.screen.note(info=f"{cmd}: {error}")
-        self.screen.note(facts=self.facts())
+        self.screen.note(facts=self.facts() | {"n": self.screen.serial})
 
     def heard(self, route: str, body: dict) -> tuple[int, str]:
         """What a POST means: 204, or a status and an error. Called by HTTP threads: touches the controls, or queues a command."""
         viewer = body.get("id")
         if route == "/input":
-            dx, dy, shown, echo = (float(body.get(name) or 0) for name in ("dx", "dy", "shown", "t"))
-            if not all(map(math.isfinite, (dx, dy, shown, echo))):
-                return 400, "dx, dy, shown and t must be finite numbers"
+            dx, dy, shown = (float(body.get(name) or 0) for name in ("dx", "dy", "shown"))
+            if not all(map(math.isfinite, (dx, dy, shown))):
+                return 400, "dx, dy and shown must be finite numbers"
             self.screen.ack(viewer, shown)
             if self.screen.plays(viewer):
-                self.controls.post([key for key in body.get("keys", [])[:16] if key in KEYS], max(-4e3, min(4e3, dx)), max(-4e3, min(4e3, dy)), echo)
+                self.controls.post([key for key in body.get("keys", [])[:16] if key in KEYS], max(-4e3, min(4e3, dx)), max(-4e3, min(4e3, dy)))
         elif body.get("cmd") not in COMMANDS or not self.screen.plays(viewer):
             return (403, "another tab plays, this one watches") if body.get("cmd") in COMMANDS else (400, f"unknown command; use one of {COMMANDS}")
         elif self.commands.full():
             return 429, "too many commands at once"
         else:
             self.commands.put(body)
-        return 204, ""
+        return 204 if route == "/input" else 200, ""
 
     def state(self) -> dict:
         """GET /state, and what a new viewer is greeted with."""
@@ -617,11 +607,7 @@ class Handler(BaseHTTPRequestHandler):
     """Five routes. What a client sends is bounded, checked and treated as data; a wrong request is a 4xx, never a crash."""
 
     protocol_version, timeout = "HTTP/1.1", 20
-
-    def log_message(self, *said: object) -> None:
-        """Requests are not news, unless one debugs: errors go to the page and to /state."""
-        if self.server.player.args.debug:
-            super().log_message(*said)
+    log_message = lambda *said: None         # requests are not news: errors go to the page and to /state
 
     def handle(self) -> None:
         if self.server.slots.acquire(blocking=False):                      # 64 connections at once; more are closed unheard
@@ -641,7 +627,7 @@ class Handler(BaseHTTPRequestHandler):
     def refused(self) -> str:
         """Foreign hosts (DNS rebinding), foreign pages and missing tokens have no business here."""
         host, origin, token = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.token
-        given = parse_qs(self.path.partition("?")[2]).get("token", [""])[0]
+        given = self.path.partition("?token=")[2]
         if token and not secrets.compare_digest(given.encode(), token.encode()):
             return "the token is missing: open the URL that play.py printed"
         if not token and re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]"):
@@ -686,9 +672,7 @@ class Handler(BaseHTTPRequestHandler):
             status, error = self.server.player.heard(route, json.loads(self.rfile.read(int(length))))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as wrong:
             status, error = 400, f"not understood: {wrong}"
-        if error or route == "/cmd":
-            return self.reply(status if error else 200, {"ok": not error, "error": error})
-        self.reply(204)
+        self.reply(status, b"" if status == 204 else {"ok": not error, "error": error})
 
 def bind(player: Player, host: str, port: int) -> ThreadingHTTPServer:
     """The server on this port, or on the next free one."""
@@ -696,7 +680,7 @@ def bind(player: Player, host: str, port: int) -> ThreadingHTTPServer:
         try:
             server = ThreadingHTTPServer((host, place), Handler)
         except OSError as error:
-            if place == port + 19 or error.errno != errno.EADDRINUSE:
+            if place == port + 19:
                 raise ValueError(f"cannot serve {host}:{place} ({error.strerror}); pass another --host or --port") from error
             continue
         server.player, server.slots, server.daemon_threads = player, threading.Semaphore(64), True
@@ -704,7 +688,7 @@ def bind(player: Player, host: str, port: int) -> ThreadingHTTPServer:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> None:
     """The page: bind, say where, load the model behind it, wait for Ctrl-C."""
     player = Player(args, args.fps or SHOW_FPS)
     server = bind(player, args.host, args.port)
@@ -717,7 +701,6 @@ def serve(args: argparse.Namespace) -> int:
     player.start()
     args.stop.wait()
     player.join()
-    return 0
 
 # ------------------------------------------------------------------------------------------------------- the command line
 FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first is the default), help
@@ -726,11 +709,9 @@ FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first
     "weights": ("", "file, folder, run or hf:ORG/NAME; default: the newest run, else the shipped ones"),
     "actions": ("", 'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; writes films and a session, exits 0'),
     "memory": (("camera", "none", "recent", "random"), "which old frames it looks back at; the page switches live (M)"),
-    "replay": ("", "a session folder: the same frames again"),
     "film": ("", "a .gif: one walk (--actions, else @revisit) as true world, memory on, memory off, side by side"),
-    "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
-    "seed": (42, "of the noise"), "steps": (3, "network calls per chunk"),
-    "new": (10, "new latents per chunk, 10, 5 or 2: fewer bind actions sooner and cost more"),
+    "replay": ("", "a session folder: the same frames again"), "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
+    "seed": (42, "of the noise"), "steps": (3, "network calls per chunk"), "new": (10, "new latents per chunk, 10, 5, 2: few act sooner, cost more"),
     "fps": (0, f"of page and films; 0: up to {SHOW_FPS} in the page, {FILE_FPS} without"),
     "pace": (("auto", "live", "turn"), "turn: plan a chunk, press Enter; auto: below 8 fps"),
     "preset": (("tiny", *(name for name in realtime.SIZES if name != "tiny")), "size of the model"),
@@ -816,43 +797,35 @@ def headless(args: argparse.Namespace, keyboard: np.ndarray, mouse: np.ndarray, 
             t, k = t + n, k + 1
             if t % 40 < n:
                 print(f"frame {player.frame} of {len(keyboard)}   {player.speed():.1f} fps", flush=True)
-        if t > len(keyboard):
-            print(f"the last chunk was filled up with {t - len(keyboard)} frames of standing still")
     finally:
         written = player.save()
     return written
 
-def film(args: argparse.Namespace) -> int:
+def film(args: argparse.Namespace) -> None:
     """One walk in three panels, the true world, memory on and memory off, as a GIF at one and a half times its speed."""
+    (keyboard, mouse, _), panels, pictures, font = read_actions(args.actions or "@revisit", FILE_FPS), {}, [], ImageFont.load_default(17)
     if not open_start(Path(args.image), (64, 64), args.image).truth:
-        raise ValueError(f"--film shows the true world too, and {args.image} names none; take one of assets/ (or of --make-start)")
-    keyboard, mouse, _ = read_actions(args.actions or "@revisit", FILE_FPS)
-    panels, target = [], args.film
+        raise ValueError(f"--film shows the true world too, and {args.image} names none; take one of assets/")
     with tempfile.TemporaryDirectory() as folder:
-        for policy in ("camera", "none"):
+        for title, policy in (("memory on", "camera"), ("memory off", "none")):
             args.out = f"{folder}/{policy}"
             headless(args, keyboard, mouse, [policy], FILE_FPS)
             walk = data.read_episode(Path(args.out))
-            panels.append(np.array(walk.video))
-        truth, here = data.true_frames(walk.meta, walk.c2w, *walk.video.shape[1:3]), walk.player
-    T, side = len(truth), max(1, 256 // truth.shape[2]) * truth.shape[2]
-    size, font, pictures = (3 * side + 16, side + 60), ImageFont.load_default(17), []
-    back = (np.abs(here - here[0]) < 1.5).all(1) & (np.arange(T) > T // 2)         # metres and degrees
-    for t in range(0, T, 2):
-        pictures.append(Image.new("RGB", size, (255, 255, 255)))
+            panels[title] = np.array(walk.video)
+    panels["true world"], back = data.true_frames(walk.meta, walk.c2w, *walk.video.shape[1:3]), np.abs(walk.player - walk.player[0]).max(1) < 1.5
+    for t in range(0, min(map(len, panels.values())), 2):
+        said = "turning away" if t <= len(back) // 2 else "back where we started" if back[t] else "coming back"
+        pictures.append(Image.new("RGB", (592, 252), "white"))
         draw = ImageDraw.Draw(pictures[-1])
-        for k, (title, panel) in enumerate(zip(("true world", "memory on", "memory off"), (truth, *panels), strict=True)):
-            pictures[-1].paste(Image.fromarray(panel[t]).resize((side, side), Image.Resampling.NEAREST), (k * (side + 8), 30))
-            draw.text((k * (side + 8) + side // 2, 15), title, (20, 24, 31), font, "mm")
-        said = "back where we started" if back[t] else "coming back" if t > T // 2 else "turning away"
-        draw.text((size[0] // 2, side + 45), said, (20, 24, 31), font, "mm")
-    palette = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::6]])).quantize(96)      # one for all: no flicker
+        draw.text((296, 237), said, "black", font, "mm")
+        for x, title in ((0, "true world"), (200, "memory on"), (400, "memory off")):
+            pictures[-1].paste(Image.fromarray(panels[title][t]).resize((192, 192), Image.Resampling.NEAREST), (x, 30))
+            draw.text((x + 96, 15), title, "black", font, "mm")
+    palette = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::6]])).quantize(64)      # one for all: no flicker
     first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    first.save(target, save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)
-    scores = [f"{data.psnr(panel[back], truth[back]).mean():.1f} dB" for panel in panels] if back.any() else ["-", "-"]
-    print(f"{target}: {len(pictures)} pictures, {Path(target).stat().st_size / 1e6:.2f} MB; back at the start: on {scores[0]}, off {scores[1]}")
-    return 130 if args.stop.is_set() else 0
+    Path(args.film).parent.mkdir(parents=True, exist_ok=True)
+    first.save(args.film, save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)            # ms; the end stays
+    print(f"{args.film}: {len(pictures)} pictures, {Path(args.film).stat().st_size / 1e6:.2f} MB")
 
 def replay(args: argparse.Namespace) -> int:
     """The same actions from the same start: identical frames, or the reason why not."""
@@ -870,9 +843,9 @@ def replay(args: argparse.Namespace) -> int:
     print(f"{same} of {len(old)} chunks are identical" + ("" if same == len(old) else f": {'; '.join(changed) or 'another device?'}"))
     return 0 if same == len(old) else 1
 
-def bench(args: argparse.Namespace) -> int:
+def bench(args: argparse.Namespace) -> None:
     """5 chunks to warm up, 5 timed, through the threads and JPEGs a page would see: one markdown row."""
-    player, began, moments, ms = Player(args, args.fps or SHOW_FPS), time.monotonic(), [], []
+    player, began, seen = Player(args, args.fps or SHOW_FPS), time.monotonic(), []
     with player.screen.seat() as viewer:
         player.controls.post(["w"])
         player.start()
@@ -880,25 +853,22 @@ def bench(args: argparse.Namespace) -> int:
             for header, jpeg in player.screen.take(viewer):
                 if jpeg:
                     player.screen.ack(viewer, header["n"])
-                    moments.append(time.monotonic())
-                    ms.append(header["ms"])
+                    seen.append((time.monotonic(), header["ms"]))
     args.stop.set()
     player.join()
-    gaps, timed = 1000 * np.diff(moments[len(moments) // 2:]), ms[len(ms) // 2:]
+    moments, timed = zip(*seen[len(seen) // 2:], strict=True)
+    gaps = 1000 * np.diff(moments)
     row = {"preset": "fake" if args.fake else args.preset, "made fps": f"{player.speed():.1f}", "shown fps": f"{1000 / gaps.mean():.1f}",
-           "p99 gap ms": f"{np.quantile(gaps, 0.99):.1f}", "first frame s": f"{moments[0] - began:.2f}"}
+           "p99 gap ms": f"{np.quantile(gaps, 0.99):.1f}", "first frame s": f"{seen[0][0] - began:.2f}"}
     row |= {f"{part} ms": f"{np.median([entry.get(part, 0) for entry in timed]):.1f}" for part in ("retrieve", "denoise", "decode", "encode")}
     print("\n".join("| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row), row.values())))
-    return 0
 
-def check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> None:
     """Environment, weights and memory; loads nothing."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}")
-    print(f"preset {args.preset} · " + ("no weights: the game itself" if args.fake else f"weights {args.weights}"))
-    if not args.fake:
-        print(f"memory · about {realtime.estimate(realtime.resolve(options_of(args))):.2f} GB")
-    return 0
+    found = f"weights {args.weights} · memory about {realtime.estimate(realtime.resolve(options_of(args))):.2f} GB" if not args.fake else ""
+    print(f"preset {args.preset} · {found or 'no weights: the game itself'}")
 
 def main(argv: list[str]) -> int | None:
     args = parse(argv)
@@ -907,14 +877,13 @@ def main(argv: list[str]) -> int | None:
     if args.make_start or args.replay:
         return make_start(HERE / "assets") if args.make_start else replay(args)
     find_weights(args)
-    if args.film:
-        return film(args)
-    if args.actions:
+    if args.actions and not args.film:
         keyboard, mouse, notes = read_actions(args.actions, args.fps or FILE_FPS)
         print("\n".join(notes), end="\n" * bool(notes))
         headless(args, keyboard, mouse, [args.memory], args.fps or FILE_FPS)
-        return 130 if args.stop.is_set() else 0
-    return check(args) if args.check else bench(args) if args.bench else serve(args)
+    else:
+        (film if args.film else check if args.check else bench if args.bench else serve)(args)
+    return 130 if args.stop.is_set() and (args.actions or args.film) else 0
 
 
 if __name__ == "__main__":
