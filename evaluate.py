@@ -113,8 +113,8 @@ def frechet(a: Tensor, b: Tensor) -> float:             # (N, d), (M, d) float64
     A, B, half = a.T.cov(), b.T.cov(), root(a.T.cov())
     # |μ₁−μ₂|² + tr(C₁ + C₂ − 2 (C₁^½ C₂ C₁^½)^½)
     return float((a.mean(0) - b.mean(0)).square().sum() + (A + B - 2 * root(half @ B @ half)).trace())
-def mmd(a: Tensor, b: Tensor) -> float:                 # unbiased, features standardised by b, the truth
-    a, b = ((x - b.mean(0)) / b.std(0).clamp(min=1e-6) for x in (a, b))
+def mmd(a: Tensor, b: Tensor) -> float:                 # unbiased, features standardised by b, the truth (the weak ones by a tenth of the strongest)
+    a, b = ((x - b.mean(0)) / b.std(0).clamp(min=0.1 * float(b.std(0).max())) for x in (a, b))
     k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     within = lambda x: (k(x, x).sum() - k(x, x).diagonal().sum()) / (len(x) * (len(x) - 1))
     return float(within(a) + within(b) - 2 * k(a, b).mean())

@@ -44,7 +44,7 @@ RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")   
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
-SURVIVORS, FINALISTS, GROUP = 160, 24, 64         # of more, so many per query survive the prefilter; its group size
+SURVIVORS, FINALISTS, GROUP = 160, 24, 24         # of more, so many per query survive the prefilter; its group size
 
 
 @dataclass(frozen=True)
@@ -442,7 +442,7 @@ def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: in
         check_rigid("query", query)
         check_rigid("candidates", candidates)
     g = relative(candidates.double(), query.double()[:, None])
-    pieces = g.flatten(0, 1).split(256 if g.device.type == "cpu" else 8192)                # a piece stays in cache
+    pieces = g.flatten(0, 1).split(65536 // points if g.device.type == "cpu" else 8192)    # a piece stays in cache
     if choose("rule", rule, RULES) == "exact":
         return torch.cat([frustum_intersection(piece) for piece in pieces]).float().view(g.shape[:2])
     sample = frustum_points(rule, points).to(g.device)
@@ -537,13 +537,13 @@ class MemoryBank:
         return slots.flatten(1).gather(1, few.topk(SURVIVORS, largest=False).indices)
 
     def score(self, query: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:     # (Q, S) overlap and slots
-        every = torch.arange(first, stop, device=query.device).expand(len(query), -1)
-        if self.rule == "released":                              # every frame is a candidate, not one per latent
-            frames = self.store["cameras"][first:stop].flatten(0, 1)
-            return overlap(query, frames, self.rule).unflatten(1, (-1, Window.stride)).amax(-1), every
-        slots = every if stop - first <= BRUTE_FORCE else self.nearest(query, first, stop)
-        if slots is not every:                                   # 64 points each choose those that get all of them
+        if self.rule == "released" or stop - first <= BRUTE_FORCE:
+            slots = torch.arange(first, stop, device=query.device).expand(len(query), -1)
+        else:                                                    # 64 points each choose those that get all of them
+            slots = self.nearest(query, first, stop)
             slots = slots.gather(1, overlap(query, self.store["cameras"][slots, -1], points=64).topk(FINALISTS).indices)
+        if self.rule == "released":                              # every frame is a candidate, not one per latent
+            return overlap(query, self.store["cameras"][first:stop].flatten(0, 1), self.rule).unflatten(1, (-1, Window.stride)).amax(-1), slots
         return overlap(query, self.store["cameras"][slots, -1], self.rule), slots
 
     def retrieve(self, query: Tensor, before: int | None = None, policy: str = "camera", sink: bool = True,
