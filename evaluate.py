@@ -401,7 +401,7 @@ def remember(run: Run) -> None:
                 strips.append(np.concatenate([true[-1], *shown], 1))
                 following = z, true
         donor = following
-    run.pictures["revisit"] = np.concatenate(strips[:4])                         # truth | memory | none | of another world | copy
+    run.pictures["revisit"] = np.concatenate(strips[:4]).repeat(2, 0).repeat(2, 1)       # truth | memory | none | of another world | copy
 
 def adoption(pred: ndarray, true: ndarray, donor: ndarray, mask: ndarray) -> float:
     """Share of frames whose bank-only pixels are nearer to the donor world than to the true one."""

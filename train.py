@@ -89,6 +89,7 @@ class TrainConfig:
     p_i2v: float = opt(0.2, "batches without past and memory: image to video", "memory", "0.2, §3.1")
     p_memory_off: float = opt(0.15, "other batches without memory, so that it can be switched off", "memory", "part of the 0.2")
     p_null: float = opt(0.1, "samples with null text and actions, for guidance", "memory", "not stated")
+    p_later: float = opt(0.5, "samples whose memory is from up to 2,000 latents earlier than it was", "memory", "not stated")
     revisit: float = opt(0.5, "samples whose window looks at a place seen before and since left", "memory", "palindromes, share not stated")
     encoding: str = opt("anchored", "ray encoding", "memory", "frame-wise relative", ("anchored", "released"))
     gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated")
@@ -112,7 +113,7 @@ VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
 BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, encoding="released", checkpoint_activations=True, ema=0.999)
 CHANGES = {  # what differs from the defaults above: by stage, then by preset, then by both
     "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
-    "distill": dict(segments=5, steps=480, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, log_every=5),
+    "distill": dict(segments=5, steps=360, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, save_every=40, log_every=5),
     "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
     "distill-5b": dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0),
 }
@@ -146,7 +147,6 @@ class Clips:            # a dataset as latents in memory; row e is one episode
     mouse: Tensor       # (E, F, 2)
     text: Tensor        # (E, n, D_text)
     revisit: Tensor     # (E, T) how much a window that starts here shows of what was seen before its past
-    paths: list[str]
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -328,7 +328,7 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
                          "text": data.embed_prompt(episode.text, size.text_dim, size.text_len).half()})
         moe.write_weights(cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split})
     dist.barrier() if run.world > 1 else None
-    return Clips(**moe.read_weights(cache)[0], paths=[str(p) for p in paths])
+    return Clips(**moe.read_weights(cache)[0])
 
 
 def revisit_score(c2w: Tensor) -> Tensor:                                      # (F, 4, 4) -> (T,)
@@ -359,6 +359,8 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     x0, context = memory.clip_context(
         clips.latents[rows].float(), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows], clips.text[rows].float(),
         start, n_new, n_past, index, cfg.encoding, VAES[cfg.preset].stride[1])
+    later = (torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)) * 2000 ** torch.rand(cfg.batch, generator=g)
+    context.times[:, context.memory.shape[2]:] += share(run, later.long())[:, None]      # an hour-long session asks for old memories too
     return x0.to(run.device), context.mute(null).to(run.device)
 
 
@@ -370,7 +372,7 @@ def train_vae(run: Run) -> None:
     videos = [np.array(data.read_episode(p).video) for split in ("train", "third") for p in data.list_episodes(root, split)]
     torch.manual_seed(cfg.seed)
     preset = VAES[cfg.preset]
-    teacher = load_vae(cfg, run.device) if light else None
+    teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
     model = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else preset).to(run.device)
     helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(preset.z_dim)
     if cfg.init:
@@ -380,7 +382,6 @@ def train_vae(run: Run) -> None:
     both.cfg = model.cfg
     restore(run, {"training": both}, ema, opts)
     low, progress = moe.twin(both, run.dtype), Progress(run)
-    teacher = teacher.to(run.dtype) if light else None
     while run.step < cfg.steps and not run.stop:
         video, g = frame_batch(videos, cfg, run.step).to(run.device, run.dtype), generator(cfg, run.step)
         helper.train(run.step < 0.9 * cfg.steps)             # at last the decoder sees the very statistics that will be folded in
@@ -525,7 +526,7 @@ def in_dtype(model: nn.Module, run: Run) -> Callable:
 
 def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:
     """Where the rollouts of a step begin, and the ways they go."""
-    rows = share(run, torch.randint(len(clips.paths), (run.cfg.batch,), generator=generator(run.cfg, step)))
+    rows = share(run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)))
     return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
                     clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1])
 
@@ -576,8 +577,7 @@ def main(argv: list[str]) -> int:
         return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])) or 0
     cfg = parse(argv)
     if cfg.dry_run:
-        h, w = {"5b": (44, 80), "14b": (44, 80)}.get(cfg.preset, (8, 8))
-        tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * h * w // 4
+        tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * {"5b": 880, "14b": 880}.get(cfg.preset, 16)
         print(moe.memory_table(cfg.preset, cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
         return 0
     run = setup(cfg)

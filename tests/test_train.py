@@ -438,13 +438,25 @@ def test_memory_is_always_older_than_the_past(clips):
         assert (context.times[:, :M].amax(1) < context.times[:, M]).all()
 
 
+def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
+    sure = dict(p_i2v=0.0, p_memory_off=0.0)
+    waits = []
+    for step in range(40):
+        (x0, then), (other, now) = (train.draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0))
+        wait = then.times - now.times
+        assert torch.equal(x0, other) and torch.equal(then.rays, now.rays) and torch.equal(then.memory, now.memory)
+        assert (wait[:, :5] == 0).all() and (wait[:, 5:] == wait[:, 5:6]).all()
+        waits += wait[:, 5].tolist()
+    assert min(waits) >= 1 and max(waits) <= 2000 and 20 < sorted(waits)[80] < 100          # evenly in their logarithm
+
+
 def test_revisits_are_drawn_as_often_as_asked(clips):
     clips, run = clips
     worth = {}
     for share in (0.0, 1.0):
-        sure = with_flags((clips, run), revisit=share, p_i2v=0.0)
+        sure = with_flags((clips, run), revisit=share, p_i2v=0.0, p_later=0.0)
         starts = [(train.draw(*sure, step)[1].times[:, -10]) for step in range(40)]
-        rows = [torch.randint(len(clips.paths), (4,), generator=train.generator(run.cfg, step)) for step in range(40)]
+        rows = [torch.randint(len(clips.latents), (4,), generator=train.generator(run.cfg, step)) for step in range(40)]
         worth[share] = torch.cat([clips.revisit[r, s] for r, s in zip(rows, starts, strict=True)]).mean()
     assert worth[1.0] > 1.2 * worth[0.0] > 0
 
