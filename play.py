@@ -498,7 +498,8 @@ class Player(threading.Thread):
         if alone or (self.set["paused"] and not self.once):
             return False
         if tempo == "turn" and self.plan is None and not self.screen.left():
-            self.screen.put(*self.shown)                                   # the chunk again, until the next plan
+            frames, headers, period = self.shown                           # the chunk again, until the next plan; what is set now is said now
+            self.screen.put(frames, [header | self.facts() for header in headers], period)
         ready = self.screen.left() <= 1.2 * self.session.frames_needed / max(1.0, self.speed()) + 0.01
         return self.plan is not None if tempo == "turn" else self.once or ready
 
