@@ -168,7 +168,8 @@ def parse(argv: list[str]) -> TrainConfig:
     which = args.stage or "base", args.preset or "tiny"
     changes = CHANGES.get(which[0], {}) | CHANGES.get(which[1], {}) | CHANGES.get("-".join(which), {})
     cfg = TrainConfig(**changes | {name: value for name, value in vars(args).items() if value is not None})
-    return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}")
+    shipped = cfg.stage == "distill" and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
+    return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}", init=cfg.init or (base if shipped else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------------ setup
@@ -183,8 +184,7 @@ def setup(cfg: TrainConfig) -> Run:
     if world > 1 and (cfg.muon or cfg.stage in ("vae", "lightvae")):
         raise ValueError("several ranks hold shards, and Muon needs whole matrices: add --muon 0 (the VAE stages run on one rank)")
     if world > 1:
-        if cuda:
-            torch.cuda.set_device(device)
+        torch.cuda.set_device(device) if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.use_deterministic_algorithms(cfg.deterministic)
     folder = Path("runs") / cfg.run

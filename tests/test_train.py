@@ -296,6 +296,13 @@ def test_the_vae_stages_leave_vaes_that_encode_and_decode():
     assert list(Path("runs/lightvae-micro/samples").glob("*.png"))
 
 
+def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    assert train.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
+    assert train.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
+    assert train.parse(["--stage", "distill", "--preset", "micro"]).init == train.parse([]).init == ""
+
+
 def test_distill_makes_a_student_of_a_base(reference):
     start("--stage", "distill", "--init", str(reference), "--segments", "1", "--steps", "4", "--cold-start", "2", "--batch", "2",
           "--ratio", "1", "--ratio-cold", "1")
