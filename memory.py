@@ -44,7 +44,7 @@ RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")   
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
-SURVIVORS, FINALISTS, GROUP = 160, 24, 24         # of more, so many per query survive the prefilter; its group size
+SURVIVORS, FINALISTS, GROUP = 160, 24, 24        # of more, so many pass the prefilter, then 64 points; its group size
 
 
 @dataclass(frozen=True)

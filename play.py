@@ -450,7 +450,8 @@ class Player(threading.Thread):
         """Begin (again) from a start picture, or go on from a saved state; what was played so far is saved."""
         self.save()
         self.begun, self.times, self.plan, self.undone = start, [], None, deque(maxlen=40 if self.args.fake else realtime.UNDO)
-        self.session.truth = start.truth                                   # the game walks in it, a model never looks
+        if self.args.fake:
+            self.session.truth = start.truth
         first, info = self.session.reset(torch.from_numpy(start.image), self.prompt, self.seed, start.pose)
         self.newest, self.poses = start.image if state else first[0].numpy(), trail or [tuple(info["poses"][0])]
         if state:

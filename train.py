@@ -12,10 +12,9 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
 One step of `base`:  x_σ = (1 − σ)·x0 + σ·ε on the new latents only; past and memory are at t = 0, corrupted by residuals
 the model itself made earlier (error_buffer.py); with p = 0.2 there is neither, and the model learns image-to-video.
 
-Departures from the paper: learning rates (the paper's suit 5 B parameters; ours stand in STAGES), Muon on the block matrices
-of small models, latents encoded once and cached, revisits drawn more often than they occur, one convention for action windows.
-All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks that each take their share of a
-batch compute the losses of one process (vae: one rank only; distill: every rank draws noise of its own).
+Departures: learning rates (the paper's suit 5 B parameters), Muon on block matrices, latents encoded once and cached, revisits drawn
+more often than they occur, memories made older than they are. All that is drawn in a step is a function of (seed, step) alone: resuming
+is exact, and N ranks compute the losses of one process (vae: one rank only; distill: every rank draws noise of its own).
 
 Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, diffusion_pytorch_model.safetensors,
 ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
@@ -270,7 +269,8 @@ def record(run: Run, line: dict) -> None:
         log.write(json.dumps(line) + "\n")
     if run.cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        SummaryWriter(str(run.folder)).add_scalars("training", line, line["step"])
+        with SummaryWriter(str(run.folder)) as events:
+            events.add_scalars("training", line, line["step"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -577,7 +577,7 @@ def main(argv: list[str]) -> int:
         return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])) or 0
     cfg = parse(argv)
     if cfg.dry_run:
-        tokens = (WINDOW.memory + WINDOW.past + WINDOW.new) * {"5b": 880, "14b": 880}.get(cfg.preset, 16)
+        tokens = {"5b": 880, "14b": 880}.get(cfg.preset, 16) * (WINDOW.memory + WINDOW.past + WINDOW.new)        # per latent, latents
         print(moe.memory_table(cfg.preset, cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
         return 0
     run = setup(cfg)
