@@ -761,7 +761,7 @@ def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
     connection.request("GET", "/state")
     assert json.loads(connection.getresponse().read())["preset"] == "fake"
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(30) == 0
 
 
 def test_another_host_demands_its_token(tmp_path: Path) -> None:
@@ -938,7 +938,9 @@ def test_held_keys_are_held_until_the_page_loses_the_focus(chromium, tmp_path: P
         assert tab.is_hidden("#help"), "the key map is shown until a key is pressed"
         frames, began = tab.evaluate("play.frames"), time.monotonic()
         tab.wait_for_function(f"play.frames > {frames + 40}")
-        print(f"{40 / (time.monotonic() - began):.1f} fps drawn")
+        fps = 40 / (time.monotonic() - began)
+        print(f"{fps:.1f} fps drawn")
+        assert fps > 10
         tab.evaluate("dispatchEvent(new Event('blur'))")
         wait_for(lambda: not player.controls.held, PATIENT)
 
