@@ -95,9 +95,9 @@ class TrainConfig:
     p_error: float = opt(0.5, "share of samples with injected errors; 0 = off", "error buffer", "not stated")
     inject: str = opt("both", "where errors go", "error buffer", "past and memory, Eq. 5", ("both", "past", "memory"))
     error_kind: str = opt("real", "replay residuals, or Gaussian noise of equal variance", "error buffer", "real", ("real", "gaussian"))
+    decoder_only: bool = opt(False, "vae: leave the encoder of --init as it is, so that latents stay what they are", "light VAE")
     rate: float = opt(0.75, "share of decoder channels removed (lightvae)", "light VAE", "0.5 and 0.75, Table 2")
-    expert: str = opt("high-first", "which expert (moe)", "experts", "two high-noise ones by view, one low",
-                      ("high-first", "high-third", "low"))
+    expert: str = opt("high-first", "which expert (moe)", "experts", "two high by view, one low", ("high-first", "high-third", "low"))
     boundary: float = opt(0.9, "σ at which the experts change", "experts", "by SNR, value not stated")
     cold_start: int = opt(60, "iterations on one segment with true past", "distillation", "600, §5.1")
     ratio_cold: int = opt(5, "critic updates per student update in the cold start", "distillation", "5")
@@ -196,9 +196,8 @@ def setup(cfg: TrainConfig) -> Run:
     if rows:
         raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
                          + "\nadd --fresh to start over, or choose another --run NAME")
-    name = cfg.dtype if cfg.dtype != "auto" else old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.")
-    names = [name]                                 # every rank measures, rank 0 decides
-    dist.broadcast_object_list(names) if world > 1 else None
+    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.") if cfg.dtype == "auto" else cfg.dtype]
+    dist.broadcast_object_list(names) if world > 1 else None               # every rank has measured, rank 0 decides
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         moe.write_text(folder / "config.json", json.dumps(new | {"resolved_dtype": names[0], "torch": torch.__version__}, indent=1))
@@ -367,16 +366,16 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
 # ------------------------------------------------------------------------------------------------ stages: vae, lightvae
 def train_vae(run: Run) -> None:
     """Frames to latents of unit variance and back (losses in vae.py)."""
-    cfg, light = run.cfg, run.cfg.stage == "lightvae"
-    root = dataset(run)
+    cfg, light, root = run.cfg, run.cfg.stage == "lightvae", dataset(run)
     videos = [np.array(data.read_episode(p).video) for split in ("train", "third") for p in data.list_episodes(root, split)]
     torch.manual_seed(cfg.seed)
-    preset = VAES[cfg.preset]
     teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
-    model = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else preset).to(run.device)
-    helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(preset.z_dim)
-    if cfg.init:
-        model.load_state_dict(moe.read_weights(cfg.init)[0])
+    fresh = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else VAES[cfg.preset])
+    model = (vae_file.from_weights(*moe.read_weights(cfg.init)).float() if cfg.init else fresh).to(run.device)
+    helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(model.cfg.z_dim)
+    if cfg.decoder_only:                                     # the statistics stay, too
+        helper.mean, helper.var = model.latent_mean.clone(), model.latent_std.square() - 1e-5
+        nn.ModuleList((model.encoder, model.conv1)).requires_grad_(False)
     both = nn.ModuleList((model, helper.to(run.device)))
     opts, ema = moe.optimizers(both, cfg.lr, cfg.muon, cfg.decay), moe.average(both)
     both.cfg = model.cfg
@@ -384,7 +383,7 @@ def train_vae(run: Run) -> None:
     low, progress = moe.twin(both, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
         video, g = frame_batch(videos, cfg, run.step).to(run.device, run.dtype), generator(cfg, run.step)
-        helper.train(run.step < 0.9 * cfg.steps)             # at last the decoder sees the very statistics that will be folded in
+        helper.train(run.step < 0.9 * cfg.steps and not cfg.decoder_only)    # at last the decoder sees the very statistics that will be folded in
         fast, fast_helper = moe.refresh(low, both)
         loss, parts = (vae_file.light_loss(fast, teacher, fast_helper, video) if light
                        else vae_file.vae_loss(fast, video, helper, generator=g))

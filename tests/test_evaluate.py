@@ -130,11 +130,6 @@ def test_lost_is_eight_frames_in_a_row() -> None:
     assert evaluate.time_to_lost([0.9] * 21, 0.7) == 21
 
 
-def test_overlapping_quartiles_are_not_a_difference() -> None:
-    assert evaluate.compare([1, 2, 3, 4], [2, 3, 4, 5]) == "no difference"
-    assert evaluate.compare([1, 1, 2, 2], [5, 6, 7, 8]) == "lower"
-
-
 # ---- geometry --------------------------------------------------------------------------------------------------------
 def test_a_view_sees_itself_and_nothing_behind_its_back(look: tuple) -> None:
     script, _, depth, c2w = look
@@ -263,6 +258,31 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(tm
     assert "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->" in first
     evaluate.report(out, readme, tmp_path / "figures")
     assert readme.read_text() == first
+
+
+def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
+    slopes = {"none-1": -1.0, "none-2": -2.0, "none-3": -3.0, "both-1": -0.9, "both-2": -1.7, "both-3": -2.5}
+    for name, slope in slopes.items():
+        (tmp_path / "buffer" / name).mkdir(parents=True)
+        claim = evaluate.judge(evaluate.CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]})
+        said = {"claims": [claim], "command": "c", "worlds": [1], "split": "test", "machine": "m", "threads": 1, "versions": {"torch": "t"}, "date": "d"}
+        (tmp_path / "buffer" / name / "drift.json").write_text(json.dumps(said))
+    header, _, none, both, *_ = evaluate.contrast(tmp_path / "buffer", "none")["table"]
+    assert "each seed" in header and none.endswith("| -1, -2, -3 | -2 | - |")
+    assert both.endswith("| -0.9, -1.7, -2.5 | -1.7 | +0.3 [-0.197, +0.797] |")          # .1, .3, .5: .3 ± 4.303·.2/√3
+    assert evaluate.main(["compare", "--out", str(tmp_path / "buffer")]) == 0
+    (tmp_path / "README.md").write_text("<!-- table:compare-buffer -->\n<!-- /table -->")
+    evaluate.report(tmp_path, tmp_path / "README.md", tmp_path / "figures")
+    assert both in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_of_its_stage_is_as_good_as_a_folder_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.realtime, "resolve", lambda options: options)
+    monkeypatch.setattr(evaluate.realtime, "load_parts", lambda options, *parts: ({}, {"from": options.weights}))
+    (tmp_path / "latest").write_text("000010")
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "distill"}))
+    assert evaluate.player(str(tmp_path), "student").options.weights == str(tmp_path)
+    assert evaluate.player(str(tmp_path), "base") is None and evaluate.player(str(tmp_path / "none"), "student") is None
 
 
 def test_more_clocks_make_distant_times_less_alike() -> None:

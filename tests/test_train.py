@@ -296,6 +296,16 @@ def test_the_vae_stages_leave_vaes_that_encode_and_decode():
     assert list(Path("runs/lightvae-micro/samples").glob("*.png"))
 
 
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
+    video = torch.rand(1, 3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "whole")
+    start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "decoder", "--init", "runs/whole/vae.safetensors", "--decoder-only")
+    before, after = (vae.from_weights(*moe.read_weights(f"runs/{run}/vae.safetensors")).float() for run in ("whole", "decoder"))
+    with torch.no_grad():
+        assert torch.allclose(before.encode(video), after.encode(video), atol=1e-5)
+        assert (before.decode(before.encode(video)) - after.decode(before.encode(video))).abs().max() > 1e-4
+
+
 def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch):
     monkeypatch.chdir(Path(train.__file__).parent)
     assert train.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
