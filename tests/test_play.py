@@ -902,6 +902,34 @@ def test_revisit_with_the_shipped_model_and_its_replay(tmp_path: Path) -> None:
     assert done.returncode == 0 and "3 of 3 chunks are identical" in done.stdout
 
 
+@pytest.mark.slow   # as long as it says; MINUTES=2 for a shorter look
+def test_twenty_minutes_of_play_grow_by_less_than_50_mb(tmp_path: Path) -> None:
+    minutes, env = float(os.environ.get("MINUTES", 20)), {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
+    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--fake", "--size", "64x64", "--port", "19100"], cwd=tmp_path, env=env,
+                               stdout=subprocess.PIPE, text=True)
+    megabytes = lambda: int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+    try:
+        port = int(process.stdout.readline().rsplit(":", 1)[1].split()[0])
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
+        viewer = Viewer(argparse.Namespace(server_port=port))
+        while viewer.frame()["i"] < 400:                                   # caches are warm, the films are open
+            pass
+        first, began, keys, frame = megabytes(), time.monotonic(), random.Random(0), 0
+        while time.monotonic() - began < 60 * minutes:
+            held = keys.sample(["w", "a", "s", "d", "j", "l"], 2)
+            for _ in range(20):
+                frame = viewer.frame(ack=False)
+                viewer.post("/input", keys=held, shown=frame["n"])
+        last = megabytes()
+        print(f"{frame['i']} frames in {minutes:g} minutes: {first:.0f} MB at the start, {last:.0f} MB at the end")
+        viewer.close()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert last - first < 50 and frame["i"] > 600 * minutes
+    assert data.read_episode(next((tmp_path / "runs").glob("play-*"))).video.shape[0] > 600 * minutes
+
+
 @pytest.fixture(scope="module")
 def chromium():
     api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright, and Chromium")
