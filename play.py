@@ -1,15 +1,14 @@
 """Walk around inside.
 
-The paper shows films. A world model is understood by walking in it, turning away, coming back and looking whether the
-place is still there: `M` switches the memory off and on while you walk, `Tab` shows the true renderer at the same pose.
+The paper shows films. Walk, turn away, come back: `M` switches the memory off and on, `Tab` shows the true world there.
 
     python play.py --image assets/start.png                       a page in the browser, or the ssh line to reach it
     python play.py --actions "w:40, w+l:2s, @revisit"             no browser: films and a session folder, exit 0
     actions := item ("," item)*     item := keys ":" count | @revisit | @spin | @square | @idle
     keys := "_" | key ("+" key)*    key := w a s d (move) i j k l (look, 1.5° per frame)     count := int | float "s"
 
-HTTP threads touch `Controls` (what is held), `Screen` (what is seen) and a queue of commands, nothing else. The player
-thread owns the model and decides as late as it can. A recording writes its files in a thread of its own. Plain HTTP:
+HTTP threads touch `Controls` (what is held), `Screen` (what is seen) and a queue of commands; the player thread owns the
+model and decides as late as it can. Plain HTTP:
     GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one {hello, id, …}.
                    A viewer has at most 3 frames on their way; a late one skips frames, nothing queues.
     POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post, newest frame drawn
@@ -449,7 +448,8 @@ class Player(threading.Thread):
     def reset(self, start: Start, state: Path | None = None, trail: list[tuple] | None = None) -> None:
         """Begin (again) from a start picture, or go on from a saved state; what was played so far is saved."""
         self.save()
-        self.begun, self.times, self.plan, self.undone = start, [], None, deque(maxlen=40 if self.args.fake else realtime.UNDO)
+        self.begun, self.times, self.plan, n = start, [], None, LATENT * (1 if self.args.fake else self.args.new)
+        self.undone, self.ring = deque(maxlen=40 if self.args.fake else realtime.UNDO), deque(maxlen=60 * self.fps // n)     # the unrecorded minute
         if self.args.fake:
             self.session.truth = start.truth
         first, info = self.session.reset(torch.from_numpy(start.image), self.prompt, self.seed, start.pose)
@@ -462,9 +462,12 @@ class Player(threading.Thread):
         self.show(self.newest[None], self.poses[-1:], {"keys": [], "ms": {}}, clear=True)
 
     def record(self) -> None:
-        """A new folder, from the newest frame on. One with a trail before it is a clip, but cannot be replayed."""
-        said = about(self.args) | {"seed": self.seed, "prompt": self.prompt, "truth": self.begun.truth, "trail": self.poses[:-1]}
-        self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, self.newest, self.poses[-1], said)
+        """A new folder, from the newest frame on or from the last minute, if that went unrecorded. With a trail it cannot be replayed."""
+        image, n = self.ring[0][2:] if self.ring else (self.newest, len(self.poses))
+        said = about(self.args) | {"seed": self.seed, "prompt": self.prompt, "truth": self.begun.truth, "trail": self.poses[:n - 1]}
+        self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, image, self.poses[n - 1], said)
+        while self.ring:
+            self.recording.add(*self.ring.popleft()[:2])
 
     def save(self) -> list[dict]:
         recording, self.recording = self.recording, None
@@ -525,13 +528,14 @@ class Player(threading.Thread):
         self.thumbs |= {self.frame + k + 1: jpeg_of(frames[k], 64) for k in range(n)[ends]}
         while len(self.thumbs) > 4096:                                     # as many as the bank holds; frame 0 stays
             self.thumbs.pop(next(frame for frame in self.thumbs if frame))
-        self.undone.append((n, self.newest))
+        self.undone.append((n, before := self.newest))
         self.poses += map(tuple, poses[ends].tolist())                     # one per latent, as in the bank
         self.frame, self.newest = self.frame + n, frames[-1]
-        if self.recording:
-            text = f"memory {policy}   f{self.frame}   {' '.join(said['keys'])}" + (f"   {said['psnr'][-1]:.1f} dB" if judged else "")
-            self.recording.add(frames, {"keyboard": keyboard.tolist(), "mouse": mouse.tolist(), "poses": poses.tolist(), "policy": policy,
-                                        "ms": info["ms"], "memory": picks, "psnr": said["psnr"], "text": text})
+        text = f"memory {policy}   f{self.frame}   {' '.join(said['keys'])}" + (f"   {said['psnr'][-1]:.1f} dB" if judged else "")
+        self.ring.append((frames, {"keyboard": keyboard.tolist(), "mouse": mouse.tolist(), "poses": poses.tolist(), "policy": policy,
+                                   "ms": info["ms"], "memory": picks, "psnr": said["psnr"], "text": text}, before, len(self.poses) - n // LATENT))
+        while self.recording and self.ring:
+            self.recording.add(*self.ring.popleft()[:2])
         self.screen.note(memory=picks)
         said["ms"] = {**info["ms"], "encode": self.screen.encode, "total": 1000 * (time.monotonic() - began)}
         self.show(true_views(truth, poses, *self.size) if self.set["view"] == "truth" and truth else frames, poses, said)
@@ -543,6 +547,7 @@ class Player(threading.Thread):
             self.session.undo()
             n, self.newest = self.undone.pop()
             taken += n
+            self.ring = deque([*self.ring][:-1], self.ring.maxlen)
         self.frame, self.poses = self.frame - taken, self.poses[:len(self.poses) - taken // LATENT]
         if self.recording:
             self.recording.undo(taken)
@@ -707,7 +712,6 @@ def serve(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------- the command line
 FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first is the default), help
     "image": (str(HERE / "assets/start.png"), "start picture; any size, centre crop and resize, prints what it did"),
-    "prompt": ("", "what the world is, for models with a text encoder"),
     "weights": ("", "file, folder, run or hf:ORG/NAME; default: the newest run, else the shipped ones"),
     "actions": ("", 'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; writes films and a session, exits 0'),
     "memory": (("camera", "none", "recent", "random"), "which old frames it looks back at; the page switches live (M)"),
@@ -716,15 +720,14 @@ FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first
     "seed": (42, "of the noise"), "steps": (3, "network calls per chunk"), "new": (10, "new latents per chunk, 10, 5, 2: few act sooner, cost more"),
     "fps": (0, f"of page and films; 0: up to {SHOW_FPS} in the page, {FILE_FPS} without"),
     "pace": (("auto", "live", "turn"), "turn: plan a chunk, press Enter; auto: below 8 fps"),
-    "preset": (("tiny", *(name for name in realtime.SIZES if name != "tiny")), "size of the model"),
+    "prompt": ("", "what the world is, for models with a text encoder"), "preset": (tuple(sorted(realtime.SIZES, key="tiny".__ne__)), "model size"),
     "device": ("auto", "cpu, cuda, cuda:1"), "dtype": ("auto", "float32 or bfloat16; auto measures which is faster"),
     "int8": (False, "INT8 attention projections"), "vae": (tuple(realtime.DECODERS), "decoder; the light ones are pruned"),
     "compile": (False, "torch.compile: first time ~60-150 s"), "size": ("128x128", "of the fake world; models have one size"),
     "dit-ranks": (0, "denoising processes beside the one that decodes"), "host": ("127.0.0.1", "another one demands a token"),
-    "port": (8000, "the next free one is taken"), "no-open": (False, "do not open a browser"),
-    "fake": (False, "the game itself through the same page, no model"), "mode": (("first", "third"), "third: no public weights"),
-    "make-start": (False, "draw assets/start.png and assets/gallery again"), "check": (False, "environment, weights, memory; loads nothing"),
-    "bench": (False, "5 warm-up and 5 timed chunks, one markdown row"), "debug": (False, "tracebacks instead of one paragraph"),
+    "port": (8000, "the next free one is taken"), "no-open": (False, "open no browser"), "fake": (False, "the game itself in the page, no model"),
+    "mode": (("first", "third"), "third: no public weights"), "make-start": (False, "draw the pictures of assets/ again"),
+    "check": (False, "environment, weights, memory; loads nothing"), "bench": (False, "5 warm-up and 5 timed chunks"), "debug": (False, "tracebacks"),
 }
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -868,9 +871,8 @@ def bench(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Environment, weights and memory; loads nothing."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}")
     found = f"weights {args.weights} · memory about {realtime.estimate(realtime.resolve(options_of(args))):.2f} GB" if not args.fake else ""
-    print(f"preset {args.preset} · {found or 'no weights: the game itself'}")
+    print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}\npreset {args.preset} · {found or 'no weights: the game itself'}")
 
 def main(argv: list[str]) -> int | None:
     args = parse(argv)

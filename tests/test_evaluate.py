@@ -267,7 +267,7 @@ def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
     for name, slope in slopes.items():
         (tmp_path / "buffer" / name).mkdir(parents=True)
         claim = evaluate.judge(evaluate.CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]})
-        said = {"claims": [claim], "worlds": [1], "threads": 1, "versions": {"torch": "t"}} | dict.fromkeys(("command", "split", "machine", "date"), "x")
+        said = dict.fromkeys(("command", "split", "machine", "date", "threads"), "x") | {"claims": [claim], "worlds": [1], "versions": {"torch": "t"}}
         (tmp_path / "buffer" / name / "drift.json").write_text(json.dumps(said))
     header, _, none, both, *_ = evaluate.contrast(tmp_path / "buffer", "none")["table"]
     assert "each seed" in header and none.endswith("| -1, -2, -3 | -2 | - |")

@@ -553,17 +553,22 @@ def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.Mon
     assert player.tempo() == "live"
 
 
-def test_recording_can_be_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     player = dreaming(tmp_path, monkeypatch)
     act(player, "w")
     player.obey({"cmd": "record"})
-    act(player, "a")
+    act(player, "s")
+    player.undo()                                                          # what was taken back is in no recording
+    for chord in "a" * 62:
+        act(player, chord)
     player.obey({"cmd": "record"})
     act(player, "d")
     player.save()
     first, second = (json.loads((tmp_path / name / "session.json").read_text()) for name in ("dream", "dream-2"))
-    assert not first["trail"] and len(second["trail"]) == 24 and len(first["keyboard"]) == 56 and np.array(second["keyboard"])[:, 3].all()
-    assert len(data.read_episode(tmp_path / "dream-2").video) == 41
+    assert not first["trail"] and len(first["keyboard"]) == 56 and len(second["keyboard"]) == 61 * 40
+    assert len(second["trail"]) == 14 + 2 * 10, "two of the 62 chunks are older than a minute"
+    assert np.array(second["keyboard"])[:2400, 2].all() and np.array(second["keyboard"])[2400:, 3].all()
+    assert len(data.read_episode(tmp_path / "dream-2").video) == 1 + 61 * 40
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
