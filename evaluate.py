@@ -577,7 +577,8 @@ CLAIMS: dict[str, list[Claim]] = {
                C("exact: VAE ceiling minus memory", None, "<= 1.5", "dB", "§3.2", of("psnr", "exact, VAE ceiling", "exact, camera")),
                C("reliance on what is remembered", None, "> 0", "dB", "M11", of("psnr bank-only", "exact, camera", "exact, zeros")),
                C("adoption of another world's memory", None, ">= 0.7", "", "M11", of("adoption", "exact, other world"))],
-    "drift": [C("in place: slope", None, ">= -0.5", "dB/100 frames", "§3.1", of("dB per 100 frames", "in place, camera")),
+    "drift": [*(C(f"in place, memory {said}: slope", None, goal, "dB/100 frames", "§3.1", of("dB per 100 frames", f"in place, {arm}"))
+                for said, arm, goal in (("on", "camera", ">= -0.5"), ("off", "none", ""))),
               C("exploring: sharpness at the end", None, "0.85-1.15", "x", "§3.3", of("sharpness at the end", "exploring, camera"))],
     "action": [C("true minus shuffled actions", None, ">= 3", "dB", "§3.1", of("psnr", "true actions", "shuffled actions")),
                *(C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind)) for kind in ("turn", "move"))],
@@ -677,8 +678,7 @@ def footer(result: dict) -> str:
                        f"{result['date']} UTC", *result.get("notes", [])])
 T95 = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)            # of Student's t, two-sided, by number of seeds
 def contrast(folder: Path, against: str) -> dict:
-    """Arms that were trained several times, folder/ARM-SEED/*.json: every claim by seed, and the paired difference from the arm `against`
-    with its t-interval over seeds: a method is known by its trainings, not by the worlds that one of them was shown."""
+    """Arms trained several times, folder/ARM-SEED/*.json: every claim by seed, and the difference from the arm `against`, paired by seed."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for path in sorted(folder.glob("*-*/*.json")):
         (arm, seed), result = path.parent.name.rsplit("-", 1), json.loads(path.read_text())

@@ -16,8 +16,7 @@ Departures: learning rates (the paper's suit 5 B parameters), Muon on block matr
 more often than they occur, memories made older than they are. All that is drawn in a step is a function of (seed, step) alone: resuming
 is exact, and N ranks compute the losses of one process (vae: one rank only; distill: every rank draws noise of its own).
 
-Run folder: config.json · log.jsonl · samples/ · ckpt/000500/{config.json, diffusion_pytorch_model.safetensors,
-ema.safetensors, train_state.pt} · latest.      Tests: pytest tests/test_train.py
+Run folder: config.json · log.jsonl · samples/ · latest · ckpt/000500/ (moe.save).   Tests: pytest tests/test_train.py
 """
 import argparse
 import copy
@@ -74,7 +73,7 @@ class TrainConfig:
     vae: str = opt("", "VAE weights (default: assets/PRESET/vae.safetensors)", "data")
     init: str = opt("", "weights to start from: a run, a folder or a file", "data")
     overfit: int = opt(0, "train on this many clips only; the loss must fall towards 0", "data")
-    steps: int = opt(1000, "optimiser steps", "optimisation", "50,000")
+    steps: int = opt(900, "optimiser steps", "optimisation", "50,000")
     lr: float = opt(1e-3, "AdamW learning rate", "optimisation", "2e-5, §5.1")
     muon: float = opt(1e-2, "Muon learning rate of the matrices inside blocks; 0 = AdamW everywhere", "optimisation", "not stated")
     warmup: int = opt(50, "steps of linear warm-up", "optimisation", "not stated")
@@ -177,6 +176,8 @@ def setup(cfg: TrainConfig) -> Run:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device.startswith("cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cfg.decoder_only and not cfg.init:
+        raise ValueError("--decoder-only keeps the encoder of a VAE; say which: --init assets/tiny/vae.safetensors")
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"--batch {cfg.batch} does not divide among {world} ranks x {cfg.accum} micro-batches; "
                          f"use a multiple of {world * cfg.accum}")
@@ -196,7 +197,7 @@ def setup(cfg: TrainConfig) -> Run:
     if rows:
         raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
                          + "\nadd --fresh to start over, or choose another --run NAME")
-    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.") if cfg.dtype == "auto" else cfg.dtype]
+    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device))[6:] if cfg.dtype == "auto" else cfg.dtype]
     dist.broadcast_object_list(names) if world > 1 else None               # every rank has measured, rank 0 decides
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)

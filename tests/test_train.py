@@ -520,6 +520,7 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
     (["--data", "nowhere"], "make one with: python data.py make --preset micro --out nowhere"),
     (["--vae", "nowhere"], "python train.py --stage vae --preset micro"),
     (["--init", "nowhere"], "No weights at nowhere"),
+    (["--stage", "vae", "--decoder-only"], "say which: --init assets/tiny/vae.safetensors"),
     (["--batch", "3", "--accum", "2"], "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2"),
 ])
 def test_what_is_missing_or_does_not_fit_is_named(flags, says, monkeypatch, capsys):
