@@ -7,16 +7,13 @@ The paper shows films. Walk, turn away, come back: `M` switches the memory off a
     actions := item ("," item)*     item := keys ":" count | @revisit | @spin | @square | @idle
     keys := "_" | key ("+" key)*    key := w a s d (move) i j k l (look, 1.5° per frame)     count := int | float "s"
 
-HTTP threads touch `Controls` (what is held), `Screen` (what is seen) and a queue of commands; the player thread owns the
-model and decides as late as it can. Plain HTTP:
-    GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one {hello, id, …}.
-                   A viewer has at most 3 frames on their way; a late one skips frames, nothing queues.
+HTTP threads touch `Controls`, `Screen` and a queue of commands; the player thread owns the model. Plain HTTP:
+    GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one {hello, id, …}; 3 unacked at most
     POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post, newest frame drawn
     POST /cmd      {id, cmd, …} → {ok, error?}; cmd is one of COMMANDS        GET /state   JSON        GET /   the page
 The first viewer plays, others watch. Only this machine is served; another --host demands the token printed in the URL.
-
-A session folder is an episode of data.py (train on it) with play.mp4, play_memory.mp4, session.json (--replay),
-state.safetensors (--out FOLDER goes on from there) and start.png. An undo takes back latents, pose and random state.
+A session folder is an episode of data.py with play.mp4, play_memory.mp4, start.png, session.json (--replay) and state.safetensors
+(--out FOLDER goes on from there). An undo takes back latents, pose and random state.
 Tests: pytest tests/test_play.py      Pictures: python play.py --make-start; python play.py --film assets/figures/memory.gif
 """
 import argparse
@@ -253,7 +250,8 @@ class Recording:
 
     def __init__(self, folder: Path, fps: int, start: Start, image: np.ndarray, pose: tuple[float, ...], about: dict) -> None:
         self.folder, self.fps, self.start, self.image, self.pose, self.about = folder, fps, start, image, pose, about
-        self.pending, self.written, self.writer, self.busy, self.times = deque(), [], ThreadPoolExecutor(1), None, max(1, 256 // len(image))
+        self.pending, self.writer, self.busy, self.times = deque(), ThreadPoolExecutor(1), None, max(1, 256 // len(image))
+        self.said = tempfile.TemporaryFile("w+")                           # what was written, a line per chunk: sessions may last for hours
 
     def add(self, frames: np.ndarray, said: dict) -> None:
         self.pending.append((frames, {"n": len(frames), "sha": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()[:16], **said}))
@@ -268,7 +266,7 @@ class Recording:
         frames, said = self.pending.popleft()
         (self.busy or self.writer.submit(self.begin)).result()             # one chunk is being written at most: a slow disk costs time
         self.busy = self.writer.submit(self.write, frames, said)
-        self.written.append(said | {"memory": [{k: v for k, v in pick.items() if k != "thumb"} for pick in said["memory"]]})
+        self.said.write(json.dumps(said | {"memory": [{k: v for k, v in pick.items() if k != "thumb"} for pick in said["memory"]]}) + "\n")
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -293,18 +291,20 @@ class Recording:
         if self.busy:
             self.busy.result()
             self.raw.close()
+            self.said.seek(0)
+            chunks = [json.loads(line) for line in self.said]
             for container, stream in filter(None, self.films):
                 container.mux(stream.encode())
                 container.close()
-            rows = {key: [row for said in self.written for row in said.pop(key)] for key in ("keyboard", "mouse", "poses")}
+            rows = {key: [row for said in chunks for row in said.pop(key)] for key in ("keyboard", "mouse", "poses")}
             rows["poses"].insert(0, list(self.pose))
             self.save_episode(*(np.array(rows[key]) for key in ("keyboard", "mouse", "poses")))
             self.start.save(self.folder / "start.png")
             session.save(self.folder / "state.safetensors")
-            (self.folder / "session.json").write_text(json.dumps({**self.about, "fps": self.fps, **rows, "chunks": self.written}))
+            (self.folder / "session.json").write_text(json.dumps({**self.about, "fps": self.fps, **rows, "chunks": chunks}))
             print(f"saved {self.folder}", flush=True)
         self.writer.shutdown()
-        return self.written
+        return chunks if self.busy else []
 
     def save_episode(self, keyboard: np.ndarray, mouse: np.ndarray, poses: np.ndarray) -> None:      # (F, 6), (F, 2), (F+1, 5)
         free = [world.step_pose(*step) for step in zip(poses.tolist(), keyboard.tolist(), mouse.tolist(), strict=False)]

@@ -907,6 +907,27 @@ def test_revisit_with_the_shipped_model_and_its_replay(tmp_path: Path) -> None:
     assert done.returncode == 0 and "3 of 3 chunks are identical" in done.stdout
 
 
+@pytest.mark.slow   # seconds of an idle machine
+def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path: Path) -> None:
+    env, began = {**os.environ, "DISPLAY": ""}, time.monotonic()
+    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--image", str(ROOT / "assets/start.png"), "--port", "19200"],
+                               cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        port, page = int(process.stdout.readline().rsplit(":", 1)[1].split()[0]), time.monotonic() - began
+        viewer = Viewer(argparse.Namespace(server_port=port))
+        viewer.post("/input", keys=["w"], shown=viewer.frame(ack=False)["n"])
+        first = time.monotonic() - began
+        while not (header := viewer.frame(ack=False))["keys"]:
+            viewer.post("/input", keys=["w"], shown=header["n"])
+        moved = time.monotonic() - began
+        print(f"page after {page:.1f} s, first picture after {first:.1f} s, walking after {moved:.1f} s")
+        viewer.close()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert page < 5 and first < 10 and moved < 10
+
+
 @pytest.mark.slow   # as long as it says; MINUTES=2 for a shorter look
 def test_twenty_minutes_of_play_grow_by_less_than_50_mb(tmp_path: Path) -> None:
     minutes, env = float(os.environ.get("MINUTES", 20)), {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
