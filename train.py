@@ -219,8 +219,7 @@ def generator(cfg: TrainConfig, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
-def share(run: Run, x: Tensor) -> Tensor:
-    """This rank's rows of a batch that every rank draws alike."""
+def share(run: Run, x: Tensor) -> Tensor:          # this rank's rows of a batch that every rank draws alike
     return x[run.rank::run.world]
 
 
@@ -554,22 +553,23 @@ def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-def plot(folders: list[str]) -> None:
-    """Loss curves of runs, smoothed over ten log lines, as loss.png in the first."""
+def plot(runs: list[str]) -> None:
+    """Loss curves of runs or of their logs, smoothed over ten log lines, as loss.png beside the first log."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    for folder in folders:
-        if not (Path(folder) / "log.jsonl").exists():
-            raise ValueError(f"no {folder}/log.jsonl; --plot takes folders of runs, such as runs/base-tiny")
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        points = np.array([(line["step"], line.get("loss", line.get("critic"))) for line in lines if line.keys() & {"loss", "critic"}])
-        n = min(10, len(points))
-        plt.plot(points[n - 1:, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=Path(folder).name)
+    logs = [Path(run) if run.endswith(".jsonl") else Path(run) / "log.jsonl" for run in runs]
+    for log in logs:
+        if not log.exists():
+            raise ValueError(f"no {log}; --plot takes folders of runs, such as runs/base-tiny, or their logs")
+        said = [x for x in map(json.loads, log.read_text().splitlines()) if x.keys() & {"loss", "critic"}]
+        points = np.array([(x["step"], x.get("loss", x.get("critic"))) for x in said])
+        n, name = min(10, len(points)), log.parent.name if log.stem == "log" else log.stem
+        plt.plot(points[n - 1:, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=name)
     plt.xlabel("step"), plt.ylabel("loss"), plt.yscale("log"), plt.legend()
-    plt.savefig(Path(folders[0]) / "loss.png", dpi=120)
-    print(f"wrote {Path(folders[0]) / 'loss.png'}")
+    plt.savefig(logs[0].parent / "loss.png", dpi=120)
+    print(f"wrote {logs[0].parent / 'loss.png'}")
 
 
 def main(argv: list[str]) -> int:

@@ -612,6 +612,7 @@ def test_plot_draws_the_curves_of_runs(reference):
     Path("runs/b/log.jsonl").write_text('{"step": 5, "critic": 0.5, "latent_std": 1.0}\n')       # distill has no "loss"
     assert train.main(["--plot", "runs/a", "runs/b"]) == 0
     assert Path("runs/a/loss.png").stat().st_size > 1000
+    assert train.main(["--plot", "runs/b/log.jsonl"]) == 0 and Path("runs/b/loss.png").exists()
 
 
 def test_plot_says_how_to_get_matplotlib_and_what_a_run_is(monkeypatch, capsys):
