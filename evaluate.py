@@ -645,7 +645,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     result = {"command": f"python evaluate.py {name}{flags}", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "seed": 0,
               "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores", "split": split, "threads": torch.get_num_threads(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "worlds": worlds,
-              "weights": {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(Path(args.weights).rglob("*.safetensors"))}}
+              "weights": {"/".join(f.parts[-2:]): hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in Path(args.weights).rglob("*.safetensors")}}
     path.parent.mkdir(parents=True, exist_ok=True)
     moe.write_text(path, json.dumps(result | {"claims": [judge(c, {}) for c in CLAIMS[name]], "raw": {}}))
     try:
@@ -679,9 +679,9 @@ def footer(result: dict) -> str:
 T95 = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)            # of Student's t, two-sided, by number of seeds
 def contrast(folder: Path, against: str) -> dict:
     """Arms trained several times, folder/ARM-SEED/*.json: every claim by seed, and the difference from the arm `against`, paired by seed."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found, each = {}, "no ARM-SEED/*.json there"
     for path in sorted(folder.glob("*-*/*.json")):
-        (arm, seed), result = path.parent.name.rsplit("-", 1), json.loads(path.read_text())
+        (arm, seed), each = path.parent.name.rsplit("-", 1), footer(result := json.loads(path.read_text()))
         for c in (c for c in result["claims"] if c["value"] is not None):
             found.setdefault((f"{c['name']}, {c['unit']}", arm), {})[seed] = c["value"]
     table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
@@ -690,7 +690,7 @@ def contrast(folder: Path, against: str) -> dict:
         m, half = d.mean() if len(d) else math.nan, T95[min(len(d), 8)] * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
         cells = [", ".join(map(number, values.values())), number(np.mean([*values.values()])), f"{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]"]
         table.append(f"| {name} | {arm} | {' | '.join(cells[:2] + ['-'] if arm == against else cells)} |")
-    return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · {footer(result)}"]}
+    return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {each}"]}
 def results(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem in COMMANDS}
 def report(out: Path, readme: Path, figures: Path) -> None:
