@@ -306,15 +306,15 @@ def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
-    """Episodes as latents: encoded once per VAE and dataset, then read from the cache beside the episodes."""
+    """Episodes as latents: encoded once per encoder and dataset, then read from the cache beside the episodes."""
     cfg, size = run.cfg, dit.PRESETS[run.cfg.preset]
     paths = data.list_episodes(root, split)
     paths = paths[:cfg.overfit] if cfg.overfit and split != "tune" else paths
     if not paths:
         raise ValueError(f"no episodes of split {split!r} in {root}; make them with: python data.py make --preset {cfg.preset} --out {root}")
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
-    for tensor in vae.state_dict().values():
-        digest.update(tensor.double().sum().item().hex().encode())
+    for tensor in (*vae.encoder.parameters(), *vae.conv1.parameters(), vae.latent_mean, vae.latent_std):
+        digest.update(f"{tensor.double().sum().item():.6g}".encode())
     cache = root / f"latents-{split}-{digest.hexdigest()[:12]}.safetensors"
     if run.rank == 0 and not cache.exists():
         encoder, rows = copy.deepcopy(vae).to(run.dtype), []

@@ -304,6 +304,11 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
     with torch.no_grad():
         assert torch.allclose(before.encode(video), after.encode(video), atol=1e-5)
         assert (before.decode(before.encode(video)) - after.decode(before.encode(video))).abs().max() > 1e-4
+    caches = lambda: sorted(path.name for path in Path("datasets/micro").glob("latents-*"))
+    start("--steps", "1", "--run", "a", "--vae", "runs/whole/vae.safetensors")
+    known = caches()
+    start("--steps", "1", "--run", "b", "--vae", "runs/decoder/vae.safetensors")
+    assert caches() == known, "what was encoded stays encoded"
 
 
 def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch):
