@@ -76,7 +76,7 @@ class TrainConfig:
     steps: int = opt(900, "optimiser steps", "optimisation", "50,000")
     lr: float = opt(1e-3, "AdamW learning rate", "optimisation", "2e-5, §5.1")
     muon: float = opt(1e-2, "Muon learning rate of the matrices inside blocks; 0 = AdamW everywhere", "optimisation", "not stated")
-    warmup: int = opt(50, "steps of linear warm-up", "optimisation", "not stated")
+    warmup: int = opt(50, "steps of linear warm-up, and before errors are injected", "optimisation", "not stated")
     batch: int = opt(16, "clips per step, all ranks together", "optimisation", "not stated")
     accum: int = opt(1, "micro-batches per step", "optimisation", "not stated")
     clip: float = opt(1.0, "gradient norm limit", "optimisation", "not stated")
@@ -423,7 +423,7 @@ def train_base(run: Run) -> None:
     low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
     model = start_model(run)
     opts, ema = moe.optimizers(model, cfg.lr, cfg.muon, cfg.decay), moe.average(model)
-    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind))
+    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind, warmup=cfg.warmup))
     saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
     low, progress = moe.twin(model, run.dtype, cfg.checkpoint_activations), Progress(run)
