@@ -427,7 +427,7 @@ def make_dataset(root: Path | str, preset: str = "tiny", workers: int | None = N
                 futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _worker))
         with pool:
             running = {pool.submit(_job, root, cfg, *job): job for job in jobs}
-            bar = tqdm(futures.as_completed(running), f"rendering {root}", len(jobs), unit="episode")
+            bar = tqdm(futures.as_completed(running), f"rendering {root}", len(jobs), unit="episode", mininterval=0.1 if os.isatty(2) else 10)
             failed = [(*running[done], done.exception()) for done in bar if done.exception()]
     if failed:
         raise ValueError(f"{len(failed)} episodes failed three times, the others are in {root}; the first: {failed[0]}")
