@@ -3,15 +3,13 @@
 Paper: §3.4, Table 1 (40 FPS at 720p: 8 GPUs denoise, one decodes).  Released: its parallel start fails as documented.
 
     FPS = n / P            n = 4·new frames per segment; D, V = seconds to denoise and to decode it
-    P = D + V              one after the other
-    P = max(D, V)          side by side, a queue of 2 in between     (D = 1, V = 1.551 s are the paper's 25.79 FPS)
+    P = D + V              one after the other, as on one CPU;  max(D, V) side by side, a queue of 2 in between (D = 1, V = 1.551 s: 25.79 FPS)
     key to photon          R/2 + D + V₁ on average, R + D + V₁ at worst; R = n/40 s, V₁ = until one latent is decoded
 
-A Session is one player in one world: reset(image, prompt, seed) -> frame 0; step(keyboard, mouse) -> Chunk of the next frames
-(56, then 40). step is submit + collect; submit(k+1) before collect(k) is the pipeline. The noise of segment k depends on (seed, k)
-alone: undo, restore, replay and N ranks give the same frames. N + 1 ranks on torch.distributed: 0 .. N−1 share each segment by
-place (dit.py) and hold equal memories, rank N decodes. Orders wait in a shared store, latents and pixels are sent; if a rank dies,
-fails or stalls, rank 0 raises one RuntimeError and every process ends within seconds.
+A Session is one player in one world: reset(image, prompt, seed) -> frame 0; step(keyboard, mouse) -> Chunk of the next frames (56, then 40).
+step is submit + collect; submit(k+1) before collect(k) is the pipeline. The noise of segment k depends on (seed, k) alone: undo, restore, replay
+and N ranks give the same frames. N + 1 ranks on torch.distributed: 0 .. N−1 share each segment by place (dit.py) and hold equal memories, rank N
+decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and every process ends within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
 Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python realtime.py --bench --suite ablation
 """
@@ -406,7 +404,8 @@ def open_session(options: Options, dit_ranks: int = 0) -> "Session | None":
 class Session:
     """One player in one world; knows nothing of pages. With a store (see open_session) it is rank 0 of all who meet there."""
     def __init__(self, options: Options = Options(), store: dist.Store | None = None, crew: Sequence[multiprocessing.Process] = ()):
-        self.options, self.policy, self.pending, self.pool = resolve(options), options.policy, deque(), ThreadPoolExecutor(1)
+        self.options, self.policy, self.pending = resolve(options), options.policy, deque()
+        self.pool = ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None     # two threads on the same cores: half the speed
         torch.set_num_threads(options.threads or torch.get_num_threads())
         self.nets, meta = load_parts(self.options, "dit", "encoder", *(() if store else ("decoder",)))
         self.team = Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew) if store else None
@@ -448,17 +447,18 @@ class Session:
         self.decode(*self.everywhere("run", keyboard, mouse, self.policy))
 
     def decode(self, latents: Tensor, info: dict, fresh: bool = False) -> None:
-        """In order, in one thread. At most QUEUE segments wait: a slow decoder costs time, never memory."""
-        if len(self.pending) > QUEUE:
+        """In order, in one thread or by collect(). At most QUEUE segments wait: a slow decoder costs time, never memory."""
+        if self.pool and len(self.pending) > QUEUE:
             self.pending[-QUEUE - 1][0].exception()                   # blocks until that one is done
-        self.pending.append((self.pool.submit(self.decoder.decode, latents, fresh), info))
+        work = partial(self.decoder.decode, latents, fresh)
+        self.pending.append((self.pool.submit(work) if self.pool else work, info))
 
     def collect(self) -> Chunk:
         """The oldest submitted segment, as soon as it is decoded."""
         if not self.pending:
             raise ValueError("nothing to collect: submit() first")
-        future, info = self.pending.popleft()
-        frames, info["ms"]["decode"] = future.result()
+        work, info = self.pending.popleft()
+        frames, info["ms"]["decode"] = work.result() if self.pool else work()
         return Chunk(frames, info)
 
     def step(self, keyboard: Tensor, mouse: Tensor) -> Chunk:
@@ -493,8 +493,8 @@ class Session:
 
     def close(self) -> None:
         """End the other ranks in good order."""
-        self.pool.shutdown()
         if self.team:
+            self.pool.shutdown()
             self.team.post("denoise", "close")
             self.team.post("decode", "close")
             dist.destroy_process_group()
@@ -594,7 +594,7 @@ def main(argv: Sequence[str]) -> None:
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))
     t = time_segment(session, 2, 1)
     print(f"denoise {t['D']:.3f} s, decode {t['V']:.3f} s: {t['serial']:.0f} FPS in turn, {t['predicted']:.0f} side by side on two machines, "
-          f"{t['fps']:.0f} in two threads of this one; key to photon {t['mean']:.2f} s on average at 40 FPS")
+          f"{t['fps']:.0f} in this one; key to photon {t['mean']:.2f} s on average at 40 FPS")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

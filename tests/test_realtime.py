@@ -68,7 +68,10 @@ def test_the_same_seed_and_actions_give_the_same_frames(session: realtime.Sessio
     assert pixels(walk(session, 1)[0].frames, three[0].frames) > 10
 
 
-def test_async_frames_equal_sequential_frames_and_stay_in_order(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+@pytest.mark.parametrize("pool", [None, realtime.ThreadPoolExecutor(1)], ids=["one thread", "two threads"])
+def test_async_frames_equal_sequential_frames_and_stay_in_order(session: realtime.Session, three: list[realtime.Chunk],
+                                                                pool: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "pool", pool)
     session.reset(IMAGE)
     for k in range(3):
         session.submit(*actions(session.frames_needed, k))
@@ -120,8 +123,9 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
 
 # ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
 
-def test_a_slow_decoder_blocks_the_queue_not_memory(session: realtime.Session) -> None:
+def test_a_slow_decoder_blocks_the_queue_not_memory(session: realtime.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session.reset(IMAGE)
+    monkeypatch.setattr(session, "pool", realtime.ThreadPoolExecutor(1))     # as with a decoder on another device
     gate, decode = threading.Event(), session.decoder.decode
     session.decoder.decode = lambda *args: (gate.wait(20), decode(*args))[1]
     for k in range(1 + realtime.QUEUE):                              # one in work, QUEUE waiting
