@@ -446,7 +446,7 @@ def distill(run: Run) -> None:
             made.setdefault(row, []).append((image[0], frames[at]))
     for row, pairs in made.items():
         run.distances(row, "", pairs)
-    strips = [[true[-1] for _, true in made[T50]], *([np.uint8(255 * x[-1].numpy()) for x, _ in made[row]] for row in (T50, T3, S) if row in made)]
+    strips = [[true[-1] for _, true in made[T50][:6]], *([np.uint8(255 * x[-1].numpy()) for x, _ in made[r][:6]] for r in (T50, T3, S) if r in made)]
     run.pictures["student"] = np.concatenate([np.concatenate(x, 1) for x in strips]).repeat(3, 0).repeat(3, 1)     # truth, teacher twice, student
     run.notes += [] if student else ["student rows: python train.py --stage distill"]
 @torch.no_grad()
