@@ -214,8 +214,7 @@ def setup(cfg: TrainConfig) -> Run:
     return run
 
 
-def generator(cfg: TrainConfig, step: int) -> torch.Generator:
-    """The one source of randomness of a step."""
+def generator(cfg: TrainConfig, step: int) -> torch.Generator:          # the one source of randomness of a step
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
@@ -423,7 +422,8 @@ def train_base(run: Run) -> None:
     low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
     model = start_model(run)
     opts, ema = moe.optimizers(model, cfg.lr, cfg.muon, cfg.decay), moe.average(model)
-    errors = error_buffer.ErrorBuffer(error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind, warmup=cfg.warmup))
+    how = error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind)
+    errors = error_buffer.ErrorBuffer(dataclasses.replace(how, warmup=min(how.warmup, cfg.warmup)))
     saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
     low, progress = moe.twin(model, run.dtype, cfg.checkpoint_activations), Progress(run)
