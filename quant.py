@@ -15,7 +15,7 @@ cast to int8 before it is added), its weight scales end up bf16 with the rest of
 product to bf16 before adding the bias. An all-zero token gives the bias, not NaN. Shapes and devices that
 torch._int_mm refuses take padding or an exact product in float64, never another number.
 
-Speed: on a CPU this is a correctness path (7-12x slower than bf16 at width 256). On CUDA the plain form pays
+Speed: on a CPU this is a correctness path (at width 256 a little slower than bf16, see README). On CUDA the plain form pays
 for passes over the int32 product; fuse_() compiles them into the kernels. Fp8Linear (e4m3, scales per row
 inside torch._scaled_mm) is the fast form of GPUs that have it; elsewhere the same product in float32.
 
