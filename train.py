@@ -176,8 +176,8 @@ def setup(cfg: TrainConfig) -> Run:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device.startswith("cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cfg.decoder_only and not cfg.init:
-        raise ValueError("--decoder-only keeps the encoder of a VAE; say which: --init assets/tiny/vae.safetensors")
+    if cfg.decoder_only and not (cfg.init and cfg.stage == "vae"):
+        raise ValueError("--decoder-only keeps the encoder of a VAE: --stage vae --decoder-only --init assets/tiny/vae.safetensors")
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"--batch {cfg.batch} does not divide among {world} ranks x {cfg.accum} micro-batches; "
                          f"use a multiple of {world * cfg.accum}")
@@ -197,7 +197,7 @@ def setup(cfg: TrainConfig) -> Run:
     if rows:
         raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
                          + "\nadd --fresh to start over, or choose another --run NAME")
-    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device))[6:] if cfg.dtype == "auto" else cfg.dtype]
+    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.") if cfg.dtype == "auto" else cfg.dtype]
     dist.broadcast_object_list(names) if world > 1 else None               # every rank has measured, rank 0 decides
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -371,8 +371,10 @@ def train_vae(run: Run) -> None:
     teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
     fresh = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else VAES[cfg.preset])
     model = (vae_file.from_weights(*moe.read_weights(cfg.init)).float() if cfg.init else fresh).to(run.device)
+    if (model.cfg.dim, model.cfg.dec_dim) != (fresh.cfg.dim, fresh.cfg.dec_dim):
+        raise ValueError(f"--init {cfg.init} has a decoder of width {model.cfg.dec_dim}, this run {fresh.cfg.dec_dim}: see --preset and --rate")
     helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(model.cfg.z_dim)
-    if cfg.decoder_only:                                     # the statistics stay, too
+    if cfg.decoder_only:                                     # the statistics stay, too; 1e-5 is what LatentNorm adds
         helper.mean, helper.var = model.latent_mean.clone(), model.latent_std.square() - 1e-5
         nn.ModuleList((model.encoder, model.conv1)).requires_grad_(False)
     both = nn.ModuleList((model, helper.to(run.device)))
@@ -518,13 +520,11 @@ def train_distill(run: Run) -> None:
             look(run, moe.averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
 
-def in_dtype(model: nn.Module, run: Run) -> Callable:
-    """The model as dmd.py calls it: float32 outside, the run's precision inside."""
+def in_dtype(model: nn.Module, run: Run) -> Callable:         # as dmd.py calls it: float32 outside, the run's precision inside
     return lambda x, sigma, context: model(x.to(run.dtype), sigma, context.to(dtype=run.dtype)).float()
 
 
-def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:
-    """Where the rollouts of a step begin, and the ways they go."""
+def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:         # where the rollouts of a step begin, and the ways they go
     rows = share(run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)))
     return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
                     clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1])

@@ -925,7 +925,7 @@ def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    assert page < 5 and first < 10 and moved < 10
+    assert page < 5 and first < 5 and moved < 10
 
 
 @pytest.mark.slow   # as long as it says; MINUTES=2 for a shorter look
@@ -938,8 +938,7 @@ def test_twenty_minutes_of_play_grow_by_less_than_50_mb(tmp_path: Path) -> None:
         port = int(process.stdout.readline().rsplit(":", 1)[1].split()[0])
         wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
         viewer = Viewer(argparse.Namespace(server_port=port))
-        while viewer.frame()["i"] < 400:                                   # caches are warm, the films are open
-            pass
+        wait_for(lambda: viewer.frame()["i"] >= 400, 120)                  # caches are warm, the films are open
         first, began, keys, frame = megabytes(), time.monotonic(), random.Random(0), 0
         while time.monotonic() - began < 60 * minutes:
             held = keys.sample(["w", "a", "s", "d", "j", "l"], 2)

@@ -525,7 +525,9 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
     (["--data", "nowhere"], "make one with: python data.py make --preset micro --out nowhere"),
     (["--vae", "nowhere"], "python train.py --stage vae --preset micro"),
     (["--init", "nowhere"], "No weights at nowhere"),
-    (["--stage", "vae", "--decoder-only"], "say which: --init assets/tiny/vae.safetensors"),
+    (["--stage", "vae", "--decoder-only"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
+    (["--stage", "lightvae", "--decoder-only", "--init", "x"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
+    (["--stage", "lightvae", "--init", "assets/micro/vae.safetensors"], "has a decoder of width 8, this run 2: see --preset and --rate"),
     (["--batch", "3", "--accum", "2"], "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2"),
 ])
 def test_what_is_missing_or_does_not_fit_is_named(flags, says, monkeypatch, capsys):
