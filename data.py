@@ -378,16 +378,18 @@ def filters(e: Episode, see: dict[str, float] | None = None) -> list[str]:
         (known < 0.5, f"labels: only {known:.0%} of the actions are known")) if bad]
 # --------------------------------------------------------------------------------------------- rendering a dataset (§4.1)
 _scene = functools.lru_cache(maxsize=64)(world.make_scene)
+def eyes(meta: dict, player: np.ndarray) -> np.ndarray:                                    # (T, 5) → (T, 4, 4): the camera of a player there
+    return world.cameras(_scene(**meta["scene"]), player, meta.get("view", "first"))
 
-def true_views(meta: dict, c2w: np.ndarray, H: int, W: int, player: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def true_views(meta: dict, c2w: np.ndarray | None, H: int, W: int, player: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What any camera (B, 4, 4) sees in the world an episode was recorded in: frames (B, H, W, 3) uint8, depth (B, H, W) metres.
-    In third person the figure is drawn where `player` (B, 5) stands, and left out without it."""
+    In third person the figure is drawn where `player` (B, 5) stands, and left out without it. c2w None: the player's own camera."""
     if "scene" not in meta:
         raise ValueError(f"only episodes of the embedded world can be rendered again; this one comes from {meta.get('source')}")
-    players = (player, meta["character"]) if player is not None and meta["view"] == "third" else None
-    return world.render(_scene(**meta["scene"]), np.asarray(c2w), memory.intrinsics(H, W).numpy(), H, W, players)
+    players = (player, meta["character"]) if player is not None and meta.get("view") == "third" else None
+    return world.render(_scene(**meta["scene"]), eyes(meta, player) if c2w is None else c2w, memory.intrinsics(H, W).numpy(), H, W, players)
 
-def true_frames(meta: dict, c2w: np.ndarray, H: int, W: int, player: np.ndarray | None = None) -> np.ndarray:      # (B, H, W, 3) uint8
+def true_frames(meta: dict, c2w: np.ndarray | None, H: int, W: int, player: np.ndarray | None = None) -> np.ndarray:      # (B, H, W, 3) uint8
     return true_views(meta, c2w, H, W, player)[0]
 
 def render_episode(cfg: DataConfig, split: str, index: int) -> Episode:
@@ -437,7 +439,6 @@ _open = functools.lru_cache(maxsize=256)(read_episode)          # per process; e
 
 class ClipDataset(Dataset):
     """Windows of F frames that begin on a latent's border. Item i depends on (seed, epoch, i) only: workers change nothing."""
-
     def __init__(self, episodes: Sequence[Path], frames: int = 57, per_episode: int = 4, seed: int = 0) -> None:
         if frames % 4 != 1:
             raise ValueError(f"a clip has 4k+1 frames, got {frames}; nearest: {(frames - 1) // 4 * 4 + 1}")
@@ -723,8 +724,7 @@ def run(args: argparse.Namespace) -> int | None:
     elif args.command == "check":
         return 2 if sum(check(root) for root in args.paths) else None
     else:
-        episode, out = read_episode(list_episodes(args.paths[0])[0]), args.out or Path("view.mp4")
-        view(episode, out)
+        view(episode := read_episode(list_episodes(args.paths[0])[0]), out := args.out or Path("view.mp4"))
         print(f"{out}: {episode.path}, {episode.prompt['simple']['full']}")
 
 def demo() -> None:

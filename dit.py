@@ -14,6 +14,7 @@ cross-attention · action module (early blocks) · feed-forward. Tokens (B, T, S
 Fast forms of the same function, tested against the plain one: modulation as two rows (only timesteps 0 and t
 exist); a last block that answers only for latents whose output is read; prepare(context), which keeps what no
 step changes. Ranks share places, not time: only self-attention (all-to-all over heads) and output talk.
+Approximate, off by default (DiT.reuse): keys and values of the clean tokens stay as the first step left them.
 
 Departures: no padding tokens; projections in the weights' dtype, not float32; angles on the fly, so no end at
 latent 2,048; any batch; ray tokens join the input (own presets only). Action q/k norm weights: ignored, as released.
@@ -61,7 +62,6 @@ class DiTConfig:
     rays_at_input: bool = True               # ray tokens also join the input; the release has them in the blocks only
     fp32_stream: bool = False                # float32 residual stream under bf16 weights, as released
 
-
 PRESETS = {
     "micro": DiTConfig(dim=32, heads=2, layers=2, ffn=64, in_dim=16, text_dim=8, text_len=4, freq_dim=32,
                        action_blocks=(0,), action_hidden=4, action_width=16, action_heads=2),
@@ -79,29 +79,23 @@ PRESETS["14b"] = replace(PRESETS["5b"], dim=5120, heads=40, layers=40, ffn=13824
 def shift(sigma, s: float = 5.0):                             # float or Tensor
     return s * sigma / (1 + (s - 1) * sigma)                  # σ' = s·σ / (1 + (s−1)·σ)
 
-
 def sigma_grid(steps: int, s: float = 5.0) -> Tensor:         # (steps + 1,) float32, falling to exactly 0
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     start = 0.999 * (1 - torch.arange(steps, dtype=torch.float64) / steps)      # linspace(0.999, 0) without 0
     return F.pad(shift(start, s), (0, 1)).float()
 
-
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return torch.lerp(x0, noise, sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)))         # x_σ = (1−σ)·x0 + σ·ε
-
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0                                                                 # v = ε − x0
 
-
 def x0_from_v(x_sigma: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x_sigma - sigma.to(v).view(-1, *[1] * (v.ndim - 1)) * v                    # x0 = x_σ − σ·v
 
-
 def sample_sigma(B: int, s: float = 5.0, generator: torch.Generator | None = None) -> Tensor:   # (B,)
     return shift(1 - torch.rand(B, generator=generator), s)   # for training: uniform over (0, 1], shifted
-
 
 def timestep(sigma: Tensor, mode: str = "exact") -> Tensor:   # float64, 0..1000
     """The t the network is told. The release truncates it to an integer, then to bf16: 999 becomes 1000."""
@@ -117,7 +111,6 @@ def frequencies(theta: Tensor, pairs: int) -> Tensor:         # (heads,) → (he
     j = torch.arange(pairs, dtype=torch.float64, device=theta.device)
     return theta[:, None] ** (-j / pairs)                     # ω_hj = θ_h^(−j/n)
 
-
 def rope_angles(times: Tensor, h: int, w: int, cfg: DiTConfig) -> Tensor:
     """(B, T) absolute latent indices → (B, T, h·w, heads, head_dim/2) angles; pairs belong to t | h | w."""
     n = cfg.dim // cfg.heads // 2 // 3                        # pairs of h and of w; t has the rest
@@ -129,13 +122,11 @@ def rope_angles(times: Tensor, h: int, w: int, cfg: DiTConfig) -> Tensor:
     shape = (*times.shape, h * w, cfg.heads, -1)
     return torch.cat([time.expand(*shape), space.expand(*shape)], -1)
 
-
 def action_angles(memory: int, rest: int, cfg: DiTConfig, device: torch.device) -> Tensor:
     """(T, 1, head_dim/2): a local clock that restarts after the memory; only the first channels rotate."""
     t = torch.cat([torch.arange(memory, device=device), torch.arange(rest, device=device)])[:, None, None]
     omega = frequencies(t.new_full((1,), 256, dtype=torch.float64), cfg.action_rope // 2)
     return F.pad(t * omega, (0, (cfg.action_width // cfg.action_heads - cfg.action_rope) // 2))
-
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn pairs (2j, 2j+1) of x (..., heads, head_dim) by rope (..., heads|1, head_dim/2, 2): cos, sin."""
@@ -151,7 +142,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 # ---- attention ---------------------------------------------------------------------------------------------
 CUDNN_FIRST = [Kernel.CUDNN_ATTENTION, Kernel.FLASH_ATTENTION, Kernel.EFFICIENT_ATTENTION, Kernel.MATH]
 
-
 @functools.cache
 def load_flash() -> Callable | None:                          # pip install flash-attn --no-build-isolation
     try:
@@ -163,12 +153,10 @@ def load_flash() -> Callable | None:                          # pip install flas
     say("attention: flash-attn")
     return kernel
 
-
 once = functools.cache(functools.partial(print, file=sys.stderr))
 fixed = torch.compiler.assume_constant_result                 # a compiled block asks these while it is traced
 say, flash_attn = fixed(lambda text: once(text)), fixed(lambda: load_flash())
 on_hopper = fixed(lambda: torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9)
-
 
 def pick_backend(q: Tensor, k: Tensor, ragged: bool) -> str:
     if q.is_cuda:                                             # flash-attn knows neither float32 nor key masks
@@ -177,7 +165,6 @@ def pick_backend(q: Tensor, k: Tensor, ragged: bool) -> str:
     backend = "softmax" if q.shape[:3].numel() * k.shape[1] <= 2**26 else "sdpa"
     say(f"attention: {'explicit softmax' if backend == 'softmax' else 'SDPA'} (CPU)")
     return backend
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, backend: str = "") -> Tensor:
     """softmax(q·kᵀ/√d)·v for q (B, Lq, heads, head_dim), k and v (B, Lk, heads, head_dim), output like q.
@@ -216,14 +203,12 @@ def shares(places: int, group: dist.ProcessGroup | None) -> tuple[list[int], sli
     sizes = [places // ranks + (r < places % ranks) for r in range(ranks)]
     return sizes, slice(sum(sizes[:me]), sum(sizes[: me + 1]))
 
-
 def exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], group: dist.ProcessGroup) -> list[Tensor]:
     """All-to-all: parts[r] goes to rank r, a tensor of shapes[r] comes from rank r."""
     sizes = [math.prod(shape) for shape in shapes]
     out, flat = parts[0].new_empty(sum(sizes)), torch.cat([p.flatten() for p in parts])
     dist.all_to_all_single(out, flat, sizes, [p.numel() for p in parts], group)
     return [piece.view(shape) for piece, shape in zip(out.split(sizes), shapes, strict=True)]
-
 
 def attention_across(q: Tensor, k: Tensor, v: Tensor, shared: "Prepared") -> Tensor:
     """We bring all heads of our places, attend with our heads over all places, and get our places back."""
@@ -244,10 +229,8 @@ def attention_across(q: Tensor, k: Tensor, v: Tensor, shared: "Prepared") -> Ten
 def linear32(layer: nn.Linear, x: Tensor) -> Tensor:          # few rows or columns, always float32
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:       # (B, T, S, D), (B, T, 1, D) twice
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)  # LN·(1 + scale) + shift
-
 
 def rms(x: Tensor, weight: Tensor | None) -> Tensor:          # x / √(mean x² + ε) · weight, last axis
     weight = None if weight is None else weight.to(x.dtype)
@@ -255,7 +238,6 @@ def rms(x: Tensor, weight: Tensor | None) -> Tensor:          # x / √(mean x²
         return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
     r = (x.square().mean(-1, keepdim=True, dtype=torch.float32) + 1e-6).rsqrt().to(x.dtype)
     return x * r if weight is None else x * r * weight        # on a CPU 2/3 of F.rms_norm's time
-
 
 class Attention(nn.Module):
     """Projections of the self- and the text attention; q and k are normalised over all heads together."""
@@ -272,6 +254,14 @@ class Attention(nn.Module):
         k, v = rms(self.k(x), self.norm_k.weight), self.v(x)
         return tuple(t.flatten(1, -2).unflatten(-1, (self.heads, -1)) for t in (k, v))
 
+def joined(kept: dict | None, name: str, clean: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """All keys and values: the first step leaves those of the `clean` first tokens in `kept`, later ones bring the new."""
+    if kept is None:
+        return k, v
+    if name in kept:
+        return tuple(torch.cat(pair, 1) for pair in zip(kept[name], (k, v), strict=True))
+    kept[name] = k[:, :clean].clone(), v[:, :clean].clone()   # copies: a view would hold the new ones in memory, too
+    return k, v
 
 class ActionModule(nn.Module):
     """Mouse: self-attention over time, place by place. Keyboard: every place asks the keys of all latents."""
@@ -298,18 +288,19 @@ class ActionModule(nn.Module):
         k, v = self.keyboard_attn_kv(windows).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return self.turned(k, self.key_attn_k_norm, rope), v
 
-    def forward(self, x: Tensor, mouse: Tensor, kv: tuple[Tensor, Tensor], rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mouse: Tensor, kv: tuple[Tensor, Tensor], rope: Tensor,
+                kept: dict | None = None, clean: int = 0) -> Tensor:
         """x (B, T, S, D), mouse (B, T, 24), rope (T, 1, head_dim/2, 2) → x with both branches added."""
         B, T, S, _ = x.shape
         hidden = self.mouse_mlp(torch.cat([x, mouse[:, :, None].expand(-1, -1, S, -1)], -1))
         qkv = self.t_qkv(hidden).transpose(1, 2).flatten(0, 1)                       # (B·S, T, 3·width)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = self.turned(q, self.img_attn_q_norm, rope), self.turned(k, self.img_attn_k_norm, rope)
-        x = x + self.proj_mouse(attention(q, k, v).flatten(2).unflatten(0, (B, S)).transpose(1, 2))
+        x = x + self.proj_mouse(attention(q, *joined(kept, "mouse", clean, k, v))
+                                .flatten(2).unflatten(0, (B, S)).transpose(1, 2))
         q = self.mouse_attn_q(x).unflatten(-1, (self.heads, -1))                 # (B, T, S, heads, head_dim)
         q = self.turned(q, self.key_attn_q_norm, rope[:, None]).flatten(1, 2)
         return x + self.proj_keyboard(attention(q, *kv).flatten(2).unflatten(1, (T, S)))
-
 
 @dataclass
 class Prepared:
@@ -324,8 +315,8 @@ class Prepared:
     places: list[int]                         # how many places every rank holds; S is our number
     here: slice                               # which are ours
     group: dist.ProcessGroup | None           # the ranks that share this segment
+    reuse: bool                               # of clean keys and values, see DiT.reuse
     blocks: list[tuple] | None = None         # per block: Block.prepare; None: every forward computes it
-
 
 class Block(nn.Module):
     def __init__(self, cfg: DiTConfig, has_actions: bool):
@@ -340,35 +331,36 @@ class Block(nn.Module):
         self.action_model = ActionModule(cfg) if has_actions else None
 
     def prepare(self, shared: Prepared) -> tuple:
-        """Camera (1 + scale, shift), text (K, V), keyboard (K, V): functions of the context alone."""
+        """Camera (1 + scale, shift), text (K, V), keyboard (K, V): functions of the context alone; room for joined()."""
         # g = W₂·silu(W₁·P) + P,  P the ray tokens
         g = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(shared.rays))) + shared.rays
         camera = 1 + self.cam_scale_layer(g), self.cam_shift_layer(g)
         keyboard = self.action_model and self.action_model.key_value(shared.keyboard, shared.action_rope)
-        return camera, self.cross_attn.key_value(shared.text), keyboard
+        return camera, self.cross_attn.key_value(shared.text), keyboard, {} if shared.reuse else None
 
     def forward(self, x: Tensor, e0: Tensor, shared: Prepared, cache: tuple | None, keep: int) -> Tensor:
         """(B, T, S, D) → (B, keep, S, D), the last `keep` latents. e0 (B, T, 6, D): the time's modulation."""
-        camera, text, keyboard = cache or self.prepare(shared)
+        camera, text, keyboard, kept = cache or self.prepare(shared)
         old, dtype = x.shape[1] - keep, self.norm3.weight.dtype                  # dtype of matrix products
         m = (self.modulation + e0).to(x.dtype)[:, :, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(2)                   # (B, T, 1, D) each
         a = modulate(x, shift1, scale1).to(dtype)                                    # 1. self-attention
         q, (k, v), rope = self.self_attn.query(a[:, old:]), self.self_attn.key_value(a), shared.rope
-        q, k = rotate(q, rope[:, -q.shape[1]:]), rotate(k, rope)
+        q, k = rotate(q, rope[:, -q.shape[1]:]), rotate(k, rope[:, -k.shape[1]:])
+        k, v = joined(kept, "self", shared.clean.shape[1] * shared.clean.shape[2], k, v)
         y = attention(q, k, v) if shared.group is None else attention_across(q, k, v, shared)
         x, gate1, shift2, scale2, gate2 = (t[:, old:] for t in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, self.self_attn.o(y.flatten(2)).view_as(x), gate1)
-        scale, shift = (t[:, old:] for t in camera)                                  # 2. camera
+        scale, shift = (t[:, -keep:] for t in camera)                                # 2. camera
         x = torch.addcmul(shift, x, scale)
         x = F.layer_norm(x, x.shape[-1:], self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), 1e-6)
         y = attention(self.cross_attn.query(x.to(dtype)), *text).flatten(2)      # 3. residual replaced; text
         x = x + self.cross_attn.o(y).view_as(x)
         if self.action_model is not None:                                            # 4. actions
-            x = self.action_model(x.to(dtype), shared.mouse, keyboard, shared.action_rope).to(x.dtype)
+            x = self.action_model(x.to(dtype), shared.mouse[:, -keep:], keyboard, shared.action_rope[-keep:], kept,
+                                  shared.clean.shape[1]).to(x.dtype)
         y = self.ffn(modulate(x, shift2, scale2).to(dtype))                          # 5. feed-forward
         return torch.addcmul(x, y, gate2)
-
 
 class Head(nn.Module):
     def __init__(self, cfg: DiTConfig):
@@ -388,14 +380,14 @@ def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
     x = x.reshape(B, C, T, h // ph, ph, w // pw, pw)
     return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T, -1, C * ph * pw)
 
-
 def unpatchify(y: Tensor, h: int, w: int, patch: tuple[int, int, int]) -> Tensor:     # → (B, C, T, h, w)
     """Not patchify's order: the head's features are row, column, and the channel LAST, as released."""
     (B, T), (_, ph, pw) = y.shape[:2], patch
     return y.reshape(B, T, h // ph, w // pw, ph, pw, -1).permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, h, w)
 
-
 class DiT(nn.Module):
+    reuse = False                             # approximate: after the first step clean tokens are only keys and values
+
     def __init__(self, cfg: DiTConfig = PRESETS["tiny"]):
         super().__init__()
         self.cfg, D = cfg, cfg.dim
@@ -453,7 +445,7 @@ class DiT(nn.Module):
             rays=p + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(p))),
             text=self.text_embedding(text.to(dtype)), mouse=context.mouse.flatten(2).to(dtype),
             keyboard=context.keyboard.to(dtype), rope=rope, action_rope=action_rope,
-            places=places, here=here, group=group)
+            places=places, here=here, group=group, reuse=self.reuse)
         return replace(shared, blocks=[block.prepare(shared) for block in self.blocks]) if blocks else shared
 
     def check(self, context, **more: tuple[Tensor, tuple]) -> None:
@@ -485,8 +477,13 @@ class DiT(nn.Module):
         wanted = new + P if return_past else new
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
         shared = prepared or self.prepare(context, blocks=False)
-        x = torch.cat([shared.clean, self.embed(x_sigma, shared.here)], 1)           # (B, T, S, D)
-        x = x + shared.rays if self.cfg.rays_at_input else x
+        if return_past and shared.reuse:
+            raise ValueError("with reuse nothing is predicted at the past latents after the first step: leave return_past out")
+        x = self.embed(x_sigma, shared.here)                                         # (B, N, S, D)
+        if not (shared.reuse and shared.blocks and shared.blocks[0][3]):             # else the clean tokens wait in the blocks
+            x = torch.cat([shared.clean, x], 1)                                      # (B, T, S, D)
+        T = x.shape[1]
+        x = x + shared.rays[:, -T:] if self.cfg.rays_at_input else x
         x = x.float() if self.cfg.fp32_stream else x
         is_new = (torch.arange(T, device=x.device) >= T - new).long()                # row of t = 0 or of t
         e, e0 = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))    # (B, T, D), (B, T, 6, D)
@@ -506,7 +503,6 @@ def euler(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Te
         x = x + (after - now) * v(x, now)                                            # x_σ' = x_σ + (σ' − σ)·v
         yield x
 
-
 def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
     """Jump to the clean estimate, then add fresh noise of the next level: as the student is trained."""
     for now, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
@@ -515,7 +511,6 @@ def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[
             noise = torch.empty_like(x).normal_(generator=generator)
             x = (1 - after) * x + after * noise                                  # x_σ' = (1−σ')·x̂0 + σ'·ε
         yield x
-
 
 def unipc(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
     """UniPC of order 2, B(h) = e^−h − 1, on x0: correct the latent just reached, then predict the next."""
@@ -542,7 +537,6 @@ def unipc(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Te
         older, old = old, x0
         yield x
 
-
 @torch.no_grad()
 def sample(
     model: Callable,                              # DiT, moe.Experts: (x_sigma, sigma, context, prepared) → v
@@ -553,20 +547,28 @@ def sample(
     guidance: float = 1.0,                        # released base model: 5; 1 needs one call per step, not two
     generator: torch.Generator | None = None,     # of renoise's fresh noise
     group: dist.ProcessGroup | None = None,       # ranks that share the work
+    revise: Callable | None = None,               # before step 1, 2, …: its number → a newer context, None: as it was
 ) -> Tensor:                                      # (B, C, N, h, w) x0
     """Walk from noise to clean latents along the predicted velocity."""
     methods = {"euler": euler, "unipc": unipc, "renoise": renoise}
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
-    branches = [context] if guidance == 1 else [context, context.null()]
-    ready = [model.prepare(c, group) if hasattr(model, "prepare") else None for c in branches]
+    def bind(context) -> list[tuple]:             # what every step reads, by branch
+        branches = [context] if guidance == 1 else [context, context.null()]
+        return [(c, model.prepare(c, group) if hasattr(model, "prepare") else None) for c in branches]
 
     def v(x: Tensor, sigma: float) -> Tensor:
         at = torch.full((len(x),), sigma, device=x.device)
-        full, *null = (model(x, at, c, prepared=p) for c, p in zip(branches, ready, strict=True))
+        full, *null = (model(x, at, c, prepared=p) for c, p in bound)
         return null[0] + guidance * (full - null[0]) if null else full       # v_null + g·(v_full − v_null)
 
-    return list(methods[method](v, noise, sigmas, generator))[-1]
+    bound, walk = bind(context), methods[method](v, noise, sigmas, generator)
+    for step in range(len(sigmas) - 1):
+        if step and revise and (newer := revise(step)) is not None:
+            bound.clear()                                                            # what is kept is large: never twice
+            bound = bind(newer)
+        x0 = next(walk)
+    return x0
 
 
 # ---- demo --------------------------------------------------------------------------------------------------
@@ -578,7 +580,6 @@ def random_context(cfg: DiTConfig, B: int = 1, memory: int = 5, past: int = 4, n
         past=torch.randn(*latent, past, size, size), memory=torch.randn(*latent, memory, size, size),
         rays=torch.randn(B, cfg.ray_channels, T, size, size), text=torch.randn(B, 3, cfg.text_dim),
         mouse=torch.randn(B, T, n, 2), keyboard=torch.randint(0, 2, (B, T, n, 6)).float(), times=times)
-
 
 def main() -> None:
     torch.manual_seed(0)
@@ -594,7 +595,6 @@ def main() -> None:
     print(f"prepared against direct: {(direct - prepared).abs().max():.1e} of {direct.abs().max():.1f}")
     turn = rope_angles(torch.tensor([[0, 400]]), 1, 1, model.cfg)[0, :, 0].diff(dim=0)[0, :, :12]
     print("Eq. 7, likeness of now and 400 latents ago, per head:", *(f"{c:.2f}" for c in turn.cos().mean(-1)))
-
 
 if __name__ == "__main__":
     main()

@@ -46,7 +46,6 @@ ANCHORED_SCALE = 2.0                             # metres per unit of o: a segme
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
 SURVIVORS, FINALISTS, GROUP = 160, 24, 24        # of more, so many pass the prefilter, then 64 points; its group size
 
-
 @dataclass(frozen=True)
 class Window:
     """Every number of time. Latent 0 is frame 0 alone; latent L >= 1 covers frames 4L-3 .. 4L."""
@@ -77,22 +76,18 @@ class Window:
         """Latents whose last frames ask for memory, spread over the new ones: end-1, -3, -5, -7, -9."""
         return [self.segment(k)[1] - 1 - offset for offset in query_offsets(self.new, self.memory)]
 
-
 def query_offsets(new: int, memory: int) -> list[int]:
     """Memory slot j asks this many latents before the newest: 0 2 4 6 8 for 10 new latents and 5 slots."""
     return [slot * new // memory for slot in range(memory)]
-
 
 def expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
 
-
 def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
-
 
 def is_rigid(c2w: Tensor, tolerance: float = 1e-4) -> Tensor:    # (..., 4, 4) -> (...) bool
     R = c2w[..., :3, :3].double()
@@ -101,13 +96,11 @@ def is_rigid(c2w: Tensor, tolerance: float = 1e-4) -> Tensor:    # (..., 4, 4) -
     right_handed = (torch.linalg.cross(R[..., 0], R[..., 1]) * R[..., 2]).sum(-1) > 0
     return orthonormal & right_handed & c2w[..., :3, :].isfinite().all(-1).all(-1)
 
-
 def check_rigid(name: str, c2w: Tensor) -> None:
     expect(name, c2w, (*c2w.shape[:-2], 4, 4))
     for at in (~is_rigid(c2w)).nonzero().tolist()[:1]:
         raise ValueError(f"{name}{at} is no camera (finite, RᵀR = I, det +1; released ones need from_released first): "
                          f"{c2w[tuple(at)].tolist()}")
-
 
 def step_pose(pose: Sequence[float], keyboard: Sequence[float], mouse: Sequence[float],
               max_pitch: float | None = None) -> tuple[float, float, float, float, float]:
@@ -125,7 +118,6 @@ def step_pose(pose: Sequence[float], keyboard: Sequence[float], mouse: Sequence[
     limit = math.inf if max_pitch is None else max_pitch
     return x, y, z, min(max(pitch + d_pitch, -limit), limit), yaw + d_yaw
 
-
 def integrate(pose: Sequence[float], keyboard: Tensor, mouse: Tensor, max_pitch: float | None = None) -> Tensor:
     """pose5 of frame 0, actions (F, 6) and (F, 2) -> (F+1, 5) float64."""
     expect("keyboard", keyboard, (len(mouse), len(KEYS)))
@@ -135,11 +127,9 @@ def integrate(pose: Sequence[float], keyboard: Tensor, mouse: Tensor, max_pitch:
         poses.append(step_pose(poses[-1], keys, turn, max_pitch))
     return torch.tensor(poses, dtype=torch.float64)
 
-
 def invert_actions(keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
     """The actions that walk (F, 6), (F, 2) back: reversed in time, w <-> s, a <-> d, mouse negated."""
     return keyboard.flip(-2)[..., [1, 0, 3, 2, 4, 5]], -mouse.flip(-2)
-
 
 def pose_to_c2w(pose: Tensor) -> Tensor:         # (..., 5) -> (..., 4, 4), same dtype
     x, y, z, pitch, yaw = pose.unbind(-1)
@@ -150,17 +140,20 @@ def pose_to_c2w(pose: Tensor) -> Tensor:         # (..., 5) -> (..., 4, 4), same
     rows = (ca, sa * sp, sa * cp, x, zero, cp, -sp, y, -sa, ca * sp, ca * cp, z, zero, zero, zero, one)
     return torch.stack(rows, -1).unflatten(-1, (4, 4))
 
+def behind(poses: Tensor, max_pitch: float = 85.0) -> Tensor:        # (n, 5) -> (n, 4, 4)
+    """The camera of the third person, where no wall shortens its arm: 2.8 m back and 12° down, as in world.py."""
+    c2w = pose_to_c2w(torch.cat([poses[:, :3], (poses[:, 3:4] - 12).clamp(-max_pitch, max_pitch), poses[:, 4:]], 1))
+    c2w[:, :3, 3] += c2w.new_tensor([0, -0.15, 0]) - 2.8 * c2w[:, :3, 2]
+    return c2w
 
 def c2w_to_pose(c2w: Tensor) -> Tensor:          # (..., 4, 4) -> (..., 5); roll is lost, yaw in [-180°, 180°]
     yaw = torch.rad2deg(torch.atan2(c2w[..., 0, 2], c2w[..., 2, 2]))
     pitch = torch.rad2deg(torch.asin((-c2w[..., 1, 2]).clamp(-1, 1)))
     return torch.cat([c2w[..., :3, 3], pitch[..., None], yaw[..., None]], -1)
 
-
 def intrinsics(H: int, W: int, fov: float = 90.0) -> Tensor:     # (4,): square pixels, fov degrees across
     focal = W / 2 / math.tan(math.radians(fov) / 2)
     return torch.tensor([focal, focal, W / 2, H / 2])
-
 
 def relative(base: Tensor, other: Tensor) -> Tensor:             # (..., 4, 4) twice -> base⁻¹ · other
     # g = [R_bᵀ R_o | R_bᵀ (t_o − t_b)]      subtracting first stays exact far from the origin
@@ -169,7 +162,6 @@ def relative(base: Tensor, other: Tensor) -> Tensor:             # (..., 4, 4) t
     bottom = other.new_tensor([0, 0, 0, 1]).expand(*rotation.shape[:-2], 1, 4)
     return torch.cat([torch.cat([rotation, shift], -1), bottom], -2)
 
-
 def directions(K: Tensor, H: int, W: int) -> Tensor:             # (..., 4) -> (..., 3, H*W) unit, camera axes
     fx, fy, cx, cy = (value[..., None] for value in K.unbind(-1))
     v, u = torch.meshgrid(torch.arange(H).to(K) + 0.5, torch.arange(W).to(K) + 0.5, indexing="ij")
@@ -177,22 +169,18 @@ def directions(K: Tensor, H: int, W: int) -> Tensor:             # (..., 4) -> (
     x, y = (u.flatten() - cx) / fx, (v.flatten() - cy) / fy
     return F.normalize(torch.stack([x, y, torch.ones_like(x)], -2), dim=-2)
 
-
 def rays(c2w: Tensor, K: Tensor, H: int, W: int) -> Tensor:      # (..., 4, 4), (4,) -> (..., 6, H, W)
     """The release calls these Plücker channels; they are origin and direction, without the moment o × d."""
     d = c2w[..., :3, :3] @ directions(K.to(c2w), H, W)
     o = c2w[..., :3, 3:].expand_as(d)
     return torch.cat([o, d], -2).unflatten(-1, (H, W))
 
-
 def to_released(c2w: Tensor) -> Tensor:          # our cameras -> the left-handed ones of the release, det −1
     # world rows x forward, y right, z from y; the image-down column changes sign: their mouse "up" tilts down
     return c2w[..., [2, 0, 1, 3], :] * c2w.new_tensor([1, -1, 1, 1])
 
-
 def from_released(extrinsics: Tensor) -> Tensor:                 # exact inverse: only signs and places change
     return extrinsics[..., [1, 2, 0, 3], :] * extrinsics.new_tensor([1, -1, 1, 1])
-
 
 def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:   # (F, 6), (F, 2) -> (F, 5) float32, cm
     """The released integrator bit for bit: float32 angles, mean of WRAPPED yaws (one step astray at ±180°)."""
@@ -209,25 +197,21 @@ def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:   # (F, 6), (F, 2
         pose = torch.cat([(pose[:3].double() + step * move).float(), angles])
     return torch.stack(poses)
 
-
 def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
     """(B, F, 4, 4) from global frame 0, an int or (B,) -> (B, n, 4, 4, 4): the cameras of each latent's four
     frames, of which [:, :, -1] is the latent's pose. Latent 0 has frame 0 four times."""
     return take_frames(c2w, first_latent, n, torch.arange(-Window.stride + 1, 1))
-
 
 def action_windows(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
     """(B, F, A) from global frame 0 -> (B, n, 12, A): latent L sees actions 4L−12 .. 4L−1, the four that made its
     frames and the eight before, clamped at 0."""
     return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))
 
-
 def released_windows(actions: Tensor) -> Tensor:                 # (B, 57 | 56, A) -> (B, 15 | 14, 12, A)
     """Of one segment: 12 copies of its own first action in front of 4k+1 frames, 8 in front of 4k."""
     fill = ACTIONS_SEEN if actions.shape[1] % Window.stride == 1 else ACTIONS_SEEN - Window.stride
     padded = torch.cat([actions[:, :1].expand(-1, fill, -1), actions], 1)
     return padded.unfold(1, ACTIONS_SEEN, Window.stride)[:, : (actions.shape[1] + 3) // Window.stride].mT
-
 
 def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) -> Tensor:
     """Frames 4L + step of x (B, F, ...) for each of n latents: (B, n, S, ...), clamped at frame 0, never past the end."""
@@ -237,7 +221,6 @@ def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) ->
         raise ValueError(f"the clip has frames 0 .. {x.shape[1] - 1}, but latents {int(latents.min())} .. "
                          f"{int(latents.max())} need frames up to {int(frames.max())}")
     return x[torch.arange(len(x), device=x.device)[:, None, None], frames.clamp(min=0)]
-
 
 def palindrome(frames: int) -> Tensor:                           # (F,) long: which frame to show, F = 4k+1
     """n, n, n−1 … n/2+1, n/2+1 … n: the second half revisits, backwards, what the first half showed."""
@@ -249,14 +232,12 @@ def palindrome(frames: int) -> Tensor:                           # (F,) long: wh
 
 # ---- context: everything the network sees beside the noisy latents -----------------------------------------
 
-
 @dataclass(frozen=True)
 class Memory:
     """Retrieved latents."""
     latents: Tensor                      # (B, C, M, h, w)
     times: Tensor                        # (B, M) long, absolute latent indices, any order
     cameras: Tensor                      # (B, M, 4, 4, 4) c2w of each latent's four frames
-
 
 @dataclass(frozen=True)
 class Context:
@@ -290,7 +271,6 @@ class Context:
         bare = self.drop_memory().mute(torch.ones(len(self.past), dtype=torch.bool))
         return bare if text is None else replace(bare, text=text)
 
-
 def anchored_rays(cameras: Tensor, anchor: Tensor, K: Tensor, h: int, w: int) -> Tensor:
     """(B, L, 4, 4, 4), (B, 4, 4), K (4,) or (B, 4) in cells -> (B, 60, L, h, w) float32: 15 channels, o, d, o × d
     and azimuth harmonics of the cell's centre, at each of the latent's four frames."""
@@ -308,7 +288,6 @@ def anchored_rays(cameras: Tensor, anchor: Tensor, K: Tensor, h: int, w: int) ->
     moment = [oy * z - oz * y, oz * x - ox * z, ox * y - oy * x]
     return torch.stack([ox, oy, oz, x, y, z, *moment, *harmonics], 2).flatten(1, 2).unflatten(-1, (h, w))
 
-
 def released_rays(cameras: Tensor, M: int, new: int, K: Tensor, size: tuple[int, int, int]) -> Tensor:
     """(B, M+T, 4, 4, 4), M memory latents first and `new` new ones last, K (4,) in pixels, size = latent h, w
     and pixels per cell -> (B, 6*stride², M+T, h, w) float32."""
@@ -323,7 +302,6 @@ def released_rays(cameras: Tensor, M: int, new: int, K: Tensor, size: tuple[int,
     # (c, h s, w s) -> (c, row in cell, column in cell, h, w): the order the released weights expect
     cells = rays(g.float(), K, h * stride, w * stride).unflatten(-1, (w, stride)).unflatten(-3, (h, stride))
     return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4).transpose(1, 2)
-
 
 def make_context(
     past: Tensor,                        # (B, C, P, h, w) clean latents
@@ -356,7 +334,6 @@ def make_context(
     keyboard = torch.cat([keyboard.new_full((B, M, ACTIONS_SEEN, 6), NULL_KEY), keyboard], 1)
     return Context(past, memory.latents.to(past), times, image.to(past.device), mouse, keyboard, text)
 
-
 def clip_context(
     latents: Tensor, c2w: Tensor, keyboard: Tensor, mouse: Tensor, text: Tensor,    # whole clips, see below
     start: Tensor,                       # (B,) long: the first NEW latent of each sample
@@ -384,7 +361,6 @@ def clip_context(
 
 # ---- retrieval: how much of a new view has an old one seen? ------------------------------------------------
 
-
 @functools.cache
 def frustum_points(rule: str, n: int) -> Tensor:                 # (3, P) points of a view, camera axes
     # u_i = (i + ½) (1/g, 1/g², 1/g³) + ½ mod 1, g⁴ = g + 1, fills a cube evenly for any n (R3 sequence)
@@ -398,13 +374,11 @@ def frustum_points(rule: str, n: int) -> Tensor:                 # (3, P) points
         z, y, x = torch.meshgrid(depth, side, side, indexing="ij")
     return torch.stack([x * z, y * z, z]).flatten(1)
 
-
 def inside(points: Tensor, g: Tensor, far: float = FAR) -> Tensor:         # (3, P), (n, 4, 4) -> (n, P) bool
     """Do the points, moved into each camera by g, lie in its 90° x 90° frustum between NEAR and far?"""
     moved = torch.addmm(g[:, :3, 3].T.flatten()[:, None], g[:, :3, :3].transpose(0, 1).flatten(0, 1), points)
     x, y, z = moved.view(3, len(g), -1)
     return (torch.maximum(x.abs_(), y.abs_()) <= z).logical_and_(z > NEAR).logical_and_(z < far)
-
 
 def frustum_intersection(g: Tensor) -> Tensor:                   # (n, 4, 4) float64, one view seen by the other
     """|V_q ∩ V_c| / |V_q| exactly, with fixed shapes and no branches. Every edge of the intersection lies where
@@ -434,7 +408,6 @@ def frustum_intersection(g: Tensor) -> Tensor:                   # (n, 4, 4) flo
     weight = (2 * bj * bk - cosine * (bj.square() + bk.square())) / square.sqrt()
     return (length * weight.squeeze(-1)).sum(-1) / 6 / (4 / 3 * (FAR**3 - NEAR**3))
 
-
 def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: int = 256) -> Tensor:
     """(Q, 4, 4), candidates for all (N, 4, 4) or for each query (Q, N, 4, 4) -> (Q, N) float32: the share of each new
     view that each old one has seen. rule: sample points "uniform" in volume or as "released" (1000), or "exact"."""
@@ -448,7 +421,6 @@ def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: in
     sample = frustum_points(rule, points).to(g.device)
     return torch.cat([inside(sample, piece.float()).float().mean(-1) for piece in pieces]).view(g.shape[:2])
 
-
 def pick(scores: Tensor, index: Tensor, sink: int | None, repeat: float) -> Tensor:     # (Q, S) twice -> (Q,) of index
     """The best candidate of each query in turn; one taken before costs `repeat`. The last slot is the sink's."""
     taken = index.new_full((len(index),), -1)
@@ -458,7 +430,6 @@ def pick(scores: Tensor, index: Tensor, sink: int | None, repeat: float) -> Tens
         used = (index[slot, :, None] == taken).any(-1)
         taken[slot] = index[slot, (scores[slot] - repeat * used).argmax()]
     return taken
-
 
 def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window.past, memory: int = Window.memory,
                     points: int = 512, generator: torch.Generator | None = None) -> Tensor:
@@ -482,12 +453,10 @@ def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window
         chosen.append(pick(common + index / index.amax().clamp(min=1) * 0.5 / points, index, oldest, repeat=10.0))
     return torch.stack(chosen)
 
-
 def frustum_key(c2w: Tensor) -> Tensor:                          # (n, 4, 4) -> (n, 6)
     """Frusta overlap when their centroids, ¾ far ahead, are close and they look the same way (4 m per unit: measured)."""
     forward = c2w[:, :3, 2]
     return torch.cat([c2w[:, :3, 3] + 0.75 * FAR * forward, 4.0 * forward], -1).float()
-
 
 class MemoryBank:
     """Every latent a session has made, with its cameras and time; asked once per segment for the five to remember.
@@ -581,7 +550,6 @@ class MemoryBank:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.size = len(state.get("times", ()))
         self.store = {name: torch.cat([x, x.new_zeros(-self.size % 1024, *x.shape[1:])]) for name, x in state.items()}
-
 
 if __name__ == "__main__":
     # walk straight on, turn round on the spot, walk home, turn round again: what is remembered at each stage?

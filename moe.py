@@ -533,9 +533,13 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
         dist.barrier()
 
 
-def export(run: str, file: str) -> None:
-    """The averaged weights of a run as one bfloat16 file: what assets/ holds."""
-    tensors, said = read_weights(run)
+def export(*runs: str, file: str) -> None:
+    """The averaged weights of a run, or of the runs of experts joined, as one bfloat16 file: what assets/ holds."""
+    tensors, said = read_weights(runs[0])
+    if len(runs) > 1:
+        names = [read_weights(run)[1]["expert"].removeprefix("high-") for run in runs]
+        model = join(dict(zip(names, runs, strict=True)), said["boundary"])
+        tensors, said = model.state_dict(), said | {"config": asdict(model.config), "view": "both"}
     write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
     print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {_bytes(Path(file).stat().st_size)}")
 

@@ -35,6 +35,7 @@ import threading
 import time
 import webbrowser
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,7 +116,6 @@ def legal(keyboard: np.ndarray, mouse: np.ndarray, pitch: float, limit: float) -
 
 class Controls:
     """What is held, tapped and turned since the last decision. State, not events: nothing can queue up."""
-
     def __init__(self, clock=time.monotonic) -> None:
         self.clock, self.lock, self.last, self.turn = clock, threading.Lock(), clock(), np.zeros(2)
         self.held, self.taps = {}, {}                                      # key → when it went down; key → seconds it was down
@@ -158,17 +158,17 @@ class Start:
         Image.fromarray(self.image).save(path, pnginfo=text)
 
 def true_views(truth: dict, poses: np.ndarray, H: int, W: int) -> np.ndarray:            # (n, 5) → (n, H, W, 3) uint8
-    return data.true_frames(truth, data.poses_to_c2w(poses).astype(np.float32), H, W)
+    return data.true_frames(truth, None, H, W, poses)
 
-def open_start(source: Path | bytes, size: tuple[int, int], name: str) -> Start:
-    """Any picture becomes a start frame. One that names its world is drawn again at this size."""
+def open_start(source: Path | bytes, size: tuple[int, int], name: str, view: str = "first") -> Start:
+    """Any picture becomes a start frame. One that names its world is drawn again at this size, as the player or who follows him sees it."""
     H, W = size
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         picture.load()
         if "seed" in getattr(picture, "text", {}):
             seed, kind, pose = (json.loads(picture.text[key]) for key in ("seed", "kind", "pose"))
-            truth, pose = {"scene": {"seed": int(seed), "kind": str(kind)}}, np.array(pose, float).reshape(1, 5)
+            truth, pose = {"scene": {"seed": int(seed), "kind": str(kind)}, "view": view, "character": int(seed)}, np.array(pose, float).reshape(1, 5)
             return Start(true_views(truth, pose, H, W)[0], f"{name}: world {seed} ({kind}), held out", truth, tuple(pose[0].tolist()))
         alpha, (w, h) = "A" in picture.getbands() or "transparency" in picture.info, picture.size
         method = Image.Resampling.BOX if w >= 2 * W else Image.Resampling.BICUBIC
@@ -186,16 +186,16 @@ def make_start(folder: Path) -> None:
 
 class FakeSession:
     """The game itself behind the methods of realtime.Session: nothing is imagined, so nothing is forgotten."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size, self.frames_needed, self.policy, self.truth = size, LATENT, "camera", None
+    def __init__(self, size: tuple[int, int], view: str = "first") -> None:
+        self.size, self.view, self.frames_needed, self.policy, self.truth = size, view, LATENT, "camera", None
 
     def enter(self, truth: dict, poses: list[tuple] | None = None) -> None:
         self.inside, self.game = truth, world.World(world.make_scene(**truth["scene"]), pose=poses and poses[-1], size=0)
         self.poses = poses or [self.game.pose]
 
     def reset(self, image: torch.Tensor, prompt: str, seed: int, pose: tuple[float, ...]) -> realtime.Chunk:
-        self.enter(self.truth or {"scene": {"seed": seed, "kind": world.make_scene(seed).kind}}, [tuple(pose)] if self.truth else None)
+        unknown = {"scene": {"seed": seed, "kind": world.make_scene(seed).kind}, "view": self.view, "character": seed}
+        self.enter(self.truth or unknown, [tuple(pose)] if self.truth else None)
         first = torch.from_numpy(true_views(self.inside, np.array(self.poses), *self.size))
         return realtime.Chunk(first, {"ms": {}, "memory": [], "poses": list(self.poses)})
 
@@ -209,13 +209,10 @@ class FakeSession:
         frames = torch.from_numpy(true_views(self.inside, np.array(self.poses[-len(keyboard):]), *self.size))
         ms = {"retrieve": 0.0, "denoise": 0.0, "decode": 1000 * (time.monotonic() - began)}
         return realtime.Chunk(frames, {"ms": ms, "memory": picks, "poses": self.poses[-len(keyboard):]})
-
     def undo(self) -> None:
         self.enter(self.inside, self.poses[:-LATENT])
-
     def save(self, path: Path) -> None:
         realtime.moe.write_weights(path, {"poses": torch.tensor(self.poses, dtype=torch.float64)}, self.inside)
-
     def restore(self, path: Path) -> None:
         tensors, truth = realtime.moe.read_weights(path)
         self.enter(truth, [tuple(pose) for pose in tensors["poses"].tolist()])
@@ -223,13 +220,12 @@ class FakeSession:
 # ---------------------------------------------------------------------------------------- what a session leaves on disk
 def open_film(path: Path, fps: int, size: tuple[int, int]) -> tuple | None:
     """An mp4 that grows frame by frame, (container, stream), or None where none can be written."""
-    H, W = size
-    if H % 2 or W % 2:
+    if (H := size[0]) % 2 + (W := size[1]) % 2:
         raise ValueError(f"mp4 needs even sizes, got {W}x{H}; nearest legal size: {W + W % 2}x{H + H % 2}")
     try:
         container = av.open(str(path), "w")
         stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "18", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         return container, stream
     except (OSError, ValueError) as error:                                 # no encoder, or no place to write to
         print(f'no {path.name} ({error}): pip install "imageio[pyav]". Every frame is kept in {path.parent / "rgb"}', flush=True)
@@ -247,9 +243,8 @@ def memory_panel(width: int, said: dict) -> np.ndarray:                         
 
 class Recording:
     """A session folder in the making. Chunks wait while an undo may take them back; a thread writes the older ones."""
-
-    def __init__(self, folder: Path, fps: int, start: Start, image: np.ndarray, pose: tuple[float, ...], about: dict) -> None:
-        self.folder, self.fps, self.start, self.image, self.pose, self.about = folder, fps, start, image, pose, about
+    def __init__(self, folder: Path, fps: int, start: Start, image: np.ndarray, pose: tuple[float, ...], about: dict, camera: Callable) -> None:
+        self.folder, self.fps, self.start, self.image, self.pose, self.about, self.camera = folder, fps, start, image, pose, about, camera
         self.pending, self.writer, self.busy, self.times = deque(), ThreadPoolExecutor(1), None, max(1, 256 // len(image))
         self.said = tempfile.TemporaryFile("w+")                           # what was written, a line per chunk: sessions may last for hours
 
@@ -310,12 +305,12 @@ class Recording:
         free = [world.step_pose(*step) for step in zip(poses.tolist(), keyboard.tolist(), mouse.tolist(), strict=False)]
         contact = np.append(np.abs(np.array(free) - poses[1:])[:, :3].max(1) > 1e-3, False)          # a wall changed this step
         (H, W), last, T = self.image.shape[:2], lambda x: np.concatenate([x, x[-1:]]), len(poses)    # the last action is a repeat, not valid
-        meta = {"source": "play", "view": "first", "metric": True, "action_source": "engine", "fps": self.fps} | (self.about["truth"] or {})
+        said = {"source": "play", "view": self.about["flags"]["view"], "metric": True, "action_source": "engine", "fps": self.fps}
         words = data.caption(self.about["prompt"] or "a place", last(keyboard), last(mouse), poses, "play")
         clip = data.write_episode(self.folder.with_name(self.folder.name + ".tmp"), data.Episode(
-            np.memmap(self.folder / "frames.tmp", np.uint8, "r", shape=(T, H, W, 3)), data.poses_to_c2w(poses).astype(np.float32),
+            np.memmap(self.folder / "frames.tmp", np.uint8, "r", shape=(T, H, W, 3)), self.camera(torch.from_numpy(poses)).float().numpy(),
             np.tile(world.intrinsics(H, W).numpy(), (T, 1)), last(keyboard).astype(np.uint8), last(mouse).astype(np.float32),
-            np.arange(T) < T - 1, contact, poses.astype(np.float32), words, meta))
+            np.arange(T) < T - 1, contact, poses.astype(np.float32), words, said | (self.about["truth"] or {})))
         for file in sorted(clip.iterdir(), key=lambda file: file.name == "_DONE"):                   # the mark of a whole episode comes last
             os.replace(file, self.folder / file.name)
         clip.rmdir()
@@ -330,7 +325,6 @@ def jpeg_of(frame: np.ndarray, side: int = 0) -> bytes:                         
 
 class Screen:
     """A timeline: every frame has the moment from which it is the picture. Each viewer takes the newest; nothing queues."""
-
     def __init__(self) -> None:
         self.changed, self.frames, self.notes, self.viewers = threading.Condition(), deque(maxlen=400), deque(maxlen=32), {}
         self.serial, self.end, self.stage, self.seen, self.encode = 0, 0.0, "", time.monotonic(), 0.0
@@ -351,14 +345,11 @@ class Screen:
             self.serial, self.stage = self.serial + 1, record.get("stage", self.stage)
             self.notes.append((self.serial, record))
             self.changed.notify_all()
-
     def left(self) -> float:                 # seconds until the last finished frame has had its time
         return max(0.0, self.end - time.monotonic())
-
     def now(self) -> dict | None:            # what is to be seen at this moment
         with self.changed:
             return next((entry for entry in reversed(self.frames) if entry["due"] <= time.monotonic()), None)
-
     def plays(self, viewer: object) -> bool:
         """The first viewer plays. While there is none, anybody may (curl, tests)."""
         return next(iter(self.viewers), viewer) == viewer
@@ -404,7 +395,6 @@ class Screen:
 # ------------------------------------------------------------------------------------------------------------- the player
 class Player(threading.Thread):
     """The thread that owns the model: obey, decide as late as possible, make a chunk, put it on the screen."""
-
     def __init__(self, args: argparse.Namespace, fps: int) -> None:
         super().__init__(daemon=True)
         self.args, self.fps, self.seed, self.prompt, self.session, self.recording, self.begun = args, fps, args.seed, args.prompt, None, None, None
@@ -432,16 +422,16 @@ class Player(threading.Thread):
     def open(self) -> None:
         """Load the model, then the start picture or the session that goes on."""
         self.screen.note(stage="loading the model" + (", compiling (first time ~60-150 s, cached afterwards)…" if self.args.compile else ""))
-        self.session = FakeSession(self.args.size) if self.args.fake else realtime.open_session(options_of(self.args), self.args.dit_ranks)
-        self.session.policy = self.args.memory
-        self.size, folder = self.session.size if self.args.fake else realtime.SIZES[self.args.preset], self.args.resume
+        args, folder = self.args, self.args.resume
+        self.session = FakeSession(args.size, args.view) if args.fake else realtime.open_session(options_of(args), args.dit_ranks)
+        self.session.policy, self.size = args.memory, args.size if args.fake else realtime.SIZES[args.preset]
         if folder:
             said, video = json.loads((folder / "session.json").read_text()), data.read_episode(folder).video
             self.seed, self.prompt, trail = said["seed"], said["prompt"], [tuple(pose) for pose in said["trail"] + said["poses"][::LATENT]]
             note = f"{folder} goes on at frame {LATENT * (len(trail) - 1)}"
             self.reset(Start(np.array(video[-1]), note, said["truth"], trail[-1]), folder / "state.safetensors", trail)
         else:
-            self.reset(open_start(Path(self.args.image), self.size, Path(self.args.image).name))
+            self.reset(open_start(Path(self.args.image), self.size, Path(self.args.image).name, self.args.view))
         print(self.begun.note, flush=True)
         self.screen.note(stage="")
 
@@ -452,6 +442,8 @@ class Player(threading.Thread):
         self.undone, self.ring = deque(maxlen=40 if self.args.fake else realtime.UNDO), deque(maxlen=60 * self.fps // n)     # the unrecorded minute
         if self.args.fake:
             self.session.truth = start.truth
+        elif self.args.view == "third":
+            self.session.denoiser.camera = self.camera
         first, info = self.session.reset(torch.from_numpy(start.image), self.prompt, self.seed, start.pose)
         self.newest, self.poses = start.image if state else first[0].numpy(), trail or [tuple(info["poses"][0])]
         if state:
@@ -461,11 +453,17 @@ class Player(threading.Thread):
         self.screen.note(reset=True, truth=bool(start.truth), info=start.note)
         self.show(self.newest[None], self.poses[-1:], {"keys": [], "ms": {}}, clear=True)
 
+    def camera(self, poses: torch.Tensor) -> torch.Tensor:                 # (n, 5) float64 → (n, 4, 4)
+        """In the player's eye, or behind him: as far as the walls allow, where they are known."""
+        if self.args.view == "first":
+            return torch.from_numpy(data.poses_to_c2w(poses))
+        return torch.from_numpy(data.eyes(self.begun.truth, poses.numpy())) if self.begun.truth else realtime.memory.behind(poses, world.MAX_PITCH)
+
     def record(self) -> None:
         """A new folder, from the newest frame on or from the last minute, if that went unrecorded. With a trail it cannot be replayed."""
         image, n = self.ring[0][2:] if self.ring else (self.newest, len(self.poses))
         said = about(self.args) | {"seed": self.seed, "prompt": self.prompt, "truth": self.begun.truth, "trail": self.poses[:n - 1]}
-        self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, image, self.poses[n - 1], said)
+        self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, image, self.poses[n - 1], said, self.camera)
         while self.ring:
             self.recording.add(*self.ring.popleft()[:2])
 
@@ -579,7 +577,7 @@ class Player(threading.Thread):
             elif cmd in ("restart", "seed", "image"):
                 self.seed = secrets.randbelow(1 << 31) if cmd == "seed" else self.seed
                 if cmd == "image":
-                    start = open_start(base64.b64decode(body["data"], validate=True), self.size, "the new picture")
+                    start = open_start(base64.b64decode(body["data"], validate=True), self.size, "the new picture", self.args.view)
                 self.reset(start)
         except (ValueError, TypeError, KeyError) as error:
             self.screen.note(info=f"{cmd}: {error}")
@@ -726,7 +724,7 @@ FLAGS = {   # name: default (its type is the flag's; a tuple: choices, the first
     "compile": (False, "torch.compile: first time ~60-150 s"), "size": ("128x128", "of the fake world; models have one size"),
     "dit-ranks": (0, "denoising processes beside the one that decodes"), "host": ("127.0.0.1", "another one demands a token"),
     "port": (8000, "the next free one is taken"), "no-open": (False, "open no browser"), "fake": (False, "the game itself in the page, no model"),
-    "mode": (("first", "third"), "third: no public weights"), "make-start": (False, "draw the pictures of assets/ again"),
+    "view": (("first", "third"), "third: over the shoulder, by trained experts"), "make-start": (False, "draw the pictures of assets/ again"),
     "check": (False, "environment, weights, memory; loads nothing"), "bench": (False, "5 warm-up and 5 timed chunks"), "debug": (False, "tracebacks"),
 }
 
@@ -735,13 +733,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, (default, text) in FLAGS.items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
         kind = {"choices": default, "default": default[0]} if isinstance(default, tuple) else {**kind, "default": default}
-        flags.add_argument(f"--{name}", help=text, **kind)
+        flags.add_argument(*[f"--{name}"] + ["--mode"] * (name == "view"), help=text, **kind)      # --mode: as the release calls it
     args, unknown = flags.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in FLAGS], 1)
         raise ValueError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see python play.py --help"))
-    if args.mode == "third":
-        raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)")
+    if args.view == "third" and (args.dit_ranks or args.preset in ("5b", "14b")):
+        raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)" if not args.dit_ranks
+                         else "--view third plays in one process: leave out --dit-ranks")
     width, _, height = args.size.partition("x")
     if not re.fullmatch(r"\d{2,4}x\d{2,4}", args.size) or int(width) % 32 or int(height) % 32:
         raise ValueError(f"--size must be WxH in multiples of 32, as in 128x128, got {args.size}")
@@ -751,7 +750,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def options_of(args: argparse.Namespace) -> realtime.Options:
     return realtime.Options(preset=args.preset, weights=args.weights, decoder=args.vae, steps=args.steps, new=args.new, device=args.device,
-                            dtype=args.dtype, quantize="qkvo" if args.int8 else "", compile=args.compile)
+                            dtype=args.dtype, quantize="qkvo" if args.int8 else "", compile=args.compile, view=args.view)
 
 def find_weights(args: argparse.Namespace) -> None:
     """Fill in what is not given: the newest run of the preset, else the shipped weights, else the game itself."""
@@ -761,7 +760,8 @@ def find_weights(args: argparse.Namespace) -> None:
                          f"then: python play.py --preset {args.preset} --weights weights/{Path(hub).name}")
     shipped = [file.parent for name in ("student", "base") if (file := HERE / "assets" / args.preset / f"{name}.safetensors").exists()]
     made = {file.parent: json.loads((file.parent / "config.json").read_text()) for file in Path("runs").glob("*/latest")}
-    runs = sorted((run for run, said in made.items() if said["preset"] == args.preset and said["stage"] in ("base", "distill")),
+    seen = {"first": ("base", "distill"), "third": ("dense",)}[args.view]          # stages, or an expert, whose model draws this view alone
+    runs = sorted((run for run, said in made.items() if said["preset"] == args.preset and {said["stage"], said.get("expert")} & {*seen}),
                   key=lambda run: (run / "latest").stat().st_mtime)
     args.weights = args.weights or str(next(iter([*runs[-1:], *shipped]), ""))
     if not args.weights and not args.fake:
@@ -787,7 +787,7 @@ def about(args: argparse.Namespace) -> dict:
     """What a replay needs to be the same again."""
     files = [file for file in sorted(Path(args.weights).glob("*.safetensors")) if file.stat().st_size < 1 << 28] if args.weights else []
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-    flags = {name: getattr(args, name) for name in ("fake", "preset", "weights", "vae", "steps", "new", "device", "dtype", "int8", "size")}
+    flags = {name: getattr(args, name) for name in ("fake", "preset", "weights", "vae", "steps", "new", "device", "dtype", "int8", "size", "view")}
     return {"argv": sys.argv[1:], "versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "weights_sha": sha, "flags": flags}
 
 def headless(args: argparse.Namespace, keyboard: np.ndarray, mouse: np.ndarray, policies: list[str], fps: int) -> list[dict]:
@@ -817,7 +817,8 @@ def film(args: argparse.Namespace) -> None:
             headless(args, keyboard, mouse, [policy], FILE_FPS)
             walk = data.read_episode(Path(args.out))
             panels[title] = np.array(walk.video)
-    panels["true world"], back = data.true_frames(walk.meta, walk.c2w, *walk.video.shape[1:3]), np.abs(walk.player - walk.player[0]).max(1) < 1.5
+    back = np.abs(walk.player - walk.player[0]).max(1) < 1.5
+    panels["true world"] = data.true_frames(walk.meta, walk.c2w, *walk.video.shape[1:3], walk.player)
     for t in range(0, min(map(len, panels.values())), 2):
         said = "turning away" if t <= len(back) // 2 else "back where we started" if back[t] else "coming back"
         pictures.append(Image.new("RGB", (592, 252), "white"))
@@ -888,7 +889,6 @@ def main(argv: list[str]) -> int | None:
     else:
         (film if args.film else check if args.check else bench if args.bench else serve)(args)
     return 130 if args.stop.is_set() and (args.actions or args.film) else 0
-
 
 if __name__ == "__main__":
     try:

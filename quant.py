@@ -9,6 +9,7 @@ Paper: section 3.4 and Table 1 (27.38 frames/s without INT8, about 40 with). Rel
 By default only self_attn.{q,k,v,o}, the paper's list. "qkvo+cross" is what the released pipelines convert
 (240 layers of the 5B), "ffn" the feed-forward layers, "all" every linear layer of the blocks; join with +.
 This file never meets a model class: it replaces nn.Linear in any nn.Module. For inference only.
+dit_flops and vae_flops say where the multiply-adds of a segment are: what a precision can save at all.
 
 Departures, undone by kind="released": the released kernel truncates activations toward zero (its ±0.5 is
 cast to int8 before it is added), its weight scales end up bf16 with the rest of the model, and it rounds the
@@ -22,6 +23,7 @@ inside torch._scaled_mm) is the fast form of GPUs that have it; elsewhere the sa
 Demo: python quant.py      Tests: pytest tests/test_quant.py
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,6 +125,7 @@ class Fp8Linear(nn.Module):
         return _keep_scales(self, super()._apply, fn, recurse)
 
 
+@torch.compiler.assume_constant_result                  # a compiled block asks while it is traced
 def fp8_available(device: torch.device) -> bool:
     """Row-wise e4m3 products exist from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -171,11 +174,20 @@ def chosen(model: nn.Module, which: str = "qkvo") -> list[str]:
 
 
 def quantize_(model: nn.Module, which: str = "qkvo", kind: str = "int8") -> list[str]:
-    """Replace the chosen layers in place; returns their names."""
+    """Replace the chosen layers in place; returns their names. "fp8:all" is the kind and the layers in one word."""
+    kind, which = which.split(":", 1) if ":" in which else (kind, which)
     names = chosen(model, which)
     for name in names:
         model.set_submodule(name, quantised(model.get_submodule(name), kind))
     return names
+
+
+def approximate_(model: nn.Module, layers: str = "", reuse: bool = False) -> None:
+    """All that trades exactness for speed: layers for quantize_, and whether networks reuse keys and values of clean tokens."""
+    if layers:
+        quantize_(model, layers)
+    for network in (m for m in model.modules() if hasattr(m, "reuse")):
+        network.reuse = reuse
 
 
 def load_quantized_(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
@@ -258,6 +270,79 @@ def report(
     finally:
         for hook in hooks:
             hook.remove()
+    return rows
+
+
+# ---- where the work is, so which layers are worth it -----------------------------------------------------
+
+def dit_flops(
+    c,                                  # dit.DiTConfig
+    S: int,                             # places per latent
+    clean: int = 9,                     # memory and past latents
+    new: int = 10,
+    reuse: bool = False,                # a later step that reuses the keys and values of clean tokens (approximate)
+) -> dict[str, tuple[float, float, float]]:
+    """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything
+    is computed at every step for every token. A test counts the modules themselves."""
+    T, D, patch, w, A = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks)
+    L, layers, text = S * T, c.layers, c.text_len
+    N = S * new if reuse else L         # tokens in a block; the last block, or with reuse every one, asks for new ones only
+    Q = (layers - 1) * N + (S * new if layers - 1 not in c.action_blocks else N)
+    camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
+    words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
+    actions = A * 2 * N * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
+    keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
+    time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
+    return {"self-attention qkvo": (0, 4 * D * D * (Q + layers * N), layers * 8 * L * D * D),
+            "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
+            "text attention": (words, 4 * Q * (D * D + text * D), words + layers * 4 * L * (D * D + text * D)),
+            "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
+            "camera": (camera, 0, camera), "rays": (rays, 0, rays), "actions": (keys, actions, keys + actions * L // N),
+            "time": (0, 2 * time_row, L * time_row), "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T)}
+
+
+def vae_flops(c, h: int, w: int) -> float:      # vae.VAEConfig: to decode one later latent of h x w cells
+    dims, p, t = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], h * w, 1
+
+    def block(a: int, b: int) -> int:           # two 27-tap convolutions, a shortcut if the widths differ
+        return 2 * t * p * (27 * a * b + 27 * b * b + (a * b if a != b else 0))
+
+    total = 2 * p * (c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]) + 2 * block(dims[0], dims[0])
+    for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
+        total += block(a, b) + c.res_blocks * block(b, b)
+        if i < len(c.temporal):                 # time doubles first, then space
+            total, t = (total + 12 * t * p * b * b, 2 * t) if c.temporal[::-1][i] else (total, t)
+            p *= 4
+            total += 2 * t * p * 9 * b * b
+    return total + 2 * t * p * 27 * dims[-1] * 3 * c.patch**2
+
+
+def predicted(c, S: int, clean: int, new: int, steps: int) -> dict[str, float]:
+    """How many times faster than the release a segment must be if only multiply-adds count."""
+    exact, later = (dit_flops(c, S, clean, new, reuse).values() for reuse in (False, True))
+    once, step, released = map(sum, zip(*exact, strict=True))
+    saved = (steps - 1) * (step - sum(part[1] for part in later))
+    return {"exact reuse": steps * released / (once + steps * step),
+            "reuse of clean keys and values (approximate)": steps * released / (once + steps * step - saved)}
+
+
+H200 = {"denoise": 587e12, "full": 377e12, "light50": 239e12, "light75": 139e12}     # FLOP/s: FastWan2.2's DiT, the published decoders
+
+
+def projection(
+    parts: dict[str, tuple[float, float, float]],       # of dit_flops
+    steps: int,
+    frames: int,                                        # of a segment
+    decode: float,                                      # FLOPs to decode it
+    decoder: str,
+) -> list[tuple[str, float]]:
+    """TFLOP of a segment by part, and frames per second on n H200 of which the last decodes."""
+    ours = sum(once + steps * step for once, step, _ in parts.values())
+    rows = [(f"TF of {part}", (once + steps * step) / 1e12) for part, (once, step, _) in parts.items()]
+    rows += [("TF to denoise", ours / 1e12), ("TF to decode", decode / 1e12)]
+    for n in range(1, 10):
+        D, V = ours / H200["denoise"] / max(1, n - 1) + 0.022 * (n > 2), decode / H200[decoder]     # 22 ms: exchange among ranks
+        rows.append((f"FPS on {n} H200, projected", frames / (max(D, V) if n > 1 else D + V)))
     return rows
 
 

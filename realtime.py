@@ -8,8 +8,8 @@ Paper: §3.4, Table 1 (40 FPS at 720p: 8 GPUs denoise, one decodes).  Released: 
 
 A Session is one player in one world: reset(image, prompt, seed) -> frame 0; step(keyboard, mouse) -> Chunk of the next frames (56, then 40).
 step is submit + collect; submit(k+1) before collect(k) is the pipeline. The noise of segment k depends on (seed, k) alone: undo, restore, replay
-and N ranks give the same frames. N + 1 ranks on torch.distributed: 0 .. N−1 share each segment by place (dit.py) and hold equal memories, rank N
-decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and every process ends within seconds.
+and N ranks give the same frames (of actions that change late, both readings replayed). N + 1 ranks on torch.distributed: 0 .. N−1 share each segment
+by place (dit.py) and hold equal memories, rank N decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
 Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python realtime.py --bench --suite ablation
 """
@@ -23,7 +23,7 @@ import pickle
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -59,13 +59,16 @@ class Options:
     method: str = "auto"          # renoise, unipc, euler; auto: what the weights were trained for
     guidance: float = 1.0         # 5 for the released base model
     policy: str = "camera"        # camera, recent, random, none; live: session.policy
+    view: str = "first"           # first, third: where the camera of a player is, and which expert imagines what it sees
     new: int = 10                 # new latents per later segment: 10, 5 or 2
     device: str = "auto"          # cpu, cuda, cuda:1
     dtype: str = "auto"           # float32 or bfloat16; auto measures which is faster
-    quantize: str = ""            # layers for quant.quantize_; "qkvo" is the paper's list
+    commit: int = 0               # 1, 2, ...: the step before which actions may still change, see Session.submit; 0: none
+    quantize: str = ""            # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
+    reuse: bool = False           # approximate: later steps keep the first one's keys and values of clean tokens
     compile: bool = False         # torch.compile of every block
     bank: int = 4096              # latents kept before the keyframe gate closes
-    max_pitch: float = 85.0       # degrees
+    max_pitch: float = 85.0       # degrees, of the player and of the camera behind it; the game of world.py has 35
     threads: int = 0              # of torch in each process; 0 leaves them
     patience: float = 20.0        # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
 
@@ -83,11 +86,12 @@ class Walk(NamedTuple):
 
 class Chunk(NamedTuple):
     frames: Tensor                # (n, H, W, 3) uint8
-    info: dict                    # segment, first_latent, policy, bank, poses, memory [{latent, frame, score, sink}], ms {retrieve, denoise, decode}
+    info: dict                    # segment, first_latent, policy, bank; poses, keyboard, mouse as used; memory [{latent, frame, score, sink}], ms
 
 def resolve(options: Options) -> Options:
     """Fill in what 'auto' means on this machine, and refuse what cannot work before anything is allocated."""
-    for name, allowed in (("preset", SIZES), ("decoder", DECODERS), ("new", (10, 5, 2)), ("policy", memory.POLICIES)):
+    for name, allowed in (("preset", SIZES), ("decoder", DECODERS), ("new", (10, 5, 2)), ("policy", memory.POLICIES),
+                          ("view", ("first", "third")), ("commit", range(options.steps))):
         if getattr(options, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(options, name)!r}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -125,10 +129,15 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
         else:
             nets[part] = load_vae(root, preset, cut or "full")
         nets[part].to(options.device, dtype).eval().requires_grad_(False)
+    if isinstance(nets.get("dit"), moe.Experts):
+        nets["dit"].look(options.view)
+    elif meta and meta.get("view", "first") not in (options.view, "both"):
+        raise ValueError(f"this model has not seen the {options.view} person; use --weights of experts: python train.py --stage moe, "
+                         f"or --view {meta.get('view', 'first')}")
     if meta.get("preset", preset) != preset:
         raise ValueError(f"{options.weights} holds a {meta['preset']} model; add --preset {meta['preset']}")
-    if options.quantize and "dit" in nets:
-        quant.quantize_(nets["dit"], options.quantize)
+    if "dit" in nets:
+        quant.approximate_(nets["dit"], options.quantize, options.reuse)
     for block in [m for net in nets.values() for m in net.modules() if options.compile and isinstance(m, dit.Block)]:
         block.compile()
     method = options.method if options.method != "auto" else "renoise" if meta.get("stage") == "distill" else "unipc"
@@ -151,54 +160,22 @@ def embed(options: Options, prompt: str) -> Tensor:                  # word hash
     return data.encode_umt5(prompt, root / "google/umt5-xxl", lambda: moe.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0], root)
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
-def dit_flops(c: dit.DiTConfig, S: int, clean: int = 9, new: int = 10) -> dict[str, tuple[float, float, float]]:
-    """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything is computed
-    at every step for every token. S places per latent, clean = memory + past latents. A test counts the modules themselves."""
-    T, D, patch, w, A, layers, text = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks), c.layers, c.text_len
-    L = S * T
-    Q = (layers - 1) * L + (S * new if layers - 1 not in c.action_blocks else L)     # the last block asks for new tokens only
-    camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
-    words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
-    actions = A * 2 * L * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
-    keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
-    time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
-    return {"self-attention qkvo": (0, 4 * D * D * (Q + layers * L), layers * 8 * L * D * D),
-            "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
-            "text attention": (words, 4 * Q * (D * D + text * D), words + layers * 4 * L * (D * D + text * D)),
-            "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
-            "camera": (camera, 0, camera), "rays": (rays, 0, rays), "actions": (keys, actions, keys + actions),
-            "time": (0, 2 * time_row, L * time_row), "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T)}
-
-def vae_flops(c: vae.VAEConfig, h: int, w: int) -> float:            # to decode one later latent of h x w cells
-    dims, p, t = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], h * w, 1
-    def block(a: int, b: int) -> int:                                # two 27-tap convolutions, a shortcut if the widths differ
-        return 2 * t * p * (27 * a * b + 27 * b * b + (a * b if a != b else 0))
-
-    total = 2 * p * (c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]) + 2 * block(dims[0], dims[0])
-    for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
-        total += block(a, b) + c.res_blocks * block(b, b)
-        if i < len(c.temporal):                                      # time doubles first, then space
-            total, t = (total + 12 * t * p * b * b, 2 * t) if c.temporal[::-1][i] else (total, t)
-            p *= 4
-            total += 2 * t * p * 9 * b * b
-    return total + 2 * t * p * 27 * dims[-1] * 3 * c.patch**2
-
 def places(options: Options) -> int:                                 # tokens per latent
     return math.prod(SIZES[options.preset]) // vae_config(options.preset).stride[1] ** 2 // math.prod(dit.PRESETS[options.preset].patch)
 
 def segment_flops(options: Options) -> tuple[float, float, float]:
     """Of a later segment: (denoise as here, denoise as released, decode)."""
     v, (H, W) = vae_config(options.preset, options.decoder), SIZES[options.preset]
-    once, step, released = map(sum, zip(*dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new).values(), strict=True))
-    return once + options.steps * step, options.steps * released, options.new * vae_flops(v, H // v.stride[1], W // v.stride[2])
+    once, step, released = map(sum, zip(*quant.dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new).values(), strict=True))
+    return once + options.steps * step, options.steps * released, options.new * quant.vae_flops(v, H // v.stride[1], W // v.stride[2])
 
 def estimate(options: Options) -> float:
     """GB on one device, from shapes alone: weights + what prepare() keeps + activations + the decoder's maps."""
     c, full, light = dit.PRESETS[options.preset], vae_config(options.preset), vae_config(options.preset, options.decoder)
-    tokens, width = places(options) * (WINDOW.memory + WINDOW.past + WINDOW.new), 4 if options.dtype == "float32" else 2
+    L, width = places(options) * (WINDOW.memory + WINDOW.past + WINDOW.new), 4 if options.dtype == "float32" else 2
     with torch.device("meta"):
         weights = sum(p.numel() for net in (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light)) for p in net.parameters())
-    kept = tokens * (2 * c.layers * c.dim + 10 * c.dim + 2 * c.ffn) + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
+    kept = L * (((2 + options.reuse) * c.layers + 10) * c.dim + 2 * c.ffn) + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
     return ((weights + kept) * width - (c.layers * 4 * c.dim**2 * (width - 1) if options.quantize else 0)) / 1e9
 
 def will_not_fit(options: Options, free: float) -> str:              # free in GB
@@ -210,10 +187,12 @@ def clock(device: str) -> float:
     return (torch.cuda.synchronize(device) if device.startswith("cuda") else None) or time.perf_counter()
 
 class Denoiser:
-    """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree."""
+    """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree; who replaces `camera`,
+    poses (n, 5) float64 -> (n, 4, 4), does so on all of them. `late`, on rank 0: a call for the newest actions (4n, 8), keys | mouse."""
     def __init__(self, model: nn.Module, meta: dict, options: Options, group: dist.ProcessGroup | None = None):
-        self.model, self.meta, self.options, self.group, self.now = model, meta, options, group, None
+        self.model, self.meta, self.options, self.group, self.now, self.late = model, meta, options, group, None, None
         self.place, self.history = {"device": options.device, "dtype": getattr(torch, options.dtype)}, deque(maxlen=UNDO)
+        self.camera = partial(memory.behind, max_pitch=options.max_pitch) if options.view == "third" else memory.pose_to_c2w
 
     def start(self, now: Walk) -> None:                               # with an empty bank
         self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
@@ -223,35 +202,50 @@ class Denoiser:
     def reset(self, latent: Tensor, text: Tensor, seed: int, pose: Sequence[float]) -> None:      # (1, C, 1, h, w)
         poses = torch.tensor([list(pose)], dtype=torch.float64)
         self.start(Walk(latent, text[None], poses, torch.zeros(0, 6), torch.zeros(0, 2), seed))
-        self.bank.append(self.now.past[0], memory.segment_cameras(memory.pose_to_c2w(poses)[None], 0, 1)[0].float(), torch.tensor([0]))
+        self.bank.append(self.now.past[0], memory.segment_cameras(self.camera(poses)[None], 0, 1)[0].float(), torch.tensor([0]))
 
-    def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
-        """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened."""
-        now, o, began = self.now, self.options, clock(self.options.device)
-        n, P = len(keyboard) // WINDOW.stride, now.past.shape[2]
+    def bind(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[memory.Context, list[dict], list[Tensor], Tensor, Tensor]:
+        """A segment under these actions: its context, what is recalled, the walk with it, times and cameras of its new latents."""
+        now, n, P = self.now, len(keyboard) // WINDOW.stride, self.now.past.shape[2]
         times = torch.arange(now.count - P, now.count + n)            # of the window: past, then new
-        poses = memory.integrate(now.poses[-1].tolist(), keyboard, mouse, o.max_pitch)[1:]
+        poses = memory.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[1:]
         walked = [torch.cat(pair) for pair in ((now.poses, poses), (now.keyboard, keyboard), (now.mouse, mouse))]
         first = int(times[0]) - now.origin // WINDOW.stride           # the kept rows begin at latent origin/4
-        cameras = memory.segment_cameras(memory.pose_to_c2w(walked[0])[None], first, P + n)
+        cameras = memory.segment_cameras(self.camera(walked[0])[None], first, P + n)
         found, picks = self.recall(cameras[0, P:, -1].float(), int(times[0]), policy) if now.segment and policy != "none" else (None, [])
         keys, turns = (self.windows(rows, first, P + n) for rows in walked[1:])
         context = memory.make_context(now.past, times[None], cameras, turns, keys, now.text, found, self.meta["encoding"],
-                                      vae_config(o.preset).stride[1]).to(**self.place)
-        recalled = clock(o.device)
+                                      vae_config(self.options.preset).stride[1]).to(**self.place)
+        return context, picks, walked, times[P:], cameras[0, P:].float()
+
+    def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
+        """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened: info has the actions and poses that were used."""
+        now, o, began, n = self.now, self.options, clock(self.options.device), len(keyboard) // WINDOW.stride
+        bound, recalled, actions = self.bind(keyboard, mouse, policy), clock(o.device), torch.cat([keyboard, mouse], 1)
+        def revise(step: int) -> memory.Context | None:               # before step `commit`: what rank 0 hears by now, on every rank
+            nonlocal bound
+            newer = (self.late() if self.late else actions).to(o.device, copy=True) if step == o.commit else actions
+            if step == o.commit and self.group:
+                dist.broadcast(newer, 0, self.group)
+            if not torch.equal(newer := newer.cpu(), actions):
+                bound = self.bind(*newer.split([6, 2], 1), policy)
+                return bound[0]
+
         generator = torch.Generator(o.device).manual_seed(now.seed * 1_000_003 + now.segment)
         noise = torch.randn(1, now.past.shape[1], n, *now.past.shape[-2:], generator=generator, device=o.device)
         sigmas, method = dit.sigma_grid(o.steps, self.meta["shift"]), self.meta["method"]
-        x0 = dit.sample(self.model, context, sigmas, noise, method, o.guidance, generator, self.group).to(**self.place)
+        x0 = dit.sample(self.model, bound[0], sigmas, noise, method, o.guidance, generator, self.group, revise).to(**self.place)
         if not x0.isfinite().all():
             raise ValueError(f"segment {now.segment} is not finite: broken weights, or {o.dtype} is too narrow; try --dtype float32")
+        _, picks, walked, times, cameras = bound
         self.history.append((now, self.bank.size))
-        self.bank.append(x0[0], cameras[0, P:].float(), times[P:])
+        self.bank.append(x0[0], cameras, times)
         drop = max(0, WINDOW.stride * (now.count + n - WINDOW.past - 4) - now.origin)             # no window looks further back
         self.now = Walk(torch.cat([now.past, x0], 2)[:, :, -WINDOW.past:], now.text, *(rows[drop:] for rows in walked),
                         now.seed, now.segment + 1, now.count + n, now.origin + drop)
-        return x0, {"segment": now.segment, "first_latent": now.count, "policy": policy, "memory": picks, "bank": len(self.bank), "poses":
-                    poses.tolist(), "ms": {"retrieve": 1e3 * (recalled - began), "denoise": 1e3 * (clock(o.device) - recalled)}}
+        used = {name: rows[-len(keyboard):].tolist() for name, rows in zip(("poses", "keyboard", "mouse"), walked, strict=True)}
+        return x0, {"segment": now.segment, "first_latent": now.count, "policy": policy, "memory": picks, "bank": len(self.bank), **used,
+                    "ms": {"retrieve": 1e3 * (recalled - began), "denoise": 1e3 * (clock(o.device) - recalled)}}
 
     def recall(self, poses: Tensor, before: int, policy: str) -> tuple[memory.Memory, list[dict]]:    # (n, 4, 4) of the new latents
         """The memory of a segment, newest query first, and its description for whoever watches."""
@@ -433,18 +427,25 @@ class Session:
         self.decode(latent, {"segment": -1, "first_latent": 0, "policy": self.policy, "bank": 1, "memory": [], "poses": [list(pose)], "ms": {}}, True)
         return self.collect()
 
-    def submit(self, keyboard: Tensor, mouse: Tensor) -> None:
-        """Denoise the next segment and hand it to the decoder. Read the keys as late as possible before this."""
+    def submit(self, keyboard: Tensor, mouse: Tensor, late: Callable | None = None) -> None:
+        """Denoise the next segment and hand it to the decoder. Read the keys as late as possible before this, or even later: late() is
+        asked once, just before step Options.commit, for all (keyboard, mouse) of this segment as they are by now, or None."""
+        keyboard, mouse = self.checked(keyboard, mouse)
+        if late and not self.options.commit:
+            raise ValueError("late actions need a step before which they are read: Options(commit=1)")
+        memory.choose("policy", self.policy, memory.POLICIES)
+        self.idle(2 * QUEUE)
+        self.denoiser.late = late and (lambda: torch.cat(self.checked(*(late() or (keyboard, mouse))), 1))
+        self.decode(*self.everywhere("run", keyboard, mouse, self.policy))
+
+    def checked(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
         keyboard, mouse, n = torch.as_tensor(keyboard).float(), torch.as_tensor(mouse).float(), self.frames_needed
         if not self.denoiser.now:
             raise ValueError("no world yet: call reset(image) before the first step")
         if (keyboard.shape, mouse.shape) != ((n, 6), (n, 2)) or not (keyboard.isfinite().all() and mouse.isfinite().all()):
             raise ValueError(f"segment {self.denoiser.now.segment} takes finite keyboard ({n}, 6) and mouse ({n}, 2), got {tuple(keyboard.shape)} "
                              f"and {tuple(mouse.shape)}; actions of the future belong to the next step")
-        if self.policy not in memory.POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(memory.POLICIES)}, got {self.policy!r}")
-        self.idle(2 * QUEUE)
-        self.decode(*self.everywhere("run", keyboard, mouse, self.policy))
+        return keyboard, mouse
 
     def decode(self, latents: Tensor, info: dict, fresh: bool = False) -> None:
         """In order, in one thread or by collect(). At most QUEUE segments wait: a slow decoder costs time, never memory."""
@@ -480,13 +481,14 @@ class Session:
         """The whole state in one safetensors file; after restore() the same actions give the same frames."""
         self.idle()
         state = self.denoiser.dump() | {f"decoder.{name}": x for name, x in self.decoder.dump().items()}
-        moe.write_weights(path, state, {"session": self.options.preset, "policy": self.policy})
+        moe.write_weights(path, state, {"session": self.options.preset, "policy": self.policy, "view": self.options.view})
 
     def restore(self, path: str | Path) -> None:
         self.idle()
         state, said = moe.read_weights(path)
-        if said.get("session") != self.options.preset:
-            raise ValueError(f"{path} is no saved session of preset {self.options.preset}; it says: {said.get('session', 'no session')}")
+        if (said.get("session"), said.get("view", "first")) != (self.options.preset, self.options.view):
+            raise ValueError(f"{path} is no saved session of preset {self.options.preset} in the {self.options.view} person; "
+                             f"it says: {said.get('session', 'no session')}, {said.get('view', 'first')} person")
         self.policy = said["policy"]
         self.everywhere("load", {name: x for name, x in state.items() if not name.startswith("decoder.")})
         self.decoder.load({name.removeprefix("decoder."): x for name, x in state.items() if name.startswith("decoder.")})
@@ -520,8 +522,10 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
     """One segment in every variant, A B C … A B C … after a warm-up: quartiles of its seconds, relative errors of its latents."""
     cpu, seconds, errors, right = options.device == "cpu", {}, {}, torch.zeros(0)
     slow, fast = replace(options, dtype="float32" if cpu else "bfloat16"), replace(options, dtype="bfloat16", compile=not cpu)
-    variants = {"as released": slow, "exact reuse": slow, "int8": replace(slow, quantize="qkvo"), "fast": fast, "5 new": replace(fast, new=5),
-                "2 new": replace(fast, new=2)} | {f"fast {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
+    kinds = ("qkvo", "all", *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()))
+    variants = {"as released": slow, "exact reuse": slow, "reuse of clean keys and values (approximate)": replace(slow, reuse=True),
+                "int8": replace(slow, quantize="qkvo"), "fast": fast, "5 new": replace(fast, new=5),
+                "2 new": replace(fast, new=2)} | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
     session = Session(slow)
     session.reset(torch.randint(0, 256, (*SIZES[options.preset], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     session.step(*walk_actions(session.frames_needed))
@@ -543,14 +547,10 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
 
 def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
     """Rows of one suite: (what, the paper's value, predicted before the run, measured, relative error of the latents)."""
-    (ours, released, decode), parts = segment_flops(options), dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new)
-    if suite == "model":      # TFLOP/s: FastWan2.2's DiT on one H200, the published decoders; 22 ms: exchange among ranks
-        V = decode / {"full": 377e12, "light50": 239e12, "light75": 139e12}[options.decoder]
-        ranks = [(n, ours / 587e12 / max(1, n - 1) + 0.022 * (n > 2)) for n in range(1, 10)]
-        rows = [(f"TF of {part}", (once + options.steps * step) / 1e12) for part, (once, step, _) in parts.items()]
-        rows += [("TF to denoise", ours / 1e12), ("as released", released / 1e12), ("TF to decode", decode / 1e12), ("GB", estimate(options))]
-        rows += [(f"FPS on {n} H200, projected", 4 * options.new / (max(D, V) if n > 1 else D + V)) for n, D in ranks]
-        return [(what, None, value, None, None) for what, value in rows]
+    c, S, (_, released, decode) = dit.PRESETS[options.preset], places(options), segment_flops(options)
+    if suite == "model":
+        return [(what, None, value, None, None) for what, value in [("as released", released / 1e12), ("GB", estimate(options)),
+                *quant.projection(quant.dit_flops(c, S, 9, options.new), options.steps, WINDOW.stride * options.new, decode, options.decoder)]]
     if suite == "pipeline":
         with contextlib.closing(open_session(replace(options, threads=1), 1)) as session:
             session.reset(torch.zeros(*SIZES[options.preset], 3, dtype=torch.uint8))
@@ -560,8 +560,8 @@ def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
     quartiles, errors = compete(options, rounds)
     t = {name: q[1] for name, q in quartiles.items()}
     if suite == "ladder":
-        return [(f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster", None, {"exact reuse": released / ours}.get(name),
-                 t["as released"] / q[1], errors[name]) for name, q in quartiles.items() if name in errors]
+        return [(f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster", None, quant.predicted(c, S, 9, options.new,
+                 options.steps).get(name), t["as released"] / q[1], errors[name]) for name, q in quartiles.items() if name in errors]
     D, V, light = t["fast"], t["full"], t["light75"]
     rows = [("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
             ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"), ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),

@@ -7,7 +7,7 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
     lightvae    vae     the same latents through a thinner decoder      train_lightvae
     base        vae     v(x_σ, σ | past, memory, actions, cameras)      train_base       Eq. 1-6
     distill     base    the same in three steps, on its own outputs     train_distill    Eq. 8
-    moe         vae     one expert per noise range and view             train_base on a part of the σ axis
+    moe         base    one expert per noise range and view             train_base on a part of the σ axis
 
 One step of `base`:  x_σ = (1 − σ)·x0 + σ·ε on the new latents only; past and memory are at t = 0, corrupted by residuals
 the model itself made earlier (error_buffer.py); with p = 0.2 there is neither, and the model learns image-to-video.
@@ -52,7 +52,6 @@ def opt(default: object, help: str, group: str = "run", paper: str = "", choices
     """A field that becomes a flag: default, help, and what the paper used."""
     return field(default=default, metadata={"help": help, "group": group, "paper": paper, "choices": choices})
 
-
 @dataclass(frozen=True)
 class TrainConfig:
     stage: str = opt("base", "what to train", choices=("vae", "lightvae", "base", "distill", "moe"))
@@ -96,7 +95,8 @@ class TrainConfig:
     error_kind: str = opt("real", "replay residuals, or Gaussian noise of equal variance", "error buffer", "real", ("real", "gaussian"))
     decoder_only: bool = opt(False, "vae: leave the encoder of --init as it is, so that latents stay what they are", "light VAE")
     rate: float = opt(0.75, "share of decoder channels removed (lightvae)", "light VAE", "0.5 and 0.75, Table 2")
-    expert: str = opt("high-first", "which expert (moe)", "experts", "two high by view, one low", ("high-first", "high-third", "low"))
+    expert: str = opt("high-first", "which expert (moe); dense: one model for all of it", "experts", "two high by view, one low",
+                      ("high-first", "high-third", "low", "dense"))
     boundary: float = opt(0.9, "σ at which the experts change", "experts", "by SNR, value not stated")
     cold_start: int = opt(60, "iterations on one segment with true past", "distillation", "600, §5.1")
     ratio_cold: int = opt(5, "critic updates per student update in the cold start", "distillation", "5")
@@ -117,8 +117,8 @@ CHANGES = {  # what differs from the defaults above: by stage, then by preset, t
 }
 FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
+VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}     # whose eyes an expert has seen through
 WINDOW = memory.Window()
-
 
 @dataclass
 class Run:
@@ -133,9 +133,12 @@ class Run:
     asked: bool = False                            # a signal came
     stop: bool = False                             # all ranks know of it
 
+    @property
+    def view(self) -> str:
+        return VIEWS[self.cfg.expert] if self.cfg.stage == "moe" else "first"
+
     def due(self, every: int) -> bool:             # at the end, and every so many steps
         return self.step >= self.cfg.steps or bool(every) and self.step % every == 0
-
 
 @dataclass
 class Clips:            # a dataset as latents in memory; row e is one episode
@@ -150,7 +153,7 @@ class Clips:            # a dataset as latents in memory; row e is one episode
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> TrainConfig:
     """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="also: --plot RUN ... (loss curves), --export RUN FILE (weights)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="also: --plot RUN ... | --export RUN ... FILE")
     groups, names = {}, ["--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)]
     for f, name in zip(dataclasses.fields(TrainConfig), names, strict=True):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
@@ -166,8 +169,9 @@ def parse(argv: list[str]) -> TrainConfig:
     which = args.stage or "base", args.preset or "tiny"
     changes = CHANGES.get(which[0], {}) | CHANGES.get(which[1], {}) | CHANGES.get("-".join(which), {})
     cfg = TrainConfig(**changes | {name: value for name, value in vars(args).items() if value is not None})
-    shipped = cfg.stage == "distill" and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
-    return dataclasses.replace(cfg, run=cfg.run or f"{cfg.stage}-{cfg.preset}", init=cfg.init or (base if shipped else ""))
+    shipped = cfg.stage in ("distill", "moe") and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
+    name = f"{cfg.stage}-{cfg.expert}-{cfg.preset}" if cfg.stage == "moe" else f"{cfg.stage}-{cfg.preset}"
+    return dataclasses.replace(cfg, run=cfg.run or name, init=cfg.init or (base if shipped else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------------ setup
@@ -213,10 +217,8 @@ def setup(cfg: TrainConfig) -> Run:
         signal.signal(number, ask_to_stop)
     return run
 
-
 def generator(cfg: TrainConfig, step: int) -> torch.Generator:          # the one source of randomness of a step
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-
 
 def share(run: Run, x: Tensor) -> Tensor:          # this rank's rows of a batch that every rank draws alike
     return x[run.rank::run.world]
@@ -224,9 +226,9 @@ def share(run: Run, x: Tensor) -> Tensor:          # this rank's rows of a batch
 
 # ------------------------------------------------------------------------------------------------------- update, save, log
 def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
-    said = {k: getattr(run.cfg, k) for k in ("stage", "preset", "shift", "encoding", "seed")} | {"step": run.step}
+    names = ("stage", "preset", "shift", "encoding", "seed", "expert", "boundary")
+    said = {name: getattr(run.cfg, name) for name in names} | {"step": run.step, "view": run.view}
     moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
-
 
 def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
     state = moe.restore(run.folder, models, ema, opts)
@@ -237,7 +239,6 @@ def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: lis
         lines = (run.folder / "log.jsonl").read_text().splitlines(keepends=True)
         moe.write_text(run.folder / "log.jsonl", "".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step))
     return state
-
 
 class Progress:
     """One line per log step and a log.jsonl; a bar when somebody watches."""
@@ -260,7 +261,6 @@ class Progress:
             text = "  ".join(f"{k} {v:.5g}" for k, v in line.items())
             self.bar.set_postfix_str(text) if not self.bar.disable else print(text, flush=True)
 
-
 def record(run: Run, line: dict) -> None:
     """One line of log.jsonl, and of TensorBoard if asked for."""
     with open(run.folder / "log.jsonl", "a") as log:
@@ -282,7 +282,6 @@ def dataset(run: Run) -> Path:
     dist.barrier() if run.world > 1 else None
     return root
 
-
 def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:      # (B, 3, F, H, W) in [-1, 1]
     """Random clips of mixed length: a VAE trained on 9 frames alone fades on longer ones."""
     g = generator(cfg, step)
@@ -294,7 +293,6 @@ def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor
         clips.append(torch.from_numpy(np.array(video[start:start + frames])))
     return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-
 def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
     places = [Path(cfg.vae)] if cfg.vae else [Path(f"{where}/vae.safetensors") for where in (f"assets/{cfg.preset}", f"runs/vae-{cfg.preset}")]
     path = next((p for p in places if p.exists()), None)
@@ -302,13 +300,14 @@ def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
         raise ValueError(f"no VAE at {places[0]}; make one with: python train.py --stage vae --preset {cfg.preset}")
     return vae_file.from_weights(*moe.read_weights(path)).float().to(device).eval().requires_grad_(False)
 
-
 @torch.no_grad()
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     """Episodes as latents: encoded once per encoder and dataset, then read from the cache beside the episodes."""
     cfg, size = run.cfg, dit.PRESETS[run.cfg.preset]
     paths = data.list_episodes(root, split)
     paths = paths[:cfg.overfit] if cfg.overfit and split != "tune" else paths
+    if cfg.stage == "moe" and cfg.expert.startswith("high"):       # they teach obedience, by true keys only; the low expert takes inferred ones, too
+        paths = [path for path in paths if data.read_episode(path).meta["action_source"] == "engine"]
     if not paths:
         raise ValueError(f"no episodes of split {split!r} in {root}; make them with: python data.py make --preset {cfg.preset} --out {root}")
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
@@ -328,6 +327,11 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     dist.barrier() if run.world > 1 else None
     return Clips(**moe.read_weights(cache)[0])
 
+def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
+    """The episodes of a view, or of both in equal shares."""
+    parts = [load_clips(run, vae, root, split) for split in {"first": ["train"], "third": ["third"], "both": ["train", "third"]}[view]]
+    often = [torch.arange(max(len(p.latents) for p in parts)) % len(p.latents) for p in parts]
+    return Clips(*(torch.cat([getattr(p, f.name)[rows] for p, rows in zip(parts, often, strict=True)]) for f in dataclasses.fields(Clips)))
 
 def revisit_score(c2w: Tensor) -> Tensor:                                      # (F, 4, 4) -> (T,)
     """For every possible first new latent: how well older memory covers the views to come, beyond what the past window does."""
@@ -338,7 +342,6 @@ def revisit_score(c2w: Tensor) -> Tensor:                                      #
         new, past = seen[start:start + WINDOW.new], start - WINDOW.past
         score[start] = (new[:, 1:past].amax(1) - new[:, past:start].amax(1)).clamp(min=0).mean()
     return score
-
 
 def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     """The batch of a step: a share of the episodes, a window in each, and its memory."""
@@ -398,7 +401,6 @@ def train_vae(run: Run) -> None:
             save(run, {"training": both}, ema, opts)
             export_vae(run, both, ema, videos)
 
-
 @torch.no_grad()
 def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np.ndarray]) -> None:
     """The averaged weights with the latent statistics folded in, as the one file that everything else loads, and a picture of it."""
@@ -419,9 +421,9 @@ def train_base(run: Run) -> None:
     """Flow matching on the new latents, with memory, past and the model's own mistakes."""
     cfg = run.cfg
     root, decoder = dataset(run), load_vae(cfg, run.device)
-    third = cfg.stage == "moe" and cfg.expert == "high-third"
-    clips, held = (load_clips(run, decoder, root, split) for split in ("third" if third else "train", "tune"))
-    low_sigma, high_sigma = ((0, 1), (cfg.boundary, 1), (0, cfg.boundary))[(cfg.stage == "moe") * (1 + (cfg.expert == "low"))]
+    clips, held = seen_by(run.view, run, decoder, root), load_clips(run, decoder, root, "tune")
+    parts = {"high-first": (cfg.boundary, 1), "high-third": (cfg.boundary, 1), "low": (0, cfg.boundary)}         # of the σ axis
+    low_sigma, high_sigma = parts.get(cfg.expert, (0, 1)) if cfg.stage == "moe" else (0, 1)
     model = start_model(run)
     opts, ema = moe.optimizers(model, cfg.lr, cfg.muon, cfg.decay), moe.average(model)
     how = error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind)
@@ -452,9 +454,8 @@ def train_base(run: Run) -> None:
         progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
         if run.stop or run.due(cfg.save_every):
             save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
-        if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
+        if cfg.sample_every and run.world == 1 and cfg.stage == "base" and run.due(cfg.sample_every):      # an expert alone draws nothing
             look(run, moe.averaged(model, ema), decoder, held)
-
 
 def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator) -> memory.Context:
     """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
@@ -462,7 +463,6 @@ def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, 
     return dataclasses.replace(context, **{             # drawn for the whole batch: every rank takes its rows
         name: x + share(run, errors.perturb(x.new_zeros(run.cfg.batch, *x.shape[1:]), run.cfg.gamma, g))
         for name, x in clean.items() if run.cfg.inject in ("both", name)})
-
 
 def start_model(run: Run) -> nn.Module:
     """A fresh model of the preset, or the weights of --init, in float32 and sharded over the ranks."""
@@ -519,10 +519,8 @@ def train_distill(run: Run) -> None:
         if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
             look(run, moe.averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
-
 def in_dtype(model: nn.Module, run: Run) -> Callable:         # as dmd.py calls it: float32 outside, the run's precision inside
     return lambda x, sigma, context: model(x.to(run.dtype), sigma, context.to(dtype=run.dtype)).float()
-
 
 def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:         # where the rollouts of a step begin, and the ways they go
     rows = share(run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)))
@@ -571,10 +569,9 @@ def plot(runs: list[str]) -> None:
     plt.savefig(logs[0].parent / "loss.png", dpi=120)
     print(f"wrote {logs[0].parent / 'loss.png'}")
 
-
 def main(argv: list[str]) -> int:
     if argv[:1] in (["--plot"], ["--export"]):
-        return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:])) or 0
+        return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:-1], file=argv[-1])) or 0
     cfg = parse(argv)
     if cfg.dry_run:
         tokens = {"5b": 880, "14b": 880}.get(cfg.preset, 16) * (WINDOW.memory + WINDOW.past + WINDOW.new)        # per latent, latents

@@ -10,6 +10,7 @@ from torch import nn
 from quant import (
     Fp8Linear,
     Int8Linear,
+    approximate_,
     chosen,
     fp8_available,
     fuse_,
@@ -89,6 +90,32 @@ def test_saving_and_loading_is_exact():
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
         assert len(names) == 6 and torch.equal(model(x), twin(x))
+
+
+# ---- behaviour: one word for kind and layers
+
+def test_a_prefix_names_the_kind():
+    model = Block()
+    assert quantize_(model, "fp8:qkvo+ffn") and type(model.ffn[0]) is type(model.self_attn["q"]) is Fp8Linear
+    assert type(model.cross_attn["q"]) is nn.Linear
+    with pytest.raises(ValueError, match="unknown kind 'int4'"):
+        quantize_(Block(), "int4:qkvo")
+
+
+def test_the_fp8_layer_compiles_into_one_graph():
+    layer, x = Fp8Linear(random_linear()), torch.randn(5, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_approximate_reaches_every_network_that_can_reuse():
+    model = nn.ModuleDict({"high": Block(), "low": Block()})
+    model["low"].reuse = False
+    approximate_(model, "qkvo", reuse=True)
+    assert model["low"].reuse and not hasattr(model["high"], "reuse")
+    assert all(type(block.self_attn["q"]) is Int8Linear for block in model.values())
+    approximate_(model)                                          # no layers left to convert, and none asked for
+    assert not model["low"].reuse
 
 
 # ---- limits

@@ -341,8 +341,24 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
         start("--stage", "moe", "--expert", expert, "--run", expert, "--steps", "2", "--boundary", ".8")
         seen[view] = torch.cat(levels)
     assert (seen["first"] >= 0.8).all() and (seen["third"] >= 0.8).all() and (seen["low"] <= 0.8).all()
-    joined = moe.join({"first": "runs/high-first", "third": "runs/high-third", "low": "runs/low"}, boundary=0.8)
-    assert set(joined.high) == {"first", "third"}
+    assert train.main(["--export", *(f"runs/{name}" for name in ("high-first", "high-third", "low")), "moe.safetensors"]) == 0
+    joined, said = moe.load("moe.safetensors", dtype=torch.float32)
+    assert set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
+    low, _ = moe.load("runs/low")
+    torch.testing.assert_close(joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6)      # bfloat16
+
+
+def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clips, monkeypatch):
+    run = dataclasses.replace(clips[1], cfg=dataclasses.replace(clips[1].cfg, stage="moe", expert="dense"))
+    decoder, root = train.load_vae(run.cfg, run.device), Path(run.cfg.data or "datasets/micro")
+    one, three, both = (train.seen_by(view, run, decoder, root) for view in ("first", "third", "both"))
+    assert (run.view, len(one.latents), len(three.latents), len(both.latents)) == ("both", 4, 1, 8)
+    assert all(torch.equal(row, three.latents[0]) for row in both.latents[4:])
+    high = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, expert="high-first"))
+    read = data.read_episode
+    monkeypatch.setattr(data, "read_episode", lambda path: (e := read(path), e.meta.update(action_source="inferred"))[0])
+    with pytest.raises(ValueError, match="no episodes of split"):
+        train.load_clips(high, decoder, root, "train")
 
 
 def test_samples_and_held_out_scores_appear_while_training():
