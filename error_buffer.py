@@ -19,10 +19,18 @@ ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per sam
 The alternative, buckets=50, is the parent method (Stable Video Infinity): one shelf per noise level.
 E then no longer follows the density of training σ, and perturb(..., sigma=σ) draws from one level alone.
 
+Whether it helps is read off rollouts: the slope of their scores (theil_sen) and how long they keep to the
+truth, S(t) = Π (1 − lost / still there), of which the area is the restricted mean (kaplan_meier); beside them
+how sure one can be of a mean over worlds (bca, equivalent, holm).
+
 Demo: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -155,6 +163,110 @@ class ErrorBuffer:
             held = tuple(self.entries.shape[1:])
             raise ValueError(f"got latent frames (C, h, w) = {frame}, the buffer holds {held}: "
                              "one buffer serves one preset; start a new run with --fresh")
+
+
+# ---- how fast errors grow --------------------------------------------------------------------------------
+# What the buffer is for, in numbers: the slope of a rollout's scores, and how long it keeps to the truth.
+
+def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:
+    """The median of all pairwise slopes: an outlier moves nothing."""
+    x, y = (torch.as_tensor(list(v), dtype=torch.float64) for v in (x, y))
+    i, j = torch.triu_indices(len(x), len(x), 1)
+    return float(((y[j] - y[i]) / (x[j] - x[i])).quantile(0.5))
+
+
+def time_to_lost(score: Sequence[float], tau: float, run: int = 8) -> int:
+    """The first of `run` frames in a row whose score lies under tau; the length where there are none."""
+    low = (torch.as_tensor(score) < tau).tolist()
+    return next((t for t in range(len(low) - run + 1) if all(low[t : t + run])), len(low))
+
+
+def kaplan_meier(times: Sequence[float], lost: Sequence[bool]) -> list[tuple[float, float]]:
+    """(t, share that keeps longer than t) at every time of a loss. Who was still there when watching ended
+    (lost false) counts as long as it was watched, and as a loss never."""
+    share, curve = 1.0, []
+    for t in sorted({t for t, gone in zip(times, lost, strict=True) if gone}):
+        there = sum(other >= t for other in times)
+        gone = sum(other == t and bool(end) for other, end in zip(times, lost, strict=True))
+        # S(t) = Π (1 − lost now / still there)
+        share *= 1 - gone / there
+        curve.append((t, share))
+    return curve
+
+
+def restricted_mean(times: Sequence[float], lost: Sequence[bool], horizon: float) -> float:
+    """Mean time until lost within the horizon: ∫ S dt, the area under that curve."""
+    steps = [(0.0, 1.0), *((t, s) for t, s in kaplan_meier(times, lost) if t < horizon)]
+    ends = [t for t, _ in steps[1:]] + [horizon]
+    return sum(s * (end - t) for (t, s), end in zip(steps, ends, strict=True))
+
+
+# ---- how sure one can be: the unit is the world ----------------------------------------------------------
+
+def bootstrap(x: Sequence[float], resamples: int = 10_000) -> tuple[Tensor, Tensor]:    # values, means of resamples
+    x = torch.tensor([v for v in map(float, x) if math.isfinite(v)], dtype=torch.float64)
+    picks = torch.randint(max(1, len(x)), (resamples, len(x)), generator=torch.Generator().manual_seed(0))
+    return x, x[picks].mean(1)
+
+
+def bca(x: Sequence[float], level: float = 0.95, resamples: int = 10_000) -> tuple[float, float]:
+    """Bootstrap interval of the mean, corrected for bias and acceleration."""
+    x, means = bootstrap(x, resamples)
+    if len(x) < 2 or x.min() == x.max():
+        return (float(x[0]), float(x[0])) if len(x) and x.min() == x.max() else (math.nan, math.nan)
+    normal, d = NormalDist(), (x - x.mean()) / (len(x) - 1)                 # mean of the jackknives − each of them
+    below = float((means < x.mean()).double().mean())
+    bias = normal.inv_cdf(min(max(below, 1 / resamples), 1 - 1 / resamples))
+    acceleration = float((d**3).sum() / (6 * (d**2).sum() ** 1.5))
+    ends = (bias + normal.inv_cdf(q) for q in ((1 - level) / 2, (1 + level) / 2))
+    return tuple(float(means.quantile(normal.cdf(bias + z / (1 - acceleration * z)))) for z in ends)
+
+
+def equivalent(difference: Sequence[float], margin: float) -> bool:
+    """Two one-sided tests at 5 %: the 90 % interval lies inside ± margin. Absence of a difference is no equivalence."""
+    low, high = bca(difference, 0.90)
+    return -margin < low and high < margin
+
+
+def p_value(x: Sequence[float], low: float = -math.inf, high: float = math.inf) -> float:
+    """That the mean lies outside (low, high) after all: the larger share of resampled means beyond either end."""
+    _, means = bootstrap(x)
+    return (1 + max(int((means <= low).sum()), int((means >= high).sum()))) / (1 + len(means))
+
+
+def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of m claims hold together: the i-th smallest p below level / (m − i + 1), up to the first that is not."""
+    order, held = sorted(range(len(p)), key=lambda k: p[k]), [False] * len(p)
+    for i, k in enumerate(order):
+        if p[k] > level / (len(p) - i):
+            break
+        held[k] = True
+    return held
+
+
+STUDENT = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)       # t, two-sided 95 %, by how many there are
+
+
+def student(d: Sequence[float]) -> tuple[float, float]:
+    """Mean and half its 95 % interval: a method is known by its few trainings, and not by the worlds one of them saw."""
+    x = torch.tensor(list(d), dtype=torch.float64)
+    half = STUDENT[min(len(x), 8)] * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+    return float(x.mean()), half
+
+
+def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tuple[float, float] | None]:
+    """What became of a prediction (">= 6", "<= 2", "> 0", "0.9-1.1", "" for none): met, missed, reported, or unclear where
+    the mean says yes and its interval does not; its p-value; the interval. A span around zero is met by equivalence alone."""
+    mean, interval, met, ends = sum(x) / len(x), bca(x) if len(x) > 2 else None, None, ()
+    if bound := re.fullmatch(r"(>=|<=|>) (-?[\d.]+)", predicted):
+        limit, holds = float(bound[2]), {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__}[bound[1]]
+        met, ends = holds(float(mean), limit), (-math.inf, limit) if bound[1] == "<=" else (limit, math.inf)
+        met = "unclear" if met and interval and not all(holds(float(end), limit) for end in interval) else met
+    elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", predicted):
+        ends = float(span[1]), float(span[2])
+        met = equivalent(x, ends[1]) if ends[0] == -ends[1] and interval else ends[0] <= mean <= ends[1]
+    said = {None: "reported", True: "met", False: "missed"}.get(met, met)
+    return said, p_value(x, *ends) if ends and interval else None, interval
 
 
 if __name__ == "__main__":
