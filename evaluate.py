@@ -545,7 +545,6 @@ CLAIMS: dict[str, list[Claim]] = {
                C("adoption of another world's memory", None, ">= 0.7", "", "M11", of("adoption", "exact, other world"))],
     "drift": [*(C(f"in place, memory {said}: slope", None, goal, "dB/100 frames", "§3.1", of("dB per 100 frames", f"in place, {arm}"),
                   primary=said == "on") for said, arm, goal in (("on", "camera", ">= -0.5"), ("off", "none", ""))),
-              C("exploring: sharpness at the end", None, "0.85-1.15", "x", "§3.3", of("sharpness at the end", "exploring, camera")),
               *(C(f"exploring: sharpness after {n} frames", None, "0.85-1.15", "x", "§3.3", of(f"sharpness after {n}", "exploring, camera"))
                 for n in (256, 640)),
               *(C(f"exploring: TWFD around frame {n}", None, "", "", "M6", of("exploring, camera: TWFD", f"segment {-(-n // 40):02d}"))
@@ -559,6 +558,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "distill": [C("student at 3 steps minus teacher at 50, seen", None, "-0.5-0.5", "dB", "§3.3", of("psnr seen", S, T50), primary=True),
                 C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
                 C("spread of seeds, unseen: student / teacher at 50", None, ">= 0.7", "x", "M6", of("rms between seeds, unseen", S, T50, True)),
+                C("sharpness: student / teacher at 50", None, ">= 1", "x", "M6", of("sharpness", S, T50, True)),
                 C("TWFD: student / teacher at 50", None, "<= 1.1", "x", "§3.3", of("TWFD", S, T50, True)),
                 C("segment time: teacher at 50 / student", None, "10-17", "x", "§3.3", of("ms per segment", T50, S, True))],
     "int8": [C("velocity SQNR at sigma 0.5", None, ">= 25", "dB", "§3.4", of("sigma 0.5", "velocity SQNR dB")),
@@ -611,7 +611,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     """Store the predictions, run, store everything. Missing weights leave rows unmeasured and say what makes them."""
     split = "final" if args.final else "tune" if args.tune else "test"
     worlds, began = list(world.SPLITS[split][:args.worlds or (WORLDS[split] if args.full else 8)]), time.perf_counter()
-    run, path = Run(worlds, args.full, args.weights, Path(args.out), {}, {}, [], {}), Path(args.out) / f"{name}.json"
+    run, path = Run(worlds, args.full, args.weights, Path(args.out), {}, {}, [], {}), Path(args.out, "final" * args.final, f"{name}.json")
     flags = "".join(f" --{f}" for f in ("full", "final", "tune") if getattr(args, f)) + f"{'' if args.full else ' --quick'} --worlds {len(worlds)}"
     flags += f" --weights {args.weights}" * (args.weights != str(ROOT / "assets" / "tiny"))
     cpu = re.search(r"model name\s*: (.*)", f.read_text()) if (f := Path("/proc/cpuinfo")).exists() else None
@@ -673,11 +673,13 @@ def contrast(folder: Path, against: str) -> dict:
 def results(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem in COMMANDS}
 def report(out: Path, readme: Path, figures: Path) -> None:
-    """Rewrite what stands between <!-- table:NAME --> (claims) or table:NAME:raw and <!-- /table -->, and the figures, from the json."""
-    found = results(out)
-    tables = {name: claim_table(result) for name, result in found.items()} | {f"{name}:raw": raw_table(result) for name, result in found.items()}
+    """Rewrite what stands between <!-- table:NAME --> (or NAME:raw, final-NAME) and <!-- /table -->, and the figures, from the json."""
+    found, final = results(out), results(out / "final")
+    tables = {name: claim_table(result) for name, result in [*found.items(), *((f"final-{name}", result) for name, result in final.items())]}
     others = {path.stem: json.loads(path.read_text())["table"] for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json"))}
-    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": together(found)}).items()}
+    tables |= {f"{name}:raw": raw_table(result) for name, result in found.items()}
+    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": together(final or found)}).items()}
+    print(tables["holm"])
     fill = lambda at: f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
     if readme.exists():
         moe.write_text(readme, re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
@@ -742,9 +744,7 @@ def main(argv: list[str]) -> int:
         print("\n".join((result := contrast(Path(args.out), args.against))["table"]))
         moe.write_text(Path(args.out).with_name(f"compare-{Path(args.out).name}.json"), json.dumps(result, indent=1))
     if args.command in ("all", "report"):
-        print("\n".join(together(results(Path(args.out)))))
         report(Path(args.out), ROOT / "README.md", ROOT / "assets" / "figures")
     return 0
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

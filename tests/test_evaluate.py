@@ -280,6 +280,12 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(tm
     first = readme.read_text()
     assert "old" not in first and "kept" in first and "`python evaluate.py moe --quick --worlds " in first and "cores" in first
     assert "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->" in first
+    evaluate.measure("moe", arguments(out, final=True))                       # the last worlds have a folder of their own
+    assert (out / "final/moe.json").exists() and "final" in json.loads((out / "final/moe.json").read_text())["command"]
+    readme.write_text(first + "<!-- table:final-moe -->\n<!-- /table -->\n")
+    evaluate.report(out, readme, tmp_path / "figures")
+    assert "2 final worlds" in readme.read_text() and "2 test worlds" in readme.read_text()
+    readme.write_text(first)
     evaluate.report(out, readme, tmp_path / "figures")
     assert readme.read_text() == first
 
