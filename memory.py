@@ -45,6 +45,7 @@ POLICIES = ("camera", "recent", "random", "none")                               
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
 SURVIVORS, FINALISTS, GROUP = 160, 24, 24        # of more, so many pass the prefilter, then 64 points; its group size
+BLOCK = 42 * GROUP                               # rows that a bank grows by at first: whole groups always, doubled or not
 
 @dataclass(frozen=True)
 class Window:
@@ -485,7 +486,7 @@ class MemoryBank:
                 continue
             for name, x in rows.items():
                 if self.size == len(self.store.get(name, ())):
-                    bigger = x.new_zeros(max(1024, 2 * self.size), *x.shape[1:])
+                    bigger = x.new_zeros(max(BLOCK, 2 * self.size), *x.shape[1:])
                     bigger[: self.size] = self.store.get(name, bigger[:0])
                     self.store[name] = bigger
                 self.store[name][self.size] = x[i]
@@ -549,7 +550,7 @@ class MemoryBank:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.size = len(state.get("times", ()))
-        self.store = {name: torch.cat([x, x.new_zeros(-self.size % 1024, *x.shape[1:])]) for name, x in state.items()}
+        self.store = {name: torch.cat([x, x.new_zeros(-self.size % BLOCK, *x.shape[1:])]) for name, x in state.items()}
 
 if __name__ == "__main__":
     # walk straight on, turn round on the spot, walk home, turn round again: what is remembered at each stage?

@@ -427,6 +427,19 @@ def test_a_bank_grown_in_steps_equals_one_filled_at_once_and_survives_saving() -
     assert len(saved) == 3001
 
 
+@pytest.mark.parametrize("size", [513, memory.BLOCK - 1, memory.BLOCK, memory.BLOCK + 1, 1009, 1024, 2 * memory.BLOCK, 2045, 4096])
+def test_a_bank_answers_at_every_size_also_just_before_it_grows(size: int) -> None:
+    c2w = walk(size, 60)
+    for bank in (grown := filled_bank(c2w), MemoryBank()):
+        bank.load_state_dict(grown.state_dict())
+        key = memory.frustum_key(c2w)
+        slots = bank.nearest(c2w[-5:], 1, size)
+        distance = torch.cdist(key[-5:], key[1:size])                     # every latent, one by one
+        near = distance.topk(memory.SURVIVORS, largest=False).values.sort(1).values
+        torch.testing.assert_close(distance.gather(1, slots - 1).sort(1).values, near, rtol=0, atol=0.05)
+        assert len(bank.retrieve(c2w[-5:])[0]) == 5
+
+
 def test_the_gate_keeps_new_places_and_skips_what_is_known() -> None:
     still = torch.eye(4).expand(400, 4, 4)
     assert len(filled_bank(still, free=16)) == 16 + 384 // 8

@@ -955,7 +955,7 @@ def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path:
 @pytest.mark.slow   # as long as it says; MINUTES=2 for a shorter look
 def test_thirty_minutes_of_play_grow_by_less_than_50_mb(tmp_path: Path) -> None:
     minutes, env = float(os.environ.get("MINUTES", 30)), {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
-    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--port", "19100"], cwd=tmp_path, env=env,
+    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--port", "19100", "--fps", "16"], cwd=tmp_path, env=env,
                                stdout=subprocess.PIPE, text=True)
     megabytes = lambda: int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
     try:
