@@ -21,7 +21,7 @@ at a random step, and that one forward pass alone has a graph. Cold start: few_s
 
 Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between; τ shifted uniform in [.02, .98];
 "n updates" read as n critic updates per student update (turns() offers both); the mask p = 0.2 on past and
-memory makes the rollout a single image-to-video segment; no guidance in the teacher unless asked for.
+memory makes the rollout a single image-to-video segment; guidance in the teacher is a setting (train.py: 3).
 
 How well it went is judged without downloaded networks, by pictures beside the truth; evaluate.py asks for it:
     TWFD = |μ₁−μ₂|² + tr(C₁ + C₂ − 2 (C₁^½ C₂ C₁^½)^½)      of 64 principal components of 8x8 frames      frechet

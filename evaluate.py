@@ -185,7 +185,7 @@ class Run:
         for column, value in values.items():
             self.raw.setdefault(f"{row}/{column}", []).append(float(value))
     some = property(lambda self: self.worlds if self.full else self.worlds[:6])                       # for what is slow
-    tau = property(lambda self: (results(self.out).get("sanity", {}).get("raw") or {TAU: [0.75]})[TAU][0])      # under it a frame is lost
+    tau = property(lambda self: (results(ROOT / "results").get("sanity", {}).get("raw") or {TAU: [0.75]})[TAU][0])      # under it a frame is lost
     @property
     def player(self) -> Player:                         # what play.py would use: the student at 3 steps, else the base at 8
         found = player(self.weights, "student") or player(self.weights, "base", 8) or lacking("base")
@@ -470,7 +470,7 @@ def reappear(run: Run, rows: dict[str, tuple[Player, dict]]) -> None:
 def experts(run: Run) -> None:
     """§3.5: the share of steps of the high-noise expert; every joined file moe*.safetensors beside one dense model that was trained on both
     views for as many steps: the exact revisit, what the actions are worth, and sharpness, in first and in third person."""
-    for steps, boundary in ((s, b) for s in (3, 50) for b in (0.8, 0.9, 0.95)):
+    for steps, boundary in ((s, b) for s in (3, 50) for b in (0.75, 0.9, 0.95)):
         run.put(f"boundary {boundary}", {f"share of {steps} steps": (dit.sigma_grid(steps)[:-1] >= boundary).float().mean()})
     files = sorted(Path(run.weights).glob("moe*.safetensors")) or lacking("moe", " --expert high-first, high-third and low, joined by --export")
     joined = [player(run.weights, file.stem, 8) for file in files]
@@ -658,9 +658,9 @@ def together(found: dict[str, dict]) -> list[str]:
             "", f"`python evaluate.py report` · {len(rows)} tests, Holm at 5 %, p by bootstrap over worlds"]
 def contrast(folder: Path, against: str) -> dict:
     """Arms trained several times, folder/ARM-SEED/*.json: every claim by seed, and the difference from the arm `against`, paired by seed."""
-    found, each = {}, "no ARM-SEED/*.json there"
+    found, each = {}, {}                                # the last command of each kind stands for all
     for path in sorted(folder.glob("*-*/*.json")):
-        (arm, seed), each = path.parent.name.rsplit("-", 1), footer(result := json.loads(path.read_text()))
+        (arm, seed), each[path.stem] = path.parent.name.rsplit("-", 1), footer(result := json.loads(path.read_text()))
         for c in (c for c in result["claims"] if c["value"] is not None):
             found.setdefault((f"{c['name']}, {c['unit']}", arm), {})[seed] = c["value"]
     table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
@@ -669,7 +669,7 @@ def contrast(folder: Path, against: str) -> dict:
         m, half = error_buffer.student(d)
         cells = [", ".join(map(number, values.values())), number(np.mean([*values.values()])), f"{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]"]
         table.append(f"| {name} | {arm} | {' | '.join(cells[:2] + ['-'] if arm == against else cells)} |")
-    return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {each}"]}
+    return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"]}
 def results(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem in COMMANDS}
 def report(out: Path, readme: Path, figures: Path) -> None:

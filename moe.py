@@ -535,14 +535,15 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
 
 def export(*runs: str, file: str) -> None:
     """The averaged weights of a run, or of the runs of experts joined, as one bfloat16 file: what assets/ holds."""
-    tensors, said = read_weights(runs[0])
+    found = [read_weights(run) for run in runs]
+    (tensors, said), names = found[0], [s.get("expert", "none").removeprefix("high-") for _, s in found]
     if len(runs) > 1:
-        names = [read_weights(run)[1]["expert"].removeprefix("high-") for run in runs]
-        model = join(dict(zip(names, runs, strict=True)), said["boundary"])
-        tensors, said = model.state_dict(), said | {"config": asdict(model.config), "view": "both"}
+        if len({*names}) < len(runs) or len({tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift")) for _, s in found}) > 1:
+            raise ValueError(f"joined runs must be different experts of one --stage moe with one boundary, got {', '.join(names)}")
+        tensors = (model := join(dict(zip(names, runs, strict=True)), said["boundary"])).state_dict()
+        said = said | {"config": asdict(model.config), "view": "both"}
     write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
     print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {_bytes(Path(file).stat().st_size)}")
-
 
 @torch.no_grad()
 def restore(folder: Path, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:

@@ -252,7 +252,6 @@ class Recording:
         self.pending.append((frames, {"n": len(frames), "sha": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()[:16], **said}))
         while sum(len(frames) for frames, _ in self.pending) > (realtime.UNDO + 1) * SHOW_FPS:
             self.commit()
-
     def undo(self, n: int) -> None:
         while n > 0 and self.pending:
             n -= len(self.pending.pop()[0])
@@ -353,7 +352,6 @@ class Screen:
     def plays(self, viewer: object) -> bool:
         """The first viewer plays. While there is none, anybody may (curl, tests)."""
         return next(iter(self.viewers), viewer) == viewer
-
     @contextlib.contextmanager
     def seat(self):
         """A place for one stream: the viewer's name, or None where all are taken."""
@@ -366,7 +364,6 @@ class Screen:
             with self.changed:
                 self.viewers.pop(viewer, None)
                 self.seen = time.monotonic()
-
     def ack(self, viewer: object, shown: float) -> None:
         with self.changed:
             unacked = self.viewers[viewer]["unacked"] if isinstance(viewer, str) and viewer in self.viewers else ()
@@ -423,10 +420,12 @@ class Player(threading.Thread):
         """Load the model, then the start picture or the session that goes on."""
         self.screen.note(stage="loading the model" + (", compiling (first time ~60-150 s, cached afterwards)…" if self.args.compile else ""))
         args, folder = self.args, self.args.resume
+        said = json.loads((folder / "session.json").read_text()) if folder else {"flags": {"view": args.view}}
+        args.view = said["flags"].get("view", "first")                     # a session goes on as it began
         self.session = FakeSession(args.size, args.view) if args.fake else realtime.open_session(options_of(args), args.dit_ranks)
         self.session.policy, self.size = args.memory, args.size if args.fake else realtime.SIZES[args.preset]
         if folder:
-            said, video = json.loads((folder / "session.json").read_text()), data.read_episode(folder).video
+            video = data.read_episode(folder).video
             self.seed, self.prompt, trail = said["seed"], said["prompt"], [tuple(pose) for pose in said["trail"] + said["poses"][::LATENT]]
             note = f"{folder} goes on at frame {LATENT * (len(trail) - 1)}"
             self.reset(Start(np.array(video[-1]), note, said["truth"], trail[-1]), folder / "state.safetensors", trail)
@@ -457,7 +456,8 @@ class Player(threading.Thread):
         """In the player's eye, or behind him: as far as the walls allow, where they are known."""
         if self.args.view == "first":
             return torch.from_numpy(data.poses_to_c2w(poses))
-        return torch.from_numpy(data.eyes(self.begun.truth, poses.numpy())) if self.begun.truth else realtime.memory.behind(poses, world.MAX_PITCH)
+        truth = self.session.inside if self.args.fake else self.begun.truth
+        return torch.from_numpy(data.eyes(truth, poses.numpy())) if truth else realtime.memory.behind(poses, world.MAX_PITCH)
 
     def record(self) -> None:
         """A new folder, from the newest frame on or from the last minute, if that went unrecorded. With a trail it cannot be replayed."""
@@ -466,7 +466,6 @@ class Player(threading.Thread):
         self.recording = Recording(free_folder(self.args.out), self.fps, self.begun, image, self.poses[n - 1], said, self.camera)
         while self.ring:
             self.recording.add(*self.ring.popleft()[:2])
-
     def save(self) -> list[dict]:
         recording, self.recording = self.recording, None
         return recording.close(self.session) if recording else []
@@ -738,9 +737,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in FLAGS], 1)
         raise ValueError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see python play.py --help"))
-    if args.view == "third" and (args.dit_ranks or args.preset in ("5b", "14b")):
-        raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)" if not args.dit_ranks
-                         else "--view third plays in one process: leave out --dit-ranks")
+    ranks = args.dit_ranks or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if args.view == "third" and (ranks or args.preset in ("5b", "14b")):
+        raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)" if not ranks
+                         else "--view third plays in one process: leave out --dit-ranks and torchrun")
     width, _, height = args.size.partition("x")
     if not re.fullmatch(r"\d{2,4}x\d{2,4}", args.size) or int(width) % 32 or int(height) % 32:
         raise ValueError(f"--size must be WxH in multiples of 32, as in 128x128, got {args.size}")

@@ -131,6 +131,8 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
         nets[part].to(options.device, dtype).eval().requires_grad_(False)
     if isinstance(nets.get("dit"), moe.Experts):
         nets["dit"].look(options.view)
+    elif meta.get("stage") == "moe" and meta["expert"] != "dense":
+        raise ValueError("one expert alone draws nothing; join them: python train.py --export RUN ... FILE")
     elif meta and meta.get("view", "first") not in (options.view, "both"):
         raise ValueError(f"this model has not seen the {options.view} person; use --weights of experts: python train.py --stage moe, "
                          f"or --view {meta.get('view', 'first')}")
@@ -345,7 +347,7 @@ class Team:
         """On rank 0: a broken connection is reported as what broke it, and nobody is left behind."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             time.sleep(1)                                             # for the last words of others
             dead = [f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()]
             reason = self.store.get("failed").decode() if self.store.check(["failed"]) else ", ".join(dead)
@@ -461,7 +463,6 @@ class Session:
         work, info = self.pending.popleft()
         frames, info["ms"]["decode"] = work.result() if self.pool else work()
         return Chunk(frames, info)
-
     def step(self, keyboard: Tensor, mouse: Tensor) -> Chunk:
         return self.submit(keyboard, mouse) or self.collect()
 
@@ -472,7 +473,6 @@ class Session:
             raise ValueError(f"nothing to undo: up to {UNDO} steps since the start or the last restore can be taken back")
         self.everywhere("undo")
         self.decoder.undo()
-
     def idle(self, most: int = 0) -> None:                            # nothing, or not too much, is being decoded
         if len(self.pending) > most:
             raise ValueError(f"{len(self.pending)} segments were submitted and not collected: collect() them first")

@@ -56,7 +56,7 @@ def opt(default: object, help: str, group: str = "run", paper: str = "", choices
 class TrainConfig:
     stage: str = opt("base", "what to train", choices=("vae", "lightvae", "base", "distill", "moe"))
     preset: str = opt("tiny", "size of everything", choices=("micro", "tiny", "small", "5b", "14b"))
-    run: str = opt("", "name under runs/; an existing one is resumed (default: STAGE-PRESET)")
+    run: str = opt("", "name under runs/; an existing one is resumed (default: STAGE-PRESET, moe-EXPERT-PRESET)")
     fresh: bool = opt(False, "delete the run of this name first")
     seed: int = opt(0, "of every draw")
     device: str = opt("auto", "auto | cpu | cuda")
@@ -114,7 +114,7 @@ CHANGES = {  # what differs from the defaults above: by stage, then by preset, t
     "distill": dict(segments=5, steps=360, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, guidance=3.0,
                     save_every=40, log_every=5),
     "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
-    "distill-5b": dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0, guidance=1.0),
+    "distill-5b": (paper := dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0, guidance=1.0)), "distill-14b": paper,
 }
 FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
@@ -455,7 +455,7 @@ def train_base(run: Run) -> None:
         progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
         if run.stop or run.due(cfg.save_every):
             save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
-        if cfg.sample_every and run.world == 1 and cfg.stage == "base" and run.due(cfg.sample_every):      # an expert alone draws nothing
+        if cfg.sample_every and run.world == 1 and (cfg.stage == "base" or cfg.expert == "dense") and run.due(cfg.sample_every):
             look(run, moe.averaged(model, ema), decoder, held)
 
 def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator) -> memory.Context:
@@ -572,6 +572,8 @@ def plot(runs: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     if argv[:1] in (["--plot"], ["--export"]):
+        if len(argv) < 2 + (argv[0] == "--export"):
+            raise ValueError("--plot takes runs or their logs, --export RUN ... FILE takes runs and the file to write")
         return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:-1], file=argv[-1])) or 0
     cfg = parse(argv)
     if cfg.dry_run:

@@ -268,4 +268,7 @@ def test_a_verdict_comes_with_its_p_value():
     assert error_buffer.verdict([2.0, 3.0, 2.5, 3.5, 2.2], "> 0")[0] == "met" and error_buffer.verdict([2.0, 3.0, 2.5], "> 0")[1] < 0.01
     said, p, (low, high) = error_buffer.verdict([-9.0, 9.0, 0.1, 3.0, -1.0], "> 0")
     assert said == "unclear" and p > 0.2 and low < 0 < high
+    for x, span, said in (([1.0, 1.01, 0.99], "0.9-1.1", "met"), ([0.6, 1.4, 1.0], "0.9-1.1", "unclear"), ([2.0, 2.1, 2.2], "0.9-1.1", "missed"),
+                          ([0.1, -0.1, 0.0, 0.05], "-0.5-0.5", "met"), ([2.0, -2.0, 0.3], "-0.5-0.5", "unclear")):
+        assert error_buffer.verdict(x, span)[0] == said
     assert error_buffer.verdict([1.0], "") == ("reported", None, None) and error_buffer.verdict([1.0], "<= 0.5") == ("missed", None, None)

@@ -854,7 +854,10 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(t
     empty = data.true_frames(third.truth | {"view": "first"}, data.eyes(third.truth, np.array([third.pose])), 64, 64)[0]
     assert (third.image != empty).any(-1).mean() > 0.01 and not np.array_equal(first.image, third.image)      # somebody stands there
     play.main([*flags[:4], "--fake", "--actions", "w:4", "--out", "game"])
-    assert data.read_episode(tmp_path / "game").meta["view"] == "third"
+    play.main(["--fake", "--actions", "w:4", "--out", "game"])            # goes on as it began
+    for clip in (data.read_episode(folder) for folder in sorted(tmp_path.glob("game*"))):
+        assert clip.meta["view"] == "third" and np.allclose(clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4)
+    assert len(list(tmp_path.glob("game*"))) == 2
 
 
 def test_a_big_preset_without_a_gpu_is_refused_early() -> None:

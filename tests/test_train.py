@@ -344,6 +344,10 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
     assert train.main(["--export", *(f"runs/{name}" for name in ("high-first", "high-third", "low")), "moe.safetensors"]) == 0
     joined, said = moe.load("moe.safetensors", dtype=torch.float32)
     assert set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
+    with pytest.raises(ValueError, match="joined runs must be different experts"):
+        train.main(["--export", "runs/low", "runs/low", "moe.safetensors"])
+    with pytest.raises(ValueError, match="--export RUN ... FILE takes runs"):
+        train.main(["--export", "runs/low"])
     low, _ = moe.load("runs/low")
     torch.testing.assert_close(joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6)      # bfloat16
 
