@@ -956,7 +956,7 @@ def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path:
 
 
 @pytest.mark.slow   # as long as it says; MINUTES=10 for a shorter look
-def test_thirty_minutes_of_play_grow_by_less_than_50_mb_after_the_first_five(tmp_path: Path) -> None:
+def test_thirty_minutes_of_play_grow_by_less_than_75_mb_after_the_first_five(tmp_path: Path) -> None:
     minutes, env = float(os.environ.get("MINUTES", 30)), {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
     process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--port", "19100", "--fps", "16"], cwd=tmp_path, env=env,
                                stdout=subprocess.PIPE, text=True)
@@ -979,7 +979,7 @@ def test_thirty_minutes_of_play_grow_by_less_than_50_mb_after_the_first_five(tmp
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    assert settled and last - settled < 50 and settled - first < 200 and frame["i"] > 600 * minutes
+    assert settled and last - settled < 75 and settled - first < 200 and frame["i"] > 600 * minutes
     assert data.read_episode(next((tmp_path / "runs").glob("play-*"))).video.shape[0] > 600 * minutes
 
 
