@@ -264,7 +264,8 @@ def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tupl
         met = "unclear" if met and interval and not all(holds(float(end), limit) for end in interval) else met
     elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", predicted):
         ends = float(span[1]), float(span[2])
-        sure = not interval or equivalent(x, ends[1]) if ends[0] == -ends[1] else not interval or ends[0] <= interval[0] <= interval[1] <= ends[1]
+        low, high = interval or (mean, mean)
+        sure = equivalent(x, ends[1]) if interval and ends[0] == -ends[1] else ends[0] <= low and high <= ends[1]
         met = ends[0] <= mean <= ends[1] and (sure or "unclear")
     said = {None: "reported", True: "met", False: "missed"}.get(met, met)
     return said, p_value(x, *ends) if ends and interval else None, interval

@@ -36,6 +36,7 @@ from torch import Tensor
 STEP = 0.1235                                    # metres per frame; a diagonal moves 1/√2 of it on each axis
 DEGREES = 15.0                                   # degrees per mouse unit, both axes
 DEAD_ZONE = 0.02                                 # smaller mouse values count as 0
+ARM, LIFT, TILT = 2.8, 0.15, 12.0                  # third person: metres behind and above the eye, degrees down
 KEYS = ("w", "s", "a", "d", "jump", "attack")    # order of the six keyboard entries
 NULL_MOUSE, NULL_KEY = 1.0, -1.0                 # "no action": memory tokens and the guidance branch
 ACTIONS_SEEN = 12                                # per latent: the four that made its frames, eight before
@@ -142,9 +143,9 @@ def pose_to_c2w(pose: Tensor) -> Tensor:         # (..., 5) -> (..., 4, 4), same
     return torch.stack(rows, -1).unflatten(-1, (4, 4))
 
 def behind(poses: Tensor, max_pitch: float = 85.0) -> Tensor:        # (n, 5) -> (n, 4, 4)
-    """The camera of the third person, where no wall shortens its arm: 2.8 m back and 12° down, as in world.py."""
-    c2w = pose_to_c2w(torch.cat([poses[:, :3], (poses[:, 3:4] - 12).clamp(-max_pitch, max_pitch), poses[:, 4:]], 1))
-    c2w[:, :3, 3] += c2w.new_tensor([0, -0.15, 0]) - 2.8 * c2w[:, :3, 2]
+    """The camera of the third person, where no wall shortens its arm (world.cameras does that)."""
+    c2w = pose_to_c2w(torch.cat([poses[:, :3], (poses[:, 3:4] - TILT).clamp(-max_pitch, max_pitch), poses[:, 4:]], 1))
+    c2w[:, :3, 3] += c2w.new_tensor([0, -LIFT, 0]) - ARM * c2w[:, :3, 2]
     return c2w
 
 def c2w_to_pose(c2w: Tensor) -> Tensor:          # (..., 4, 4) -> (..., 5); roll is lost, yaw in [-180°, 180°]

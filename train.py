@@ -109,13 +109,13 @@ class TrainConfig:
 
 VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
 BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, encoding="released", checkpoint_activations=True, ema=0.999)
+DMD = dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0, guidance=1.0)
 CHANGES = {  # what differs from the defaults above: by stage, then by preset, then by both
     "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
     "distill": dict(segments=5, steps=360, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, guidance=3.0,
                     save_every=40, log_every=5),
     "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
-    "distill-5b": (paper := dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0, guidance=1.0)), "distill-14b": paper,
-}
+    "distill-5b": DMD, "distill-14b": DMD}
 FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
 VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}     # whose eyes an expert has seen through

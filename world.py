@@ -31,7 +31,7 @@ import torch
 from numpy import ndarray
 from numpy.random import Generator
 
-from memory import DEGREES, intrinsics, pose_to_c2w, step_pose
+from memory import ARM, DEGREES, LIFT, TILT, intrinsics, pose_to_c2w, step_pose
 
 KINDS = ("rooms", "maze", "plaza", "street")
 SPLITS = {name: range(100_000 * i, 100_000 * (i + 1)) for i, name in enumerate(("train", "tune", "test", "final"))}
@@ -483,10 +483,10 @@ def cameras(scene: Scene, player: ndarray, view: str = "first") -> ndarray:     
     """The camera of a player: in the eye, or on a spring arm behind it that shortens before it enters a wall."""
     pose = np.array(player, np.float64)
     if view == "third":
-        pitch, yaw = np.radians(np.clip(pose[:, 3] - 12, -MAX_PITCH, MAX_PITCH)), np.radians(pose[:, 4])
+        pitch, yaw = np.radians(np.clip(pose[:, 3] - TILT, -MAX_PITCH, MAX_PITCH)), np.radians(pose[:, 4])
         back = -np.stack([np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)], 1)
-        arm = np.linspace(0, 2.8, 57)
-        point = pose[:, None, :3] + (0, -.15, 0) + arm[:, None] * back[:, None]                    # (T, 57, 3)
+        arm = np.linspace(0, ARM, 57)
+        point = pose[:, None, :3] + (0, -LIFT, 0) + arm[:, None] * back[:, None]                    # (T, 57, 3)
         blocked = (-point[..., 1] < .3) | (not scene.outdoor) & (-point[..., 1] > CEILING - .25)
         for corner in ((-.2, -.2), (-.2, .2), (.2, -.2), (.2, .2)):
             i, j = np.clip(point[..., (0, 2)] + corner, 0, len(scene.solid) - 1).astype(int).transpose(2, 0, 1)
