@@ -68,6 +68,7 @@ class Clip:
     text: Tensor                    # (B, n, text_dim)
     encoding: str = "anchored"      # of the rays, as in memory.make_context
     stride: int = 8                 # pixels per latent cell
+    sink: bool = True               # the last memory is always the oldest latent
 
 
 # ---- what an iteration draws -----------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def rollout(
         (first, end, P), last = Window().segment(k), k == segments - 1
         times, cameras = torch.arange(first, end), memory.segment_cameras(clip.c2w, first, end - first)
         asks = [latent - first for latent in Window().queries(k)]
-        found = recall(banks, cameras[:, asks, -1], first) if k else None
+        found = recall(banks, cameras[:, asks, -1], first, clip.sink) if k else None
         mouse, keyboard = (memory.action_windows(a, first, end - first) for a in (clip.mouse, clip.keyboard))
         context = memory.make_context(past, times.expand(len(past), -1), cameras, mouse, keyboard, clip.text,
                                       found, clip.encoding, clip.stride).to(past.device)
@@ -201,9 +202,9 @@ def remember(banks: list[MemoryBank], latents: Tensor, cameras: Tensor, times: T
         bank.append(x, c2w.float(), times)
 
 
-def recall(banks: list[MemoryBank], query: Tensor, before: int) -> Memory:  # query (B, M, 4, 4)
+def recall(banks: list[MemoryBank], query: Tensor, before: int, sink: bool = True) -> Memory:  # query (B, M, 4, 4)
     """What each world of the batch remembers of its own past."""
-    found = [bank.read(bank.retrieve(ask.float(), before)[0]) for bank, ask in zip(banks, query, strict=True)]
+    found = [bank.read(bank.retrieve(ask.float(), before, sink=sink)[0]) for bank, ask in zip(banks, query, strict=True)]
     return Memory(*(torch.cat([getattr(m, name) for m in found]) for name in ("latents", "times", "cameras")))
 
 
@@ -293,6 +294,11 @@ def mmd(a: Tensor, b: Tensor) -> float:
     return float(within(a) + within(b) - 2 * k(a, b).mean())
 
 
+def distances(pred: Tensor, true: Tensor) -> dict[str, float]:      # of two sets of frames (N, H, W, 3)
+    a, b = map(pixel_pca(true), (pred, true))
+    return {"TWFD": frechet(a, b), "MMD": mmd(a, b), "precision": share_inside(a, b), "recall": share_inside(b, a)}
+
+
 def share_inside(a: Tensor, b: Tensor, k: int = 5) -> float:
     """Part of a that lies within reach of b: in a ball round some b, as wide as its k-th neighbour is far.
     share_inside(made, true) is precision, share_inside(true, made) recall: a collapsed model has no recall."""
@@ -380,6 +386,14 @@ def visible(depth: Tensor, c2w: Tensor, bank_depth: Tensor, bank_c2w: Tensor) ->
     return lookup(depth, c2w, bank_depth, bank_c2w)[2].unflatten(2, depth.shape[1:])
 
 
+def masks(depth: Tensor, c2w: Tensor, at: Sequence[int], known: int) -> dict[str, Tensor]:             # each (T, H, W) bool
+    """Of frames `at`: what the bank, every fourth of the first `known` frames, has seen or not, and what only it has, not the last 56."""
+    bank = torch.arange(0, known, 4).numpy()
+    seen = visible(depth[at], c2w[at], depth[bank], c2w[bank]).numpy()
+    old = bank < known - 56
+    return {"seen": seen.any(1), "unseen": ~seen.any(1), "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1)}
+
+
 def warp(depth: Tensor, c2w: Tensor, bank: Tensor, bank_depth: Tensor, bank_c2w: Tensor) -> Tensor:
     """The best use of old frames (N, H, W, 3): each target pixel shows its point as the nearest frame that saw it did;
     what none saw is that pixel of the nearest frame. (T, H, W, 3)"""
@@ -410,6 +424,12 @@ def adoption(pred: Tensor, true: Tensor, donor: Tensor, mask: Tensor) -> float:
     pred, true, donor = map(planes, (pred, true, donor))
     far = lambda x: ((pred - x).square().mean(1) * torch.as_tensor(mask)).sum((1, 2))
     return float((far(donor) < far(true)).double().mean())
+
+
+def answered(moved: Tensor, asked: Tensor, dead: float) -> bool:
+    """KCtrl: both motions (2, d) go the way that was asked, by more than a dead zone. One motion cannot go both ways."""
+    # m·c / |c|
+    return bool(((moved * asked).sum(1) / (asked * asked).sum(1) ** 0.5 > dead).all())
 
 
 # ---- which keys were held? -------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ Paper: §5 and Tables 1-2. It reports speed and VAE fidelity and no metric of th
     KCtrl = share of opposite keys with m·c/|c| beyond a dead zone for both: standing still earns nothing
     E     = S/2F + T_gen + T_dec                        action to photon: S frames a segment, shown at F per second
 
-We own the renderer: the true frame at any pose, exact depth, what an old frame saw (bank-only pixels: seen in the bank, but not in the
-past window), and where a generated frame was taken (registration). Scores of pictures are in dmd.py, statistics in error_buffer.py.
-Unit: the held-out world; all arms share worlds, paths and noise; intervals are 95 % BCa over worlds. Rollouts go through
-realtime.Denoiser, as play does. Predictions are in the results file before the run; every table and figure comes from results/*.json
-alone. What needs retraining: --weights RUN --out DIR/ARM-SEED; then `compare --out DIR` sets the arms side by side.
+We own the renderer: true frames at any pose, exact depth, what an old frame saw (bank-only pixels: seen in the bank, not in the past
+window), where a generated frame was taken (registration). Scores of pictures are in dmd.py, statistics in error_buffer.py. Unit: the
+held-out world; arms share worlds, paths and noise; intervals are 95 % BCa over worlds. Rollouts go through realtime.Denoiser, as play
+does. Predictions are stored before the run; every table and figure comes from results/*.json alone. What needs retraining:
+--weights RUN --out DIR/ARM-SEED (`ablation` is a short command for it); then `compare --out DIR` sets the arms side by side.
 Departures: LPIPS, FID, FVD and the like need downloaded networks and are not computed.
-Commands: python evaluate.py {sanity,memory,drift,action,distill,int8,vae,retrieval,rope,moe,latency,all,report,compare}
+Commands: python evaluate.py {sanity,memory,drift,action,distill,int8,vae,retrieval,rope,moe,latency,ablation,all,report,compare}
 Tests: pytest tests/test_evaluate.py
 """
 import argparse
@@ -58,7 +58,7 @@ SIZE, KNOWN, SCORED = 64, 177, 12                       # pixels; true frames in
 PLACES = {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9}
 PANES = {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"}
 METRICS = {"psnr": data.psnr, "ssim": data.ssim, "gmsd": dmd.gmsd, "haarpsi": dmd.haarpsi, "zncc": dmd.zncc}
-BETTER = {"psnr": 1, "ssim": 1, "gmsd": -1, "haarpsi": 1, "zncc": 1}
+BETTER = {name: -1 if name == "gmsd" else 1 for name in METRICS}
 Raw = dict[str, list[float]]                            # "row/column" -> one value per world
 
 # ---- truth from geometry ---------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def register(scene: world.Scene, frame: ndarray | Tensor, pose: Sequence[float])
     return found._replace(pose=found.pose.numpy())
 
 # ---- paths with known truth ------------------------------------------------------------------------------------------
-# A walk without a contact, so that integrated actions are the engine's poses; frames 0 .. known-1 fill the bank.
-Script = namedtuple("Script", "scene poses keyboard mouse known view", defaults=(KNOWN, "first"))     # poses (F, 5) float64, actions (F-1, 6 | 2)
+Script = namedtuple("Script", "scene poses keyboard mouse known view", defaults=(KNOWN, "first"))     # poses (F, 5) float64, actions (F-1, 6 | 2);
+# it touches nothing, so that integrated actions are the engine's poses; frames 0 .. known-1 fill the bank
 scene = lru_cache(maxsize=64)(world.make_scene)
 def chords(text: str) -> tuple[Tensor, Tensor]:         # "j:10 w:4 l2.5:3 -:6": key : frames, after j or l times 1.5 degrees a frame
     held = [(key, float(times or 1)) for key, times, n in re.findall(r"(\S)([\d.]*):(\d+)", text.replace("-", "_")) for _ in range(int(n))]
@@ -101,8 +101,7 @@ def revisit(seed: int, offset: float, view: str = "first") -> Script:
     steps = round(offset / memory.STEP)
     return place(seed, f"l:10 j:20 l:10 l2:60 l:10 j:20 l:10 -:36 {'ad'[seed % 2]}:{steps} l2.5:48 -:{32 - steps}", view=view)
 def patrol(seed: int, segments: int) -> Script:         # in the seen room: all round, two steps there and back
-    beat = "l2:20 w:4 s:8 w:4 l2:20 a:4 d:8 a:4 l2:20 -:8 l2:20 w:4 s:4 l2:20 -:8 l2:20"
-    return place(seed, " ".join([beat] * (1 + -(-(KNOWN + 40 * segments) // 176))))
+    return place(seed, " l2:20 w:4 s:8 w:4 l2:20 a:4 d:8 a:4 l2:20 -:8 l2:20 w:4 s:4 l2:20 -:8 l2:20" * (1 + -(-(KNOWN + 40 * segments) // 176)))
 def journey(seed: int, segments: int) -> Script:        # exploring what nobody has seen; the walk that touches least
     walks = (world.simulate(scene(seed), s, KNOWN + 40 * segments, "rl") for s in range(4))
     best = {k: torch.as_tensor(v) for k, v in min(walks, key=lambda w: w["contact"].sum()).items() if isinstance(v, ndarray)}
@@ -162,13 +161,6 @@ def rollout(p: Player, script: Script, z: Tensor, segments: int, policy: str = "
         if after and t == 0:
             after(denoiser)
     return torch.cat(latents, 2), info
-def masks_and_nearest(script: Script, at: ndarray, depth: ndarray, c2w: ndarray) -> tuple[dict, Tensor]:
-    """Masks seen, unseen and bank-only (seen, but not in the last 56 frames) of frames `at`; the latent nearest to each."""
-    bank = np.arange(0, script.known, 4)
-    seen = dmd.visible(depth[at], c2w[at], depth[bank], c2w[bank]).numpy()
-    old = bank < script.known - 56
-    masks = {"seen": seen.any(1), "unseen": ~seen.any(1), "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1)}
-    return masks, memory.overlap(torch.from_numpy(c2w[at]), torch.from_numpy(c2w[bank])).argmax(1)
 
 # ---- commands: each fills raw["row/column"] --------------------------------------------------------------------------
 @dataclass
@@ -203,9 +195,7 @@ class Run:
         there = {"registered psnr": data.psnr(frame[None], shoot(script.scene, found.pose[None])[0]), "lost": found.score < self.tau}
         self.put(row, there | off(found, pose))
     def distances(self, row: str, name: str, pairs: list[tuple[Tensor, ndarray]]) -> None:      # of distributions, over all worlds
-        pred, true = torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs]))
-        a, b = map(dmd.pixel_pca(true), (pred, true))
-        found = {"TWFD": dmd.frechet(a, b), "MMD": dmd.mmd(a, b), "precision": dmd.share_inside(a, b), "recall": dmd.share_inside(b, a)}
+        found = dmd.distances(torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs])))
         self.put(row, {name + column: value for column, value in found.items()})
 TAU = "lost threshold tau/zncc"
 off = lambda found, pose: {"m": np.hypot(*(found.pose - pose)[[0, 2]]), "deg": abs(found.pose - pose)[4], "ambiguous": found.ambiguous}
@@ -240,7 +230,7 @@ def remember(run: Run) -> None:
         for name, offset in PLACES.items():
             script = revisit(seed, offset)
             frames, depth, c2w = draw(script)
-            masks, nearest = masks_and_nearest(script, at, depth, c2w)
+            masks, nearest = dmd.masks(depth, c2w, at, KNOWN), memory.overlap(*map(torch.from_numpy, (c2w[at], c2w[:KNOWN:4]))).argmax(1)
             z, true = opened(p, script, frames)[2], frames[at]
             arms = {"camera": {}, "none": {"policy": "none"}}
             if name == "exact":
@@ -266,9 +256,8 @@ def remember(run: Run) -> None:
         palindrome(run, p, seed)
     run.pictures["revisit"] = np.concatenate(strips[:4]).repeat(2, 0).repeat(2, 1)       # truth | memory | none | of another world | copy
 def palindrome(run: Run, p: Player, seed: int) -> None:
-    """M2, M3: 60 actions, then each undone. Frames of one commanded pose beside each other by the time between them, in windows of W = 56
-    frames, where a bank of true frames or one single frame is known. A film that stands still would agree with itself perfectly: where
-    less than half of the way was travelled (registered while most of the first view is in the picture), the score is that of other views."""
+    """M2, M3: 60 actions, then each undone; frames of one commanded pose beside each other, by the windows (W = 56) between them. A film
+    that stands still would agree with itself: where less than half of the way was travelled, the score is that of other views."""
     plan = f"{(out := 'l2:40 w:4 -:12 a:4')} {undone(out)} -:16"
     for start, before in (("a bank", "l2:120 l:20 j:20 -:16 "), ("one frame", "")):
         script = place(seed, before + plan, 0)._replace(known=chords(before)[0].shape[0] + 1)
@@ -283,26 +272,30 @@ def palindrome(run: Run, p: Player, seed: int) -> None:
                 run.put(row, {f"{gap} W apart, dB": data.psnr(*pair).mean()})
             run.put(row, {"travelled / commanded": travelled})
             run.located(row, script, image[119], script.known + 119)             # closes the loop: the commanded pose is home again
+def follow(run: Run, p: Player, arm: str, script: Script, segments: int, policy: str) -> tuple[Tensor, ndarray, dict[str, list[float]]]:
+    """A long rollout: frames, true frames and curves by segment; its summaries go into the row `arm`."""
+    _, frames, z = opened(p, script, draw(script, slice(KNOWN + 40 * segments))[0])
+    image, true = decode(p, rollout(p, script, z, segments, policy)[0], 40 * segments)[0], frames[KNOWN:]
+    curve = {"psnr": data.psnr(image, true), "zncc": dmd.zncc(image, true), "sharpness": torch.cat([
+                 dmd.sharpness(image[k:k + 40], true[k:k + 40]) for k in range(0, 40 * segments, 40)]),
+             "colour": (255 * image - torch.from_numpy(true)).mean((1, 2)).abs().mean(1)}          # grey levels off, mean over the channels
+    parts = {name: values.view(segments, 40).mean(1).tolist() for name, values in curve.items()}
+    slope = {name: 2.5 * error_buffer.theil_sen(range(segments), parts[name]) for name in ("psnr", "colour")}
+    run.put(arm, {"dB per 100 frames": slope["psnr"], "grey levels per 100 frames": slope["colour"], "sharpness at the end": parts["sharpness"][-1],
+                  **{f"sharpness after {n}": dmd.sharpness(image[n - 40:n], true[n - 40:n]).mean() for n in (256, 640) if n <= len(true)},
+                  "last 15 % - first, dB": curve["psnr"][-6 * segments:].mean() - curve["psnr"][:6 * segments].mean(),
+                  "frames until lost": (end := error_buffer.time_to_lost(curve["zncc"], run.tau)), "lost": end < len(true)})
+    return image, true, parts
 def drift(run: Run) -> None:
     """M4: in place and exploring; per segment the scores, over all worlds the distance of distributions."""
     p, segments, made = run.player, 16 if run.full else 8, {}
     run.notes.append(f"{segments} segments of 40 frames after {KNOWN} true ones")
-    modes = [(mode, path, policy) for mode, path in (("in place", patrol), ("exploring", journey)) for policy in ("camera", "none")]
-    for seed, (mode, path, policy) in ((s, m) for s in run.some for m in modes):
-        arm, script = f"{mode}, {policy}", path(seed, segments)
-        _, frames, z = opened(p, script, draw(script, slice(KNOWN + 40 * segments))[0])
-        image, true = decode(p, rollout(p, script, z, segments, policy)[0], 40 * segments)[0], frames[KNOWN:]
-        curve = {"psnr": data.psnr(image, true), "zncc": dmd.zncc(image, true), "sharpness": torch.cat([
-            dmd.sharpness(image[k:k + 40], true[k:k + 40]) for k in range(0, 40 * segments, 40)])}
-        parts = {name: values.view(segments, 40).mean(1).tolist() for name, values in curve.items()}
+    for seed, mode, policy in ((s, m, q) for s in run.some for m in ("in place", "exploring") for q in ("camera", "none")):
+        path = (patrol if mode == "in place" else journey)(seed, segments)
+        image, true, parts = follow(run, p, arm := f"{mode}, {policy}", path, segments, policy)
         for k in range(segments):
             run.put(f"segment {k + 1:02d}", {f"{arm}: {name}": x[k] for name, x in parts.items()})
             made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40], true[40 * k:40 * k + 40]))
-        run.put(arm, {"dB per 100 frames": 2.5 * error_buffer.theil_sen(range(segments), parts["psnr"]),
-                      "sharpness at the end": parts["sharpness"][-1],
-                      **{f"sharpness after {n}": dmd.sharpness(image[n - 40:n], true[n - 40:n]).mean() for n in (256, 640) if n <= len(true)},
-                      "last 15 % - first, dB": curve["psnr"][-6 * segments:].mean() - curve["psnr"][:6 * segments].mean(),
-                      "frames until lost": (end := error_buffer.time_to_lost(curve["zncc"], run.tau)), "lost": end < len(true)})
     for where, pairs in made.items():
         run.distances(*where, pairs)
 def errand(seed: int, view: str = "first") -> tuple[Script, dict[str, tuple[Tensor, Tensor]]]:
@@ -311,10 +304,6 @@ def errand(seed: int, view: str = "first") -> tuple[Script, dict[str, tuple[Tens
     keys, turns, mixed = script.keyboard[f:], script.mouse[f:], np.random.default_rng(seed).permutation(40)
     return script, {"true actions": (keys, turns), "shuffled actions": (keys[mixed], -turns[mixed]), "no action": (0 * keys, 0 * turns)}
 OPPOSITE = {"forward, back": ("w:3", "s:3", (0, 2), 0.1), "left, right": ("a:3", "d:3", (0, 2), 0.1), "turn": ("j2:4", "l2:4", (4,), 2.0)}
-def answered(moved: ndarray, asked: ndarray, dead: float) -> bool:
-    """KCtrl: both motions (2, d) go the way that was asked, by more than a dead zone. One motion cannot go both ways."""
-    # m·c / |c|
-    return bool(((moved * asked).sum(1) / np.linalg.norm(asked, axis=1) > dead).all())
 def opposites(run: Run, p: Player, seed: int) -> None:
     """Opposite keys from one state under one noise, held for 0.37 m or 12 degrees; dead zone 0.1 m or 2 degrees, eight frames later."""
     script, _, z = opened(p, place(seed, "w:3 s:6 w:3 a:3 d:6 a:3 l2:120 l:10 j:10 -:52"))
@@ -324,7 +313,7 @@ def opposites(run: Run, p: Player, seed: int) -> None:
         images = decode(p, torch.cat([rollout(p, script, z, 1, actions=arm)[0] for arm in arms]), 40)[:, 7].numpy()
         moved = np.stack([register(script.scene, image, home).pose for image in images]) - home
         asked = np.stack([memory.integrate(home, *arm)[8].numpy() for arm in arms]) - home
-        run.put("KCtrl", {name: answered(moved[:, axes], asked[:, axes], dead)})
+        run.put("KCtrl", {name: dmd.answered(moved[:, axes], asked[:, axes], dead)})
 @torch.no_grad()
 def read_keys(run: Run, p: Player, reader: dmd.KeyReader, seed: int) -> None:
     """Which keys a small network reads off frames: of the model, of the VAE and the truth (ceilings), without actions and mixed (floors)."""
@@ -335,24 +324,27 @@ def read_keys(run: Run, p: Player, reader: dmd.KeyReader, seed: int) -> None:
         *pair, held = dmd.pairs(image, keys[1:], turns[1:], torch.zeros(40))
         held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))] if row == "mixed" else held
         run.put(f"keys read: {row}", dict(zip(dmd.READ, dmd.balanced_accuracy(reader(*pair), held), strict=True)))
+def obey(run: Run, p: Player, seed: int, at: Sequence[int] = (11, 19, 31, 39)) -> None:
+    script, arms = errand(seed)
+    _, frames, z = opened(p, script)
+    images = decode(p, torch.cat([rollout(p, script, z, 1, actions=a)[0] for a in arms.values()]), 40)
+    for arm, image in zip(arms, images, strict=True):
+        run.scores(arm, image, frames[KNOWN:KNOWN + 40])
+    if seed in run.some:
+        commanded = script.poses[[KNOWN - 1, *(KNOWN + t for t in at)]].numpy()
+        found = np.stack([commanded[0], *(register(script.scene, images[0, t].numpy(), script.poses[KNOWN + t].numpy()).pose for t in at)])
+        for kind, axes in (("turn", (4,)), ("move", (0, 2))):
+            m, c = (np.diff(x[:, axes], axis=0) for x in (found, commanded))
+            run.put(kind, {"gain": (m * c).sum() / (c * c).sum(), "relative pose error": np.sqrt(((m - c) ** 2).sum(1).mean())})
 def action(run: Run) -> None:
     """M5: true, shuffled and no actions under equal noise; gain by registration, without Sim(3) alignment; opposite keys; keys read."""
-    p, f, at = run.player, KNOWN - 1, [11, 19, 31, 39]
+    p = run.player
     walks = [(where, world.simulate(where, s, 121, "random")) for where in map(scene, world.SPLITS["tune"][:WORLDS["tune"]]) for s in (2, 3)]
     learnt = [dmd.pairs(shoot(where, w["player"])[0], w["keyboard"], w["mouse"], w["contact"]) for where, w in walks]
     reader = dmd.learn_keys(*map(torch.cat, zip(*learnt, strict=True)))
     for seed in run.worlds:
-        script, arms = errand(seed)
-        _, frames, z = opened(p, script)
-        images = decode(p, torch.cat([rollout(p, script, z, 1, actions=a)[0] for a in arms.values()]), 40)
-        for arm, image in zip(arms, images, strict=True):
-            run.scores(arm, image, frames[KNOWN:KNOWN + 40])
+        obey(run, p, seed)
         if seed in run.some:
-            commanded = script.poses[[f, *(KNOWN + t for t in at)]].numpy()
-            found = np.stack([commanded[0], *(register(script.scene, images[0, t].numpy(), script.poses[KNOWN + t].numpy()).pose for t in at)])
-            for kind, axes in (("turn", (4,)), ("move", (0, 2))):
-                m, c = (np.diff(x[:, axes], axis=0) for x in (found, commanded))
-                run.put(kind, {"gain": (m * c).sum() / (c * c).sum(), "relative pose error": np.sqrt(((m - c) ** 2).sum(1).mean())})
             opposites(run, p, seed)
             read_keys(run, p, reader, seed)
 def distill(run: Run) -> None:
@@ -362,7 +354,7 @@ def distill(run: Run) -> None:
     for seed in run.some:
         script = revisit(seed, 0.4)
         frames, depth, c2w = draw(script)
-        masks, z = masks_and_nearest(script, at, depth, c2w)[0], opened(teacher, script, frames)[2]
+        masks, z = dmd.masks(depth, c2w, at, KNOWN), opened(teacher, script, frames)[2]
         for p, n in ((p, n) for p, n in models if p):
             row = f"{'teacher' if p is teacher else 'student'}, {n} steps"
             latents, said = zip(*(rollout(p._replace(options=replace(p.options, steps=n)), script, z, 2, seed=s) for s in range(2)), strict=True)
@@ -464,12 +456,20 @@ def rope(run: Run) -> None:
         run.put(f"sigma_theta {sigma}", {"likeness": angle.cos().mean((-1, -2)).max()})
     reappear(run, {f"{later} latents later": (run.player, {"later": later}) for later in (0, 200, 800)})
 def reappear(run: Run, rows: dict[str, tuple[Player, dict]]) -> None:
-    for seed, (row, (p, how)) in ((s, pair) for s in run.some for pair in rows.items()):
-        script, frames, z = opened(p, revisit(seed, 0.0))
-        run.scores(row, decode(p, rollout(p, script, z, 2, **how)[0], SCORED)[0], frames[-SCORED:])
+    for seed in run.some:
+        frames, depth, c2w = draw(script := revisit(seed, 0.0))
+        masks = dmd.masks(depth, c2w, at := np.arange(257 - SCORED, 257), KNOWN)
+        for row, (p, how) in rows.items():
+            run.scores(row, decode(p, rollout(p, script, opened(p, script, frames)[2], 2, **how)[0], SCORED)[0], frames[at], masks)
+def ablation(run: Run) -> None:
+    """What a part is worth, for models trained without it: memory on return, at once and much later; drift in place; obedience."""
+    p = run.player
+    reappear(run, {"memory": (p, {}), "no memory": (p, {"policy": "none"}), "memory, 800 latents later": (p, {"later": 800})})
+    for seed in run.some:
+        follow(run, p, "in place", patrol(seed, 8), 8, "camera")
+        obey(run, p, seed)
 def experts(run: Run) -> None:
-    """§3.5: the share of steps of the high-noise expert; every joined file moe*.safetensors beside one dense model that was trained on both
-    views for as many steps: the exact revisit, what the actions are worth, and sharpness, in first and in third person."""
+    """§3.5: every moe*.safetensors beside one dense model trained as long: revisits, actions and sharpness, in first and third person."""
     for steps, boundary in ((s, b) for s in (3, 50) for b in (0.75, 0.9, 0.95)):
         run.put(f"boundary {boundary}", {f"share of {steps} steps": (dit.sigma_grid(steps)[:-1] >= boundary).float().mean()})
     files = sorted(Path(run.weights).glob("moe*.safetensors")) or lacking("moe", " --expert high-first, high-third and low, joined by --export")
@@ -489,8 +489,8 @@ def experts(run: Run) -> None:
 def latency(run: Run) -> None:
     """M9: one Session, six steps to warm up; where the time goes, and key to photon: by formula, and by the clock with the same segment made
     twice from one noise, without and with a key that went down at some moment of the segment before."""
-    tf = realtime.segment_flops(realtime.Options(preset="5b"))
-    run.put("arithmetic", {"FPS at 1.551 s a segment": 40 / 1.551, "TF of a 5b segment": tf[0] / 1e12, "TF as released": tf[1] / 1e12})
+    ours, released, _ = realtime.segment_flops(realtime.Options(preset="5b"))
+    run.put("arithmetic", {"FPS at 1.551 s a segment": 40 / 1.551, "TF of a 5b segment": ours / 1e12, "TF as released": released / 1e12})
     reappear(run, {f"{n} latents at once": (run.player, {"new": n}) for n in (10, 5, 2)})
     session = realtime.Session(run.player.options)
     session.reset(torch.from_numpy(draw(place(run.worlds[0], "w:2"), [0])[0][0]))
@@ -513,18 +513,13 @@ def latency(run: Run) -> None:
 
 # ---- claims: data, not prose -----------------------------------------------------------------------------------------
 # One row: what the paper says, what we predicted ("6-10", ">= 6", "<= 2", "> 0", "" for none), how raw numbers become the measured value
-# (None: it cannot be measured here), whether the row is missed unless it has the paper's digits, and whether it is the one of its command
-# that stands beside the others' in the table of all primary claims.
+# (None: not here), whether only the paper's digits will do, and whether it is its command's in the table of all primary claims.
 Claim = namedtuple("Claim", "name paper predicted unit where measure exact primary", defaults=(None, False, False))
 def of(column: str, row: str, other: str = "", ratio: bool = False) -> Callable[[Raw], list[float]]:
     """The values of a row, or their paired difference from another row (or ratio to it): both sides come from one run."""
     pairs = lambda raw: zip(raw[f"{row}/{column}"], raw[f"{other or row}/{column}"], strict=True)
     return lambda raw: [x / y if ratio else x - y if other else x for x, y in pairs(raw)]
-def share_of_oracle(at: str) -> Callable[[Raw], ndarray]:       # gain of every world over the mean gain of the oracle
-    gain = lambda raw, arm: np.subtract(raw[f"{at}, {arm}/psnr"], raw[f"{at}, none/psnr"])
-    return lambda raw: gain(raw, "camera") / gain(raw, "oracle warp").mean()
-def kept(mode: str) -> Callable[[Raw], float]:                  # restricted mean: who was never lost was watched to the end
-    return lambda r: error_buffer.restricted_mean(t := r[f"{mode}, camera/frames until lost"], r[f"{mode}, camera/lost"], max(t) or 1)
+gain = lambda raw, at, arm: np.subtract(raw[f"{at}, {arm}/psnr"], raw[f"{at}, none/psnr"])          # of every world
 C, S, T50, T3 = Claim, "student, 3 steps", "teacher, 50 steps", "teacher, 3 steps"
 CLAIMS: dict[str, list[Claim]] = {
     "sanity": [C("metrics that rank fakes as expected", None, ">= 1", "", "M0", lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in BETTER]),
@@ -534,7 +529,8 @@ CLAIMS: dict[str, list[Claim]] = {
                  for at, gain in zip(PLACES, (6, 7, 5, 3), strict=True)),
                *(C(f"{at}: memory minus copying", None, ">= 3", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, copy nearest"))
                  for at in [*PLACES][1:]),
-               *(C(f"{at}: gain of memory / of the oracle warp", None, ">= 0.5", "x", "M1", share_of_oracle(at)) for at in ("exact", "0.85 m")),
+               *(C(f"{at}: gain of memory / of the oracle warp", None, ">= 0.5", "x", "M1", lambda r, at=at: gain(r, at, "camera") / gain(
+                   r, at, "oracle warp").mean()) for at in ("exact", "0.85 m")),
                *(C(f"there and back from {start}, 2 W apart: memory minus none", None, "> 0", "dB", "M2", of(
                    "2 W apart, dB", f"palindrome from {start}, camera", f"palindrome from {start}, none")) for start in ("a bank", "one frame")),
                *(C(f"there and back from a bank: {what}", None, goal, unit, "M3", of(column, "palindrome from a bank, camera"))
@@ -549,12 +545,19 @@ CLAIMS: dict[str, list[Claim]] = {
                 for n in (256, 640)),
               *(C(f"exploring: TWFD around frame {n}", None, "", "", "M6", of("exploring, camera: TWFD", f"segment {-(-n // 40):02d}"))
                 for n in (256, 640)),
-              *(C(f"{mode}: frames until lost, restricted mean", None, "", "", "M4", kept(mode)) for mode in ("in place", "exploring"))],
+              *(C(f"{mode}: frames until lost, restricted mean", None, "", "", "M4", lambda r, m=f"{mode}, camera": error_buffer.restricted_mean(
+                  t := r[f"{m}/frames until lost"], r[f"{m}/lost"], max(t) or 1)) for mode in ("in place", "exploring"))],
     "action": [C("true minus shuffled actions", None, ">= 3", "dB", "§3.1", of("psnr", "true actions", "shuffled actions"), primary=True),
                *(C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind)) for kind in ("turn", "move")),
                C("KCtrl: opposite keys that both act", None, ">= 0.9", "", "M5", lambda r: np.mean([r[f"KCtrl/{pair}"] for pair in OPPOSITE], 0)),
                C("keys read off frames: model minus VAE", None, ">= -0.05", "", "M5", lambda r: np.mean(
                    [np.subtract(r[f"keys read: model/{key}"], r[f"keys read: VAE/{key}"]) for key in dmd.READ], 0))],
+    "ablation": [C(name, None, "", unit, "§3", of(*how)) for name, unit, *how in (
+        ("revisit", "dB", "psnr bank-only", "memory"), ("revisit, memory switched off", "dB", "psnr bank-only", "no memory"),
+        ("revisit 800 latents later minus at once", "dB", "psnr", "memory, 800 latents later", "memory"),
+        *((f"in place, {unit}", "", unit, "in place") for unit in ("dB per 100 frames", "grey levels per 100 frames")),
+        ("true minus shuffled actions", "dB", "psnr", "true actions", "shuffled actions"),
+        *((f"pose error: {kind}", unit, "relative pose error", kind) for kind, unit in (("turn", "deg"), ("move", "m"))))],
     "distill": [C("student at 3 steps minus teacher at 50, seen", None, "-0.5-0.5", "dB", "§3.3", of("psnr seen", S, T50), primary=True),
                 C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
                 C("spread of seeds, unseen: student / teacher at 50", None, ">= 0.7", "x", "M6", of("rms between seeds, unseen", S, T50, True)),
@@ -593,7 +596,7 @@ CLAIMS: dict[str, list[Claim]] = {
                     r["action to photon at 40 FPS/s by the clock"]) / r["action to photon at 40 FPS/s by formula"][0])],
 }
 COMMANDS = {"sanity": sanity, "memory": remember, "drift": drift, "action": action, "distill": distill, "int8": int8, "vae": decoders,
-            "retrieval": retrieval, "rope": rope, "moe": experts, "latency": latency}
+            "retrieval": retrieval, "rope": rope, "moe": experts, "latency": latency, "ablation": ablation}
 def judge(claim: Claim, raw: Raw) -> dict:
     """Value, interval and verdict: met, missed, unclear, reported, or not measured."""
     row = {name: getattr(claim, name) for name in ("name", "paper", "predicted", "unit", "where", "exact", "primary")}
@@ -665,8 +668,7 @@ def contrast(folder: Path, against: str) -> dict:
             found.setdefault((f"{c['name']}, {c['unit']}", arm), {})[seed] = c["value"]
     table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
     for (name, arm), values in sorted(found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])):
-        d = [values[seed] - found[name, against][seed] for seed in values if seed in found.get((name, against), {})]
-        m, half = error_buffer.student(d)
+        m, half = error_buffer.student([values[seed] - found[name, against][seed] for seed in values if seed in found.get((name, against), {})])
         cells = [", ".join(map(number, values.values())), number(np.mean([*values.values()])), f"{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]"]
         table.append(f"| {name} | {arm} | {' | '.join(cells[:2] + ['-'] if arm == against else cells)} |")
     return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"]}
@@ -696,12 +698,10 @@ def plot(found: dict, ladder: list[list], figures: Path) -> None:
     for name, source, pattern, label in (("memory", "memory", r"exact, ([^/]+)/psnr", "PSNR of an exact revisit, dB"),
                                          ("drift", "drift", r"segment \d+/(.+): psnr", "PSNR by segment, dB"),
                                          ("sharpness", "drift", r"segment \d+/(.+): sharpness", "sharpness by segment, 1 = truth")):
-        figure, curves = matplotlib.figure.Figure((7, 3)), {}
+        axes, curves = (figure := matplotlib.figure.Figure((7, 3))).subplots(subplot_kw={"title": label}), {}
         for key, values in sorted(found.get(source, {}).get("raw", {}).items()):
             if at := re.fullmatch(pattern, key):
                 curves.setdefault(at[1], []).append(np.mean(values))
-        axes = figure.subplots()
-        axes.set_title(label)
         for arm, ys in curves.items():
             axes.barh(arm, ys) if name == "memory" else axes.plot(range(1, len(ys) + 1), ys, label=arm)
         if curves:

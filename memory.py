@@ -16,7 +16,7 @@ pose5 = (x, y, z, pitch°, yaw°).  action[t] drives frame t -> t+1.
 Rays, "released": each latent relative to the one before, translations divided by the largest; memory relative to
 the view that asks for it, unit length; all pixels of a cell folded into channels. Rays, "anchored" (our own training):
 each latent, memory too, relative to the last past frame, in metres; per cell its centre ray at the latent's four
-frames, with moment o × d and harmonics of the azimuth.
+frames, with moment o × d and harmonics of the azimuth. To ablate: "absolute", the same from the origin of the world; "none", zeros.
 
 Departures from the release, each tested: half-delta yaw instead of the mean of two wrapped yaws, so actions
 undo exactly; sample points uniform in volume, not in depth; no latent twice among the five; action windows do
@@ -41,7 +41,8 @@ KEYS = ("w", "s", "a", "d", "jump", "attack")    # order of the six keyboard ent
 NULL_MOUSE, NULL_KEY = 1.0, -1.0                 # "no action": memory tokens and the guidance branch
 ACTIONS_SEEN = 12                                # per latent: the four that made its frames, eight before
 NEAR, FAR = 0.1, 30.0                            # metres: the part of a view that counts as seen
-RULES, ENCODINGS = ("uniform", "released", "exact"), ("anchored", "released")         # of overlap, of rays
+RULES = ("uniform", "released", "exact")         # of overlap
+ENCODINGS = ("anchored", "absolute", "none", "released")                              # of rays
 POLICIES = ("camera", "recent", "random", "none")                                     # of what to remember
 ANCHORED_SCALE = 2.0                             # metres per unit of o: a segment is 7 m, so |o| is about 1
 BRUTE_FORCE = 512                                # a bank scores up to so many candidates one by one;
@@ -327,10 +328,11 @@ def make_context(
         expect(name, x, shape)
     anchor, cameras = cameras[:, P - 1, -1], torch.cat([memory.cameras.to(cameras), cameras], 1)
     check_rigid("cameras (memory first)", cameras)
-    if choose("encoding", encoding, ENCODINGS) == "anchored":
-        image = anchored_rays(cameras, anchor, intrinsics(h, w) if K is None else K / stride, h, w)
-    else:
+    if choose("encoding", encoding, ENCODINGS) == "released":
         image = released_rays(cameras, M, T - P, torch.tensor([w, h, w, h]) * stride / 2 if K is None else K, (h, w, stride))
+    else:
+        anchor = torch.eye(4).to(anchor).expand_as(anchor) if encoding == "absolute" else anchor
+        image = anchored_rays(cameras, anchor, intrinsics(h, w) if K is None else K / stride, h, w) * (encoding != "none")
     times = torch.cat([memory.times.to(times), times], 1)
     mouse = torch.cat([mouse.new_full((B, M, ACTIONS_SEEN, 2), NULL_MOUSE), mouse], 1)
     keyboard = torch.cat([keyboard.new_full((B, M, ACTIONS_SEEN, 6), NULL_KEY), keyboard], 1)
@@ -434,8 +436,8 @@ def pick(scores: Tensor, index: Tensor, sink: int | None, repeat: float) -> Tens
     return taken
 
 def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window.past, memory: int = Window.memory,
-                    points: int = 512, generator: torch.Generator | None = None) -> Tensor:
-    """Whole clips (B, F, 4, 4), first new latents (B,) -> (B, memory) latents to remember; the last is the sink, 1.
+                    points: int = 512, sink: bool = True, generator: torch.Generator | None = None) -> Tensor:
+    """Whole clips (B, F, 4, 4), first new latents (B,) -> (B, memory) latents to remember; the last is the sink, 1, if wanted.
     The released rule: five new cameras, newest first, scatter points (there 3000) in 20 m around them; the old latent that
     sees most of those that ANY new view sees is taken, none twice; too little history repeats itself, at worst latent 0."""
     if int(start.min()) <= n_past:
@@ -452,7 +454,7 @@ def select_training(c2w: Tensor, start: Tensor, n_new: int, n_past: int = Window
         common = (seen[n_new:] & seen[:n_new].any(0)).view(len(old), memory, points).float().mean(-1).T
         index = torch.arange(oldest, oldest + len(old), device=pose.device).expand(memory, -1)
         # the newer one breaks ties
-        chosen.append(pick(common + index / index.amax().clamp(min=1) * 0.5 / points, index, oldest, repeat=10.0))
+        chosen.append(pick(common + index / index.amax().clamp(min=1) * 0.5 / points, index, oldest if sink else None, repeat=10.0))
     return torch.stack(chosen)
 
 def frustum_key(c2w: Tensor) -> Tensor:                          # (n, 4, 4) -> (n, 6)

@@ -323,7 +323,7 @@ def join(
     return Experts({name: e for name, e in found.items() if name != "low"}, found["low"], boundary).eval()
 
 
-def start_from(path: str | Path, preset: str, dtype: torch.dtype = torch.float32) -> tuple[DiT, list[str]]:
+def start_from(path: str | Path, preset: str | DiTConfig, dtype: torch.dtype = torch.float32) -> tuple[DiT, list[str]]:
     """A model to train further, and what is fresh in it: nothing, or cameras and actions on plain Wan2.2."""
     file = find(path)
     tensors, _ = read_weights(file)
@@ -470,14 +470,14 @@ def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) 
         raise ValueError(f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}")
 
 
-def memory_table(preset: str, batch: int, tokens: int, muon: bool, recompute: bool) -> str:
+def memory_table(preset: str | DiTConfig, batch: int, tokens: int, muon: bool, recompute: bool) -> str:
     """What one training step needs, from the modules themselves, without allocating them."""
     model = build(preset, "meta")
     P, kept = sum(p.numel() for p in model.parameters()), 2 if recompute else 34     # widths per token that wait for the backward pass
     sizes = {"weights, float32": 4 * P, "gradients": 4 * P, "optimiser": (4 if muon else 8) * P, "average": 4 * P, "computing copy": 2 * P,
              "activations": 2 * batch * tokens * model.cfg.dim * model.cfg.layers * kept}
     rows = [f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |" for name, size in (sizes | {"total": sum(sizes.values())}).items()]
-    return "\n".join([f"{preset}: {P / 1e6:.1f} M parameters, {tokens} tokens a clip, {batch} clips at once",
+    return "\n".join([f"{P / 1e6:.1f} M parameters, {tokens} tokens a clip, {batch} clips at once",
                       "| what | 1 rank, GB | 8 ranks, GB |", "|---|---|---|", *rows])
 
 

@@ -113,7 +113,7 @@ def vae_config(preset: str, decoder: str = "") -> vae.VAEConfig:     # decoder "
     full = replace(vae.PRESETS.get(preset, vae.PRESETS["wan2.2"]), z_dim=dit.PRESETS[preset].in_dim)
     return vae.pruned(full, DECODERS[decoder][0]) if decoder else full
 
-def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict]:       # networks, {encoding, shift, method}
+def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict]:       # networks, how they were trained
     """The wanted ones of dit, encoder, decoder, on the device and in the dtype of resolved options."""
     preset, root, dtype, meta, nets = options.preset, Path(options.weights), getattr(torch, options.dtype), {}, {}
     for part, cut in ((part, options.decoder if part == "decoder" else "") for part in want):
@@ -143,8 +143,8 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
     for block in [m for net in nets.values() for m in net.modules() if options.compile and isinstance(m, dit.Block)]:
         block.compile()
     method = options.method if options.method != "auto" else "renoise" if meta.get("stage") == "distill" else "unipc"
-    encoding = meta.get("encoding", "anchored" if dit.PRESETS[preset].ray_channels == 60 else "released")
-    return nets, {"encoding": encoding, "shift": meta.get("shift", 5.0), "method": method}
+    said = {"encoding": "anchored" if dit.PRESETS[preset].ray_channels == 60 else "released", "shift": 5.0, "sink": True, "p_memory_off": 0.0}
+    return nets, {name: meta.get(name, default) for name, default in said.items()} | {"method": method}
 
 def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
     """The full, light50 or light75 VAE: beside the weights, one folder up, or the shipped one."""
@@ -222,8 +222,8 @@ class Denoiser:
 
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
         """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened: info has the actions and poses that were used."""
-        now, o, began, n = self.now, self.options, clock(self.options.device), len(keyboard) // WINDOW.stride
-        bound, recalled, actions = self.bind(keyboard, mouse, policy), clock(o.device), torch.cat([keyboard, mouse], 1)
+        now, o, n, policy = self.now, self.options, len(keyboard) // WINDOW.stride, policy if self.meta.get("p_memory_off", 0) < 1 else "none"
+        began, actions, bound, recalled = clock(o.device), torch.cat([keyboard, mouse], 1), self.bind(keyboard, mouse, policy), clock(o.device)
         def revise(step: int) -> memory.Context | None:               # before step `commit`: what rank 0 hears by now, on every rank
             nonlocal bound
             newer = (self.late() if self.late else actions).to(o.device, copy=True) if step == o.commit else actions
@@ -253,9 +253,9 @@ class Denoiser:
         """The memory of a segment, newest query first, and its description for whoever watches."""
         asks = [len(poses) - 1 - offset for offset in memory.query_offsets(len(poses), WINDOW.memory)]
         generator = torch.Generator().manual_seed(self.now.seed * 1_000_003 + self.now.segment)
-        slots, scores = self.bank.retrieve(poses[asks], before, policy, generator=generator)
+        slots, scores = self.bank.retrieve(poses[asks], before, policy, sink := self.meta.get("sink", True), generator)
         found = self.bank.read(slots)
-        return found, [{"latent": t, "frame": WINDOW.stride * t, "score": round(s, 3), "sink": policy == "camera" and t <= 1}
+        return found, [{"latent": t, "frame": WINDOW.stride * t, "score": round(s, 3), "sink": sink and policy == "camera" and t <= 1}
                        for t, s in zip(found.times[0].tolist(), scores.tolist(), strict=True)]
 
     def windows(self, actions: Tensor, first: int, n: int) -> Tensor:                             # (1, n, 12, A)

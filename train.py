@@ -71,6 +71,7 @@ class TrainConfig:
     data: str = opt("", "dataset folder (default: datasets/PRESET, rendered on first use)", "data")
     vae: str = opt("", "VAE weights (default: assets/PRESET/vae.safetensors)", "data")
     init: str = opt("", "weights to start from: a run, a folder or a file", "data")
+    net: str = opt("", "another network than the preset's, such as 'dim=128 layers=4 sigma_theta=0': see dit.DiTConfig", "run")
     overfit: int = opt(0, "train on this many clips only; the loss must fall towards 0", "data")
     steps: int = opt(900, "optimiser steps", "optimisation", "50,000")
     lr: float = opt(1e-3, "AdamW learning rate", "optimisation", "2e-5, §5.1")
@@ -88,7 +89,8 @@ class TrainConfig:
     p_null: float = opt(0.1, "samples with null text and actions, for guidance", "memory", "not stated")
     p_later: float = opt(0.5, "samples whose memory is from up to 2,000 latents earlier than it was", "memory", "not stated")
     revisit: float = opt(0.5, "samples whose window looks at a place seen before and since left", "memory", "palindromes, share not stated")
-    encoding: str = opt("anchored", "ray encoding", "memory", "frame-wise relative", ("anchored", "released"))
+    encoding: str = opt("anchored", "ray encoding", "memory", "frame-wise relative", memory.ENCODINGS)
+    sink: bool = opt(True, "the last memory is always the oldest latent", "memory", "yes")
     gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated")
     p_error: float = opt(0.5, "share of samples with injected errors; 0 = off", "error buffer", "not stated")
     inject: str = opt("both", "where errors go", "error buffer", "past and memory, Eq. 5", ("both", "past", "memory"))
@@ -150,7 +152,6 @@ class Clips:            # a dataset as latents in memory; row e is one episode
     text: Tensor        # (E, n, D_text)
     revisit: Tensor     # (E, T) how much a window that starts here shows of what was seen before its past
 
-
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> TrainConfig:
     """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
@@ -173,7 +174,6 @@ def parse(argv: list[str]) -> TrainConfig:
     shipped = cfg.stage in ("distill", "moe") and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
     name = f"{cfg.stage}-{cfg.expert}-{cfg.preset}" if cfg.stage == "moe" else f"{cfg.stage}-{cfg.preset}"
     return dataclasses.replace(cfg, run=cfg.run or name, init=cfg.init or (base if shipped else ""))
-
 
 # ------------------------------------------------------------------------------------------------------------------ setup
 def setup(cfg: TrainConfig) -> Run:
@@ -198,7 +198,7 @@ def setup(cfg: TrainConfig) -> Run:
     dist.barrier() if world > 1 else None
     old = json.loads((folder / "config.json").read_text()) if (folder / "latest").exists() else {}
     new = dataclasses.asdict(cfg)
-    rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k) != new[k]]
+    rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k, getattr(TrainConfig, k)) != new[k]]
     if rows:
         raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
                          + "\nadd --fresh to start over, or choose another --run NAME")
@@ -218,16 +218,22 @@ def setup(cfg: TrainConfig) -> Run:
         signal.signal(number, ask_to_stop)
     return run
 
+def network(cfg: TrainConfig) -> dit.DiTConfig:         # the preset's, changed as --net says
+    try:
+        changes = {name: json.loads(value) for name, value in (word.split("=") for word in cfg.net.split())}
+        return dataclasses.replace(dit.PRESETS[cfg.preset], **changes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}") from error
+
 def generator(cfg: TrainConfig, step: int) -> torch.Generator:          # the one source of randomness of a step
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 def share(run: Run, x: Tensor) -> Tensor:          # this rank's rows of a batch that every rank draws alike
     return x[run.rank::run.world]
 
-
 # ------------------------------------------------------------------------------------------------------- update, save, log
 def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
-    names = ("stage", "preset", "shift", "encoding", "seed", "expert", "boundary")
+    names = ("stage", "preset", "shift", "encoding", "sink", "p_memory_off", "seed", "expert", "boundary")
     said = {name: getattr(run.cfg, name) for name in names} | {"step": run.step, "view": run.view}
     moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
 
@@ -270,7 +276,6 @@ def record(run: Run, line: dict) -> None:
         from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter(str(run.folder)) as events:
             events.add_scalars("training", line, line["step"])
-
 
 # ------------------------------------------------------------------------------------------------------------------- data
 def dataset(run: Run) -> Path:
@@ -357,14 +362,13 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     null = share(run, torch.rand(cfg.batch, generator=g) < cfg.p_null)
     rows, start = share(run, rows), share(run, torch.ones_like(start) if i2v else start)
     n_past, n_new = (1, WINDOW.first - 1) if i2v else (WINDOW.past, WINDOW.new)
-    index = None if i2v or off else memory.select_training(clips.c2w[rows], start, n_new, generator=g)
+    index = None if i2v or off else memory.select_training(clips.c2w[rows], start, n_new, sink=cfg.sink, generator=g)
     x0, context = memory.clip_context(
         clips.latents[rows].float(), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows], clips.text[rows].float(),
         start, n_new, n_past, index, cfg.encoding, VAES[cfg.preset].stride[1])
     later = (torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)) * 2000 ** torch.rand(cfg.batch, generator=g)
     context.times[:, context.memory.shape[2]:] += share(run, later.long())[:, None]      # an hour-long session asks for old memories too
     return x0.to(run.device), context.mute(null).to(run.device)
-
 
 # ------------------------------------------------------------------------------------------------ stages: vae, lightvae
 def train_vae(run: Run) -> None:
@@ -415,7 +419,6 @@ def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np
     again = model.eval().decode(full.encode(truth.to(run.device))).clamp(-1, 1).cpu()
     strip = torch.cat((truth[:, :, ::8], again[:, :, ::8]), 2).permute(0, 3, 2, 4, 1)         # (N, H, 2·5, W, 3): truth | reconstruction
     data.write_png(run.folder / "samples" / f"step_{run.step:06d}.png", (strip.flatten(2, 3).flatten(0, 1) + 1) / 2)
-
 
 # ----------------------------------------------------------------------------------------------------- stages: base, moe
 def train_base(run: Run) -> None:
@@ -468,9 +471,8 @@ def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, 
 def start_model(run: Run) -> nn.Module:
     """A fresh model of the preset, or the weights of --init, in float32 and sharded over the ranks."""
     torch.manual_seed(run.cfg.seed)
-    model = moe.start_from(run.cfg.init, run.cfg.preset)[0].train() if run.cfg.init else moe.build(run.cfg.preset)
+    model = moe.start_from(run.cfg.init, network(run.cfg))[0].train() if run.cfg.init else moe.build(network(run.cfg))
     return moe.shard(model.to(run.device), run.dtype)
-
 
 # -------------------------------------------------------------------------------------------------------- stage: distill
 def train_distill(run: Run) -> None:
@@ -526,8 +528,7 @@ def in_dtype(model: nn.Module, run: Run) -> Callable:         # as dmd.py calls 
 def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:         # where the rollouts of a step begin, and the ways they go
     rows = share(run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)))
     return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
-                    clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1])
-
+                    clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1], run.cfg.sink)
 
 # ------------------------------------------------------------------------------------------------------- looking at a model
 @torch.no_grad()
@@ -549,7 +550,6 @@ def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8
     path = run.folder / "samples" / f"step_{run.step:06d}"
     data.write_png(path.with_suffix(".png"), strips.flatten(0, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1))
     data.write_mp4(path.with_suffix(".mp4"), torch.cat([x[0] for x in frames.values()], 2))
-
 
 # ------------------------------------------------------------------------------------------------------------------- main
 def plot(runs: list[str]) -> None:
@@ -578,7 +578,7 @@ def main(argv: list[str]) -> int:
     cfg = parse(argv)
     if cfg.dry_run:
         tokens = {"5b": 880, "14b": 880}.get(cfg.preset, 16) * (WINDOW.memory + WINDOW.past + WINDOW.new)        # per latent, latents
-        print(moe.memory_table(cfg.preset, cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
+        print(f"{cfg.preset}:", moe.memory_table(network(cfg), cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
         return 0
     run = setup(cfg)
     if run.rank == 0:

@@ -181,8 +181,8 @@ def test_opposite_keys_count_only_if_both_act(tmp_path: Path, monkeypatch: pytes
         evaluate.opposites(run := fresh_run(tmp_path), None, TEST)
         assert set(sum(run.raw.values(), [])) == {float(not frozen)} and len(run.raw) == len(evaluate.OPPOSITE)
     asked = np.array([[0.0, 0.37], [0.0, -0.37]])
-    assert evaluate.answered(0.5 * asked, asked, 0.1) and not evaluate.answered(0.2 * asked, asked, 0.1)
-    assert not evaluate.answered(asked[[0, 0]], asked, 0.1)                  # always forward is no answer to "back"
+    assert dmd.answered(0.5 * asked, asked, 0.1) and not dmd.answered(0.2 * asked, asked, 0.1)
+    assert not dmd.answered(asked[[0, 0]], asked, 0.1)                  # always forward is no answer to "back"
 
 
 # ---- claims and reports ----------------------------------------------------------------------------------------------
@@ -226,7 +226,8 @@ def test_both_sides_of_a_ratio_come_from_one_run() -> None:
 
 def test_the_gain_over_the_oracle_is_a_ratio_of_mean_gains() -> None:
     raw = {"exact, camera/psnr": [20.0, 24.0], "exact, none/psnr": [14.0, 16.0], "exact, oracle warp/psnr": [25.0, 25.0]}
-    assert np.mean(evaluate.share_of_oracle("exact")(raw)) == pytest.approx((6 + 8) / (11 + 9))
+    claim = next(c for c in evaluate.CLAIMS["memory"] if c.name == "exact: gain of memory / of the oracle warp")
+    assert evaluate.judge(claim, raw)["value"] == pytest.approx((6 + 8) / (11 + 9))
 
 
 def test_a_world_that_is_never_lost_counts_as_long_as_it_was_watched() -> None:

@@ -476,6 +476,7 @@ def test_the_training_selector_finds_the_place_among_older_latents() -> None:
     away[0, 81:, 0, 3] = 500.0
     assert memory.select_training(away, torch.tensor([25]), 10)[0].tolist() == [20, 19, 18, 17, 1]      # nothing seen: recent
     assert memory.select_training(away, torch.tensor([5]), 10)[0].tolist() == [0] * 5                   # nothing older
+    assert memory.select_training(away, torch.tensor([25]), 10, sink=False)[0].tolist() == [20, 19, 18, 17, 16]
 
 
 # ---- behaviour: context ------------------------------------------------------------------------------------
@@ -493,6 +494,20 @@ def clip(B: int = 2, T: int = 45) -> dict:
 
 def same(a: Context, b: Context) -> bool:
     return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Context))
+
+
+def test_anchored_rays_move_with_the_player_absolute_ones_stay_and_none_are_zero() -> None:
+    c, start = clip(), torch.tensor([15, 25])
+    elsewhere = c | {"c2w": torch.tensor([[0, 0, 1, 7.0], [0, 1, 0, 0], [-1, 0, 0, 3], [0, 0, 0, 1]]) @ c["c2w"]}     # another place, turned by 90°
+    rays = {}
+    for encoding in ("anchored", "absolute", "none"):
+        here, there = (memory.clip_context(**x, start=start, n_new=10, n_past=4, encoding=encoding)[1].rays for x in (c, elsewhere))
+        rays[encoding] = here
+        assert torch.allclose(here, there, atol=1e-4) == (encoding != "absolute")
+    assert rays["anchored"].std() > 0.3 and rays["none"].abs().max() == 0
+    at_origin = c | {"c2w": memory.relative(c["c2w"][:, 56:57], c["c2w"])}                   # the last frame of the past of latent 15 ...
+    both = [memory.clip_context(**at_origin, start=start, n_new=10, n_past=4, encoding=e)[1].rays[0] for e in ("anchored", "absolute")]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=0)                                     # ... as the origin of the world: no difference
 
 
 @pytest.mark.parametrize("encoding", memory.ENCODINGS)

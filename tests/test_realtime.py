@@ -64,6 +64,17 @@ def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Ch
     assert all(set(c.info["ms"]) == {"retrieve", "denoise", "decode"} for c in three)
 
 
+def test_a_model_remembers_as_it_was_trained_to(session: realtime.Session, three: list[realtime.Chunk], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert three[2].info["memory"][-1]["sink"] and three[2].info["memory"][-1]["latent"] == 1
+    monkeypatch.setitem(session.denoiser.meta, "sink", False)
+    session.reset(IMAGE)
+    assert not any(pick["sink"] for pick in walk(session, 3)[2].info["memory"])
+    monkeypatch.setitem(session.denoiser.meta, "p_memory_off", 1.0)             # trained without: it is not shown any
+    session.reset(IMAGE)
+    chunk = walk(session, 3)[2]
+    assert chunk.info["memory"] == [] and chunk.info["policy"] == "none" and session.policy == "camera"
+
+
 def test_the_same_seed_and_actions_give_the_same_frames(session: realtime.Session, three: list[realtime.Chunk]) -> None:
     session.reset(IMAGE)
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2), three, strict=False))
@@ -115,7 +126,7 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
     moe.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
     moe.write_weights(tmp_path / "vae.safetensors", nets["encoder"].state_dict(), vae.metadata(nets["encoder"]))
     session = realtime.Session(replace(OPTIONS, weights=str(tmp_path)))
-    assert session.denoiser.meta == {"encoding": "anchored", "shift": 2.0, "method": "renoise"}
+    assert session.denoiser.meta == {"encoding": "anchored", "shift": 2.0, "sink": True, "p_memory_off": 0.0, "method": "renoise"}
     session.reset(IMAGE)
     assert walk(session, 1)[0].frames.float().std() > 5
     with pytest.raises(ValueError, match="holds a micro model; add --preset micro"):

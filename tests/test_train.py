@@ -480,6 +480,12 @@ def test_memory_is_always_older_than_the_past(clips):
         assert (context.times[:, :M].amax(1) < context.times[:, M]).all()
 
 
+def test_without_a_sink_the_oldest_latent_is_remembered_only_where_it_is_asked_for(clips):
+    sure = dict(p_i2v=0.0, p_memory_off=0.0)
+    last = [[train.draw(*with_flags(clips, **sure, sink=sink), step)[1].times[:, 4].tolist() for step in range(10)] for sink in (True, False)]
+    assert all(t <= 1 for row in last[0] for t in row) and any(t > 1 for row in last[1] for t in row)
+
+
 def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
     sure = dict(p_i2v=0.0, p_memory_off=0.0)
     waits = []
@@ -535,6 +541,20 @@ def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, c
     assert start("--steps", "1", "--lr", "0.5", "--fresh") == 0 and len(log("runs/base-micro")) == 1
 
 
+def test_a_run_from_before_a_flag_existed_resumes_with_its_default(monkeypatch):
+    start("--steps", "1")
+    said = json.loads(Path("runs/base-micro/config.json").read_text())
+    Path("runs/base-micro/config.json").write_text(json.dumps({k: v for k, v in said.items() if k not in ("sink", "net")}))
+    assert start("--steps", "2") == 0 and script(monkeypatch, *MICRO, "--steps", "3", "--no-sink") == 2
+
+
+def test_another_network_is_trained_and_its_run_says_what_it_is():
+    assert start("--steps", "1", "--net", "layers=1 sigma_theta=0.1 dim=48", "--no-sink", "--encoding", "absolute", "--p-memory-off", "1") == 0
+    model, said = moe.load("runs/base-micro")
+    assert (model.cfg.layers, model.cfg.sigma_theta, model.cfg.dim, model.cfg.heads) == (1, 0.1, 48, 2)
+    assert (said["sink"], said["encoding"], said["p_memory_off"]) == (False, "absolute", 1.0)
+
+
 def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypatch, capsys):
     assert script(monkeypatch, *MICRO, "--stage", "distill") == 2
     assert "needs --init <base run>; make one with: python train.py --stage base" in capsys.readouterr().err
@@ -548,6 +568,8 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
     (["--stage", "vae", "--decoder-only"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
     (["--stage", "lightvae", "--decoder-only", "--init", "x"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
     (["--stage", "lightvae", "--init", "assets/micro/vae.safetensors"], "has a decoder of width 8, this run 2: see --preset and --rate"),
+    (["--net", "width=128"], "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'"),
+    (["--net", "dim"], "got 'dim'"),
     (["--batch", "3", "--accum", "2"], "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2"),
 ])
 def test_what_is_missing_or_does_not_fit_is_named(flags, says, monkeypatch, capsys):
