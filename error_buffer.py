@@ -181,6 +181,15 @@ def time_to_lost(score: Sequence[float], tau: float, run: int = 8) -> int:
     return next((t for t in range(len(low) - run + 1) if all(low[t : t + run])), len(low))
 
 
+def half_life(at: Sequence[float], value: Sequence[float]) -> float:
+    """Where a falling curve reaches half of its first value, between two points in a straight line; its end where it never does."""
+    half = value[0] / 2
+    for (a, x), (b, y) in zip(pairs := list(zip(at, value, strict=True)), pairs[1:], strict=False):
+        if y <= half:
+            return float(a + (b - a) * (x - half) / (x - y))
+    return float(at[-1])
+
+
 def kaplan_meier(times: Sequence[float], lost: Sequence[bool]) -> list[tuple[float, float]]:
     """(t, share that keeps longer than t) at every time of a loss. Who was still there when watching ended
     (lost false) counts as long as it was watched, and as a loss never."""

@@ -70,8 +70,7 @@ def register(scene: world.Scene, frame: ndarray | Tensor, pose: Sequence[float])
     """Where in this world was a frame taken, near a pose (5,) and not inside a wall?"""
     look = lambda poses, size, samples: shoot(scene, poses.numpy(), size, samples)[0]
     free = lambda xz: torch.from_numpy(~scene.solid[tuple(np.floor(xz.numpy()).astype(int).clip(0, len(scene.solid) - 1).T)])
-    found = dmd.register(look, free, torch.as_tensor(frame), torch.as_tensor(pose))
-    return found._replace(pose=found.pose.numpy())
+    return (found := dmd.register(look, free, torch.as_tensor(frame), torch.as_tensor(pose)))._replace(pose=found.pose.numpy())
 
 # ---- paths with known truth ------------------------------------------------------------------------------------------
 Script = namedtuple("Script", "scene poses keyboard mouse known view", defaults=(KNOWN, "first"))     # poses (F, 5) float64, actions (F-1, 6 | 2);
@@ -177,7 +176,7 @@ class Run:
         for column, value in values.items():
             self.raw.setdefault(f"{row}/{column}", []).append(float(value))
     some = property(lambda self: self.worlds if self.full else self.worlds[:6])                       # for what is slow
-    tau = property(lambda self: (results(ROOT / "results").get("sanity", {}).get("raw") or {TAU: [0.75]})[TAU][0])      # under it a frame is lost
+    tau = property(lambda self: results(ROOT / "results").get("sanity", {"raw": {}})["raw"].get("lost threshold tau/zncc", [0.75])[0])
     @property
     def player(self) -> Player:                         # what play.py would use: the student at 3 steps, else the base at 8
         found = player(self.weights, "student") or player(self.weights, "base", 8) or lacking("base")
@@ -197,7 +196,6 @@ class Run:
     def distances(self, row: str, name: str, pairs: list[tuple[Tensor, ndarray]]) -> None:      # of distributions, over all worlds
         found = dmd.distances(torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs])))
         self.put(row, {name + column: value for column, value in found.items()})
-TAU = "lost threshold tau/zncc"
 off = lambda found, pose: {"m": np.hypot(*(found.pose - pose)[[0, 2]]), "deg": abs(found.pose - pose)[4], "ambiguous": found.ambiguous}
 def sanity(run: Run) -> None:
     """M0: every metric must rank fakes as expected; M9 needs no model."""
@@ -217,7 +215,7 @@ def sanity(run: Run) -> None:
     for m, sign in BETTER.items():
         best, near, *bad = (sign * np.mean(run.raw[f"{row}/{m}"]) for row in ("truth", "turned 2 degrees", "frozen", "other world", "noise"))
         run.put("ranks fakes as expected", {m: best > near > max(bad)})
-    run.put(TAU.split("/")[0], {"zncc": (np.quantile(run.raw["other world/zncc"], 0.95) + np.quantile(run.raw["patch replaced/zncc"], 0.05)) / 2})
+    run.put("lost threshold tau", {"zncc": (np.quantile(run.raw["other world/zncc"], 0.95) + np.quantile(run.raw["patch replaced/zncc"], 0.05)) / 2})
     every = [torch.from_numpy(x) for x in truth]
     run.distances("two halves of the truth", "", [(torch.cat(every[::2]), np.concatenate(truth[1::2] or truth))])
     run.distances("truth and its blur", "", [(soft(torch.cat(every)), np.concatenate(truth))])
@@ -252,26 +250,28 @@ def remember(run: Run) -> None:
                 strips.append(np.concatenate([true[-1], *shown], 1))
                 following = z, true
         donor = following
-    for seed in run.some:
-        palindrome(run, p, seed)
+    for seed, out in ((s, out) for s in run.some for out in OUT):
+        palindrome(run, p, seed, out)
     run.pictures["revisit"] = np.concatenate(strips[:4]).repeat(2, 0).repeat(2, 1)       # truth | memory | none | of another world | copy
-def palindrome(run: Run, p: Player, seed: int) -> None:
-    """M2, M3: 60 actions, then each undone; frames of one commanded pose beside each other, by the windows (W = 56) between them. A film
-    that stands still would agree with itself: where less than half of the way was travelled, the score is that of other views."""
-    plan = f"{(out := 'l2:40 w:4 -:12 a:4')} {undone(out)} -:16"
+OUT, GAPS = {"l2:40 w:4 -:12 a:4": "", "l2:40 w:4 -:12 l2:56 s:4 -:12 j2:84 -:16": " over 8 W"}, (0.5, 1, 2, 4, 8)     # 60 and 228 actions
+def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
+    """M2, M3: a walk out, then each action undone; frames of one commanded pose beside each other, by the windows (W = 56) between them. A
+    film that stands still would agree with itself: where less than half of the way was travelled, the score is that of other views."""
+    n = len(chords(out)[0])
     for start, before in (("a bank", "l2:120 l:20 j:20 -:16 "), ("one frame", "")):
-        script = place(seed, before + plan, 0)._replace(known=chords(before)[0].shape[0] + 1)
-        _, frames, z = opened(p, script)
+        script = place(seed, f"{before}{out} {undone(out)} -:40", 0)._replace(known=len(chords(before)[0]) + 1)
+        (_, frames, z), first = opened(p, script), 56 if script.known == 1 else 40
         home, turned = script.poses.numpy()[[script.known - 1, script.known + 5]]
-        for row, policy in ((f"palindrome from {start}, {policy}", policy) for policy in ("camera", "none")):
-            image, true = decode(p, rollout(p, script, z, 3, policy)[0], 136 if script.known == 1 else 120)[0], frames[script.known:]
+        for row, policy in ((f"palindrome{OUT[out]} from {start}, {policy}", policy) for policy in ("camera", "none")):
+            segments = 1 - (first - 2 * n) // 40
+            image, true = decode(p, rollout(p, script, z, segments, policy)[0], first + 40 * (segments - 1))[0], frames[script.known:]
             travelled = (register(script.scene, image[5].numpy(), (home + turned) / 2).pose - home)[4] / (turned - home)[4]
-            for gap in (0.5, 1, 2):
-                ago, now = (59 + sign * (int(28 * gap) + np.arange(-3, 4)) for sign in (-1, 1))
-                pair = (image[ago], image[now]) if travelled >= 0.5 else (true[ago], true[[59] * 7])
+            for gap in (gap for gap in GAPS if 28 * gap + 3 < n):
+                ago, now = (n - 1 + sign * (int(28 * gap) + np.arange(-3, 4)) for sign in (-1, 1))
+                pair = (image[ago], image[now]) if travelled >= 0.5 else (true[ago], true[[n - 1] * 7])
                 run.put(row, {f"{gap} W apart, dB": data.psnr(*pair).mean()})
             run.put(row, {"travelled / commanded": travelled})
-            run.located(row, script, image[119], script.known + 119)             # closes the loop: the commanded pose is home again
+            run.located(row, script, image[2 * n - 1], script.known + 2 * n - 1)             # closes the loop: the commanded pose is home again
 def follow(run: Run, p: Player, arm: str, script: Script, segments: int, policy: str) -> tuple[Tensor, ndarray, dict[str, list[float]]]:
     """A long rollout: frames, true frames and curves by segment; its summaries go into the row `arm`."""
     _, frames, z = opened(p, script, draw(script, slice(KNOWN + 40 * segments))[0])
@@ -291,8 +291,8 @@ def drift(run: Run) -> None:
     p, segments, made = run.player, 16 if run.full else 8, {}
     run.notes.append(f"{segments} segments of 40 frames after {KNOWN} true ones")
     for seed, mode, policy in ((s, m, q) for s in run.some for m in ("in place", "exploring") for q in ("camera", "none")):
-        path = (patrol if mode == "in place" else journey)(seed, segments)
-        image, true, parts = follow(run, p, arm := f"{mode}, {policy}", path, segments, policy)
+        walk, arm = patrol if mode == "in place" else journey, f"{mode}, {policy}"
+        image, true, parts = follow(run, p, arm, walk(seed, segments), segments, policy)
         for k in range(segments):
             run.put(f"segment {k + 1:02d}", {f"{arm}: {name}": x[k] for name, x in parts.items()})
             made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40], true[40 * k:40 * k + 40]))
@@ -454,20 +454,19 @@ def rope(run: Run) -> None:
         pairs = cfg.dim // cfg.heads // 2 - 2 * (cfg.dim // cfg.heads // 2 // 3)
         angle = dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :pairs]         # (lags, heads, pairs)
         run.put(f"sigma_theta {sigma}", {"likeness": angle.cos().mean((-1, -2)).max()})
-    reappear(run, {f"{later} latents later": (run.player, {"later": later}) for later in (0, 200, 800)})
-def reappear(run: Run, rows: dict[str, tuple[Player, dict]]) -> None:
+    reappear(run, {f"{later} latents later": {"later": later} for later in (0, 200, 800)})
+def reappear(run: Run, rows: dict[str, dict]) -> None:
     for seed in run.some:
         frames, depth, c2w = draw(script := revisit(seed, 0.0))
-        masks = dmd.masks(depth, c2w, at := np.arange(257 - SCORED, 257), KNOWN)
-        for row, (p, how) in rows.items():
-            run.scores(row, decode(p, rollout(p, script, opened(p, script, frames)[2], 2, **how)[0], SCORED)[0], frames[at], masks)
+        masks, z = dmd.masks(depth, c2w, at := np.arange(257 - SCORED, 257), KNOWN), opened(run.player, script, frames)[2]
+        for row, how in rows.items():
+            run.scores(row, decode(run.player, rollout(run.player, script, z, 2, **how)[0], SCORED)[0], frames[at], masks)
 def ablation(run: Run) -> None:
     """What a part is worth, for models trained without it: memory on return, at once and much later; drift in place; obedience."""
-    p = run.player
-    reappear(run, {"memory": (p, {}), "no memory": (p, {"policy": "none"}), "memory, 800 latents later": (p, {"later": 800})})
+    reappear(run, {"memory": {}, "no memory": {"policy": "none"}, "memory, 800 latents later": {"later": 800}})
     for seed in run.some:
-        follow(run, p, "in place", patrol(seed, 8), 8, "camera")
-        obey(run, p, seed)
+        follow(run, run.player, "in place", patrol(seed, 8), 8, "camera")
+        obey(run, run.player, seed)
 def experts(run: Run) -> None:
     """§3.5: every moe*.safetensors beside one dense model trained as long: revisits, actions and sharpness, in first and third person."""
     for steps, boundary in ((s, b) for s in (3, 50) for b in (0.75, 0.9, 0.95)):
@@ -491,7 +490,7 @@ def latency(run: Run) -> None:
     twice from one noise, without and with a key that went down at some moment of the segment before."""
     ours, released, _ = realtime.segment_flops(realtime.Options(preset="5b"))
     run.put("arithmetic", {"FPS at 1.551 s a segment": 40 / 1.551, "TF of a 5b segment": ours / 1e12, "TF as released": released / 1e12})
-    reappear(run, {f"{n} latents at once": (run.player, {"new": n}) for n in (10, 5, 2)})
+    reappear(run, {f"{n} latents at once": {"new": n} for n in (10, 5, 2)})
     session = realtime.Session(run.player.options)
     session.reset(torch.from_numpy(draw(place(run.worlds[0], "w:2"), [0])[0][0]))
     for k in range(26 if run.full else 14):
@@ -533,6 +532,8 @@ CLAIMS: dict[str, list[Claim]] = {
                    r, at, "oracle warp").mean()) for at in ("exact", "0.85 m")),
                *(C(f"there and back from {start}, 2 W apart: memory minus none", None, "> 0", "dB", "M2", of(
                    "2 W apart, dB", f"palindrome from {start}, camera", f"palindrome from {start}, none")) for start in ("a bank", "one frame")),
+               C("there and back over 8 W from a bank: half-life", None, "", "W", "M2", lambda r: [error_buffer.half_life(GAPS, x) for x in np.array(
+                   [r[f"palindrome over 8 W from a bank, camera/{g} W apart, dB"] for g in GAPS]).T - np.mean(r["exact, floor: other world/psnr"])]),
                *(C(f"there and back from a bank: {what}", None, goal, unit, "M3", of(column, "palindrome from a bank, camera"))
                  for what, column, goal, unit in (("way travelled / commanded", "travelled / commanded", "0.8-1.2", "x"),
                                                   ("from home at the end, m", "m", "<= 0.1", "m"), ("degrees", "deg", "<= 2", "deg"))),
@@ -734,8 +735,7 @@ def main(argv: list[str]) -> int:
         ("final", False, "the worlds kept for the last table; open them once"), ("tune", False, "the worlds for choosing settings"),
         ("worlds", 0, "how many, if not those 64 or 8"), ("weights", str(ROOT / "assets" / "tiny"), "folder of the .safetensors, or a run"),
         ("out", "results", "folder of the json files"), ("against", "none", "compare: the arm that the others are compared with")):
-        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{flag}", help=text, **kind)
+        parser.add_argument(f"--{flag}", help=text, **{"action": "store_true"} if default is False else {"type": type(default), "default": default})
     args = parser.parse_args(argv)
     for name in (COMMANDS if args.command == "all" else {args.command: 0}.keys() & COMMANDS):
         result = measure(name, args)

@@ -215,6 +215,7 @@ def test_theil_sen_ignores_an_outlier() -> None:
 def test_lost_is_eight_frames_in_a_row() -> None:
     assert error_buffer.time_to_lost([0.9] * 5 + [0.1] * 7 + [0.9] + [0.1] * 8, 0.7) == 13
     assert error_buffer.time_to_lost([0.9] * 21, 0.7) == 21
+    assert error_buffer.half_life([1, 2, 4], [8, 6, 2]) == 3 and error_buffer.half_life([1, 2, 4], [8, 6, 5]) == 4
 
 
 def test_kaplan_meier_counts_who_was_watched_and_not_lost():

@@ -164,13 +164,16 @@ def fresh_run(out: Path) -> evaluate.Run:
     return evaluate.Run([TEST], False, "none", out, {}, {}, [], {})
 
 
-def test_there_and_back_rewards_a_return_and_not_a_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("out, gaps", [(out, evaluate.GAPS[:n]) for out, n in zip(evaluate.OUT, (3, 5), strict=True)])
+def test_there_and_back_rewards_a_return_and_not_a_standstill(out: str, gaps: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = {}
     for frozen in (False, True):
         perfect(monkeypatch, frozen)
-        evaluate.palindrome(run := fresh_run(tmp_path), None, TEST)
-        score[frozen] = {k.split("/", 1)[1]: v[0] for k, v in run.raw.items() if k.startswith("palindrome from one frame, camera")}
-    assert min(score[False][f"{gap} W apart, dB"] for gap in (0.5, 1, 2)) > 45 and score[False]["travelled / commanded"] == pytest.approx(1, abs=0.05)
+        evaluate.palindrome(run := fresh_run(tmp_path), None, TEST, out)
+        row = f"palindrome{evaluate.OUT[out]} from one frame, camera/"
+        score[frozen] = {k.removeprefix(row): v[0] for k, v in run.raw.items() if k.startswith(row)}
+    assert {key for key in score[False] if "apart" in key} == {f"{gap} W apart, dB" for gap in gaps}
+    assert min(score[False][f"{gap} W apart, dB"] for gap in gaps) > 45 and score[False]["travelled / commanded"] == pytest.approx(1, abs=0.05)
     assert score[False]["m"] < 0.02 and score[False]["deg"] < 0.5 and not score[False]["lost"]
     assert max(score[True][f"{gap} W apart, dB"] for gap in (1, 2)) < 30 and abs(score[True]["travelled / commanded"]) < 0.1
 
@@ -228,6 +231,13 @@ def test_the_gain_over_the_oracle_is_a_ratio_of_mean_gains() -> None:
     raw = {"exact, camera/psnr": [20.0, 24.0], "exact, none/psnr": [14.0, 16.0], "exact, oracle warp/psnr": [25.0, 25.0]}
     claim = next(c for c in evaluate.CLAIMS["memory"] if c.name == "exact: gain of memory / of the oracle warp")
     assert evaluate.judge(claim, raw)["value"] == pytest.approx((6 + 8) / (11 + 9))
+
+
+def test_half_life_is_where_agreement_above_another_world_has_halved() -> None:
+    claim = next(c for c in evaluate.CLAIMS["memory"] if c.name.endswith("half-life"))
+    raw = {f"palindrome over 8 W from a bank, camera/{gap} W apart, dB": x for gap, x in zip(evaluate.GAPS, (
+        [30.0, 30.0], [25.0, 29.0], [15.0, 28.0], [12.0, 27.0], [12.0, 26.0]), strict=True)} | {"exact, floor: other world/psnr": [9.0, 11.0]}
+    assert evaluate.judge(claim, raw)["value"] == pytest.approx((1.5 + 8) / 2)           # half of 20 dB lies at 1.5 W; the other is never there
 
 
 def test_a_world_that_is_never_lost_counts_as_long_as_it_was_watched() -> None:
