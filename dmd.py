@@ -294,7 +294,8 @@ def mmd(a: Tensor, b: Tensor) -> float:
     return float(within(a) + within(b) - 2 * k(a, b).mean())
 
 
-def distances(pred: Tensor, true: Tensor) -> dict[str, float]:      # of two sets of frames (N, H, W, 3)
+def distances(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:      # made and true frames (N, H, W, 3) of every world
+    pred, true = (torch.cat([torch.as_tensor(x) for x in side]) for side in zip(*pairs, strict=True))
     a, b = map(pixel_pca(true), (pred, true))
     return {"TWFD": frechet(a, b), "MMD": mmd(a, b), "precision": share_inside(a, b), "recall": share_inside(b, a)}
 

@@ -253,20 +253,48 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
     return held
 
 
-STUDENT = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)       # t, two-sided 95 %, by how many there are
+STUDENT = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)  # t at 95 %, by how many
 
 
 def student(d: Sequence[float]) -> tuple[float, float]:
     """Mean and half its 95 % interval: a method is known by its few trainings, and not by the worlds one of them saw."""
     x = torch.tensor(list(d), dtype=torch.float64)
-    half = STUDENT[min(len(x), 8)] * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+    half = STUDENT[min(len(x), 15)] * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.inf
     return float(x.mean()), half
+
+
+def number(x: float | None) -> str:
+    return "-" if x is None else "nan" if not math.isfinite(x) else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
+def together(claims: Sequence[tuple[float, str, str]]) -> list[str]:       # p, where it was measured, claim
+    """Holm as a table: which claims hold when all of them are asked at once, at 5 %."""
+    rows = sorted(claims)
+    held = ["holds" if yes else "does not" for yes in holm([p for p, _, _ in rows])]
+    return ["| command | primary claim | p | with all the others |", "|---|---|---|---|",
+            *(f"| {where} | {claim} | {number(p)} | {said} |" for (p, where, claim), said in zip(rows, held, strict=True))]
+
+
+def arms(found: dict[tuple[str, str], dict[str, float]], against: str) -> list[str]:       # (claim, arm) -> seed -> value
+    """Arms trained several times as a table: every claim by seed, and the difference from the arm `against`, paired by seed."""
+    table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
+    for (name, arm), values in sorted(found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])):
+        base = found.get((name, against), {})
+        m, half = student([values[seed] - base[seed] for seed in values if seed in base])
+        every = sorted({seed for (other, _), seeds in found.items() if other == name for seed in seeds})
+        cells = [", ".join(number(values.get(seed)) for seed in every), number(sum(values.values()) / len(values))]
+        table.append(f"| {name} | {arm} | {' | '.join([*cells, '-' if arm == against else f'{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]'])} |")
+    return table
 
 
 def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tuple[float, float] | None]:
     """What became of a prediction (">= 6", "<= 2", "> 0", "0.9-1.1", "" for none): met, missed, reported, or unclear where
-    the mean says yes and its interval does not; its p-value; the interval. A span around zero is met by equivalence alone."""
-    mean, interval, met, ends = sum(x) / len(x), bca(x) if len(x) > 2 else None, None, ()
+    the mean says yes and its interval does not; its p-value; the interval: Student's under 16 worlds, where a bootstrap is too
+    narrow, and none for equal values, which say nothing of the next. A span around zero is met by equivalence alone."""
+    mean, interval, met, ends = sum(x) / len(x), None, None, ()
+    if len(x) > 2 and min(x) < max(x):
+        _, half = student(x)
+        interval = bca(x) if len(x) > 15 else (mean - half, mean + half)
     if bound := re.fullmatch(r"(>=|<=|>) (-?[\d.]+)", predicted):
         limit, holds = float(bound[2]), {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__}[bound[1]]
         met, ends = holds(float(mean), limit), (-math.inf, limit) if bound[1] == "<=" else (limit, math.inf)
@@ -274,7 +302,7 @@ def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tupl
     elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", predicted):
         ends = float(span[1]), float(span[2])
         low, high = interval or (mean, mean)
-        sure = equivalent(x, ends[1]) if interval and ends[0] == -ends[1] else ends[0] <= low and high <= ends[1]
+        sure = equivalent(x, ends[1]) if len(x) > 15 and ends[0] == -ends[1] else ends[0] <= low and high <= ends[1]
         met = ends[0] <= mean <= ends[1] and (sure or "unclear")
     said = {None: "reported", True: "met", False: "missed"}.get(met, met)
     return said, p_value(x, *ends) if ends and interval else None, interval

@@ -12,8 +12,8 @@ We own the renderer: true frames at any pose, exact depth, what an old frame saw
 window), where a generated frame was taken (registration). Scores of pictures are in dmd.py, statistics in error_buffer.py. Unit: the
 held-out world; arms share worlds, paths and noise; intervals are 95 % BCa over worlds. Rollouts go through realtime.Denoiser, as play
 does. Predictions are stored before the run; every table and figure comes from results/*.json alone. What needs retraining:
---weights RUN --out DIR/ARM-SEED (`ablation` is a short command for it); then `compare --out DIR` sets the arms side by side.
-Departures: LPIPS, FID, FVD and the like need downloaded networks and are not computed.
+--weights RUN --out DIR/ARM-SEED (`ablation` is a short command for it); then `compare --out DIR` sets the arms side by side. Departures:
+LPIPS, FID, FVD need downloaded networks and are not computed; TWFD uses principal components of pixels, not a trained network.
 Commands: python evaluate.py {sanity,memory,drift,action,distill,int8,vae,retrieval,rope,moe,latency,ablation,all,report,compare}
 Tests: pytest tests/test_evaluate.py
 """
@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -53,10 +54,8 @@ import realtime
 import world
 
 ROOT = Path(__file__).resolve().parent
-WORLDS = {"tune": 32, "test": 64, "final": 32}          # final: opened once, for the last table
 SIZE, KNOWN, SCORED = 64, 177, 12                       # pixels; true frames in the bank; frames that are scored
-PLACES = {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9}
-PANES = {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"}
+PLACES, PANES = {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9}, {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"}
 METRICS = {"psnr": data.psnr, "ssim": data.ssim, "gmsd": dmd.gmsd, "haarpsi": dmd.haarpsi, "zncc": dmd.zncc}
 BETTER = {name: -1 if name == "gmsd" else 1 for name in METRICS}
 Raw = dict[str, list[float]]                            # "row/column" -> one value per world
@@ -188,14 +187,16 @@ class Run:
         for name, mask in ((name, masks[name]) for name in masks or {} if name != "unseen"):
             some = mask.mean((1, 2)) >= 0.05
             self.put(row, {f"psnr {name}": data.psnr(pred[some], true[some], mask[some]).mean() if some.any() else math.nan})
-    def located(self, row: str, script: Script, frame: Tensor, t: int) -> None:
+    def located(self, row: str, script: Script, frame: Tensor, t: int, depth: ndarray, c2w: ndarray) -> None:
         """Registered scores: what remains when the error of the pose is taken out, and that error. Lost frames are counted."""
         found = register(script.scene, frame.numpy(), pose := script.poses[t].numpy())
-        there = {"registered psnr": data.psnr(frame[None], shoot(script.scene, found.pose[None])[0]), "lost": found.score < self.tau}
+        true, *there = shoot(script.scene, found.pose[None])
+        only = dmd.masks(*(np.concatenate(x) for x in zip((depth, c2w), there, strict=True)), [-1], script.known)["bank-only"]
+        there = {"registered psnr": data.psnr(frame[None], true), "lost": found.score < self.tau,
+                 "registered psnr bank-only": data.psnr(frame[None], true, only) if only.mean() >= 0.05 else math.nan}
         self.put(row, there | off(found, pose))
     def distances(self, row: str, name: str, pairs: list[tuple[Tensor, ndarray]]) -> None:      # of distributions, over all worlds
-        found = dmd.distances(torch.cat([a for a, _ in pairs]), torch.from_numpy(np.concatenate([b for _, b in pairs])))
-        self.put(row, {name + column: value for column, value in found.items()})
+        self.put(row, {name + column: value for column, value in dmd.distances(pairs).items()})
 off = lambda found, pose: {"m": np.hypot(*(found.pose - pose)[[0, 2]]), "deg": abs(found.pose - pose)[4], "ambiguous": found.ambiguous}
 def sanity(run: Run) -> None:
     """M0: every metric must rank fakes as expected; M9 needs no model."""
@@ -216,9 +217,8 @@ def sanity(run: Run) -> None:
         best, near, *bad = (sign * np.mean(run.raw[f"{row}/{m}"]) for row in ("truth", "turned 2 degrees", "frozen", "other world", "noise"))
         run.put("ranks fakes as expected", {m: best > near > max(bad)})
     run.put("lost threshold tau", {"zncc": (np.quantile(run.raw["other world/zncc"], 0.95) + np.quantile(run.raw["patch replaced/zncc"], 0.05)) / 2})
-    every = [torch.from_numpy(x) for x in truth]
-    run.distances("two halves of the truth", "", [(torch.cat(every[::2]), np.concatenate(truth[1::2] or truth))])
-    run.distances("truth and its blur", "", [(soft(torch.cat(every)), np.concatenate(truth))])
+    run.distances("two halves of the truth", "", [(torch.from_numpy(np.concatenate(truth[::2])), np.concatenate(truth[1::2] or truth))])
+    run.distances("truth and its blur", "", [(soft(np.concatenate(truth)), np.concatenate(truth))])
 def remember(run: Run) -> None:
     """M1 and M11: come back to what only the bank has seen, from the same place and from others; then swap the memory."""
     p, at, strips = run.player, np.arange(257 - SCORED, 257), []
@@ -241,8 +241,8 @@ def remember(run: Run) -> None:
             copied, warped = shown[nearest], dmd.warp(depth[at], c2w[at], shown, depth[old], c2w[old])
             for arm, image in (images | {"copy nearest": copied, "oracle warp": warped, "floor: other world": donor[1]}).items():
                 run.scores(f"{name}, {arm}", image, true, masks)
-            for arm in ("camera", "none") if seed in run.some[:64 if run.full else 4] else ():
-                run.located(f"{name}, {arm}", script, images[arm][-1], at[-1])
+            for arm in ("camera", "none", "oracle warp"):
+                run.located(f"{name}, {arm}", script, (images | {"oracle warp": warped})[arm][-1], at[-1], depth, c2w)
             if name == "exact":
                 for arm in ("camera", "zeros", "wrong poses", "other world"):
                     run.put(f"exact, {arm}", {"adoption": dmd.adoption(images[arm], true, donor[1], masks["bank-only"])})
@@ -253,14 +253,15 @@ def remember(run: Run) -> None:
     for seed, out in ((s, out) for s in run.some for out in OUT):
         palindrome(run, p, seed, out)
     run.pictures["revisit"] = np.concatenate(strips[:4]).repeat(2, 0).repeat(2, 1)       # truth | memory | none | of another world | copy
-OUT, GAPS = {"l2:40 w:4 -:12 a:4": "", "l2:40 w:4 -:12 l2:56 s:4 -:12 j2:84 -:16": " over 8 W"}, (0.5, 1, 2, 4, 8)     # 60 and 228 actions
+OUT, GAPS = {"l2:40 w:4 -:12 a:4": "", "l2:40 w:4 -:12 l2:56 s:4 -:28 j2:84": " over 8 W"}, (0.5, 1, 2, 4, 8)     # 60 and 228 actions
 def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
     """M2, M3: a walk out, then each action undone; frames of one commanded pose beside each other, by the windows (W = 56) between them. A
     film that stands still would agree with itself: where less than half of the way was travelled, the score is that of other views."""
     n = len(chords(out)[0])
     for start, before in (("a bank", "l2:120 l:20 j:20 -:16 "), ("one frame", "")):
         script = place(seed, f"{before}{out} {undone(out)} -:40", 0)._replace(known=len(chords(before)[0]) + 1)
-        (_, frames, z), first = opened(p, script), 56 if script.known == 1 else 40
+        frames, depth, c2w = draw(script)
+        (_, _, z), first = opened(p, script, frames), 56 if script.known == 1 else 40
         home, turned = script.poses.numpy()[[script.known - 1, script.known + 5]]
         for row, policy in ((f"palindrome{OUT[out]} from {start}, {policy}", policy) for policy in ("camera", "none")):
             segments = 1 - (first - 2 * n) // 40
@@ -271,7 +272,7 @@ def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
                 pair = (image[ago], image[now]) if travelled >= 0.5 else (true[ago], true[[n - 1] * 7])
                 run.put(row, {f"{gap} W apart, dB": data.psnr(*pair).mean()})
             run.put(row, {"travelled / commanded": travelled})
-            run.located(row, script, image[2 * n - 1], script.known + 2 * n - 1)             # closes the loop: the commanded pose is home again
+            run.located(row, script, image[2 * n - 1], script.known + 2 * n - 1, depth, c2w)         # the commanded pose is home again
 def follow(run: Run, p: Player, arm: str, script: Script, segments: int, policy: str) -> tuple[Tensor, ndarray, dict[str, list[float]]]:
     """A long rollout: frames, true frames and curves by segment; its summaries go into the row `arm`."""
     _, frames, z = opened(p, script, draw(script, slice(KNOWN + 40 * segments))[0])
@@ -291,8 +292,7 @@ def drift(run: Run) -> None:
     p, segments, made = run.player, 16 if run.full else 8, {}
     run.notes.append(f"{segments} segments of 40 frames after {KNOWN} true ones")
     for seed, mode, policy in ((s, m, q) for s in run.some for m in ("in place", "exploring") for q in ("camera", "none")):
-        walk, arm = patrol if mode == "in place" else journey, f"{mode}, {policy}"
-        image, true, parts = follow(run, p, arm, walk(seed, segments), segments, policy)
+        image, true, parts = follow(run, p, arm := f"{mode}, {policy}", (patrol if mode == "in place" else journey)(seed, segments), segments, policy)
         for k in range(segments):
             run.put(f"segment {k + 1:02d}", {f"{arm}: {name}": x[k] for name, x in parts.items()})
             made.setdefault((f"segment {k + 1:02d}", f"{arm}: "), []).append((image[40 * k:40 * k + 40], true[40 * k:40 * k + 40]))
@@ -339,7 +339,7 @@ def obey(run: Run, p: Player, seed: int, at: Sequence[int] = (11, 19, 31, 39)) -
 def action(run: Run) -> None:
     """M5: true, shuffled and no actions under equal noise; gain by registration, without Sim(3) alignment; opposite keys; keys read."""
     p = run.player
-    walks = [(where, world.simulate(where, s, 121, "random")) for where in map(scene, world.SPLITS["tune"][:WORLDS["tune"]]) for s in (2, 3)]
+    walks = [(where, world.simulate(where, s, 121, "random")) for where in map(scene, world.SPLITS["tune"][:32]) for s in (2, 3)]
     learnt = [dmd.pairs(shoot(where, w["player"])[0], w["keyboard"], w["mouse"], w["contact"]) for where, w in walks]
     reader = dmd.learn_keys(*map(torch.cat, zip(*learnt, strict=True)))
     for seed in run.worlds:
@@ -350,20 +350,22 @@ def action(run: Run) -> None:
 def distill(run: Run) -> None:
     """M6: the teacher at many and few steps against the student, on the same worlds, paths and noise; two seeds for diversity."""
     teacher, student, at, made = player(run.weights, "base") or lacking("base"), player(run.weights, "student"), np.arange(257 - SCORED, 257), {}
-    models = [(teacher, n) for n in ((50, 16, 8, 4, 3) if run.full else (50, 3))] + [(student, n) for n in ((1, 2, 3, 4, 8) if run.full else (1, 3))]
+    models = [(f"teacher, {n} steps", teacher, n, 1.0) for n in ((50, 16, 8, 4, 3) if run.full else (50, 3))]
+    models += [(f"{T50}, guided", teacher, 50, 3.0), *((f"student, {n} steps", student, n, 1.0) for n in ((1, 2, 3, 4, 8) if run.full else (1, 3)))]
     for seed in run.some:
         script = revisit(seed, 0.4)
         frames, depth, c2w = draw(script)
         masks, z = dmd.masks(depth, c2w, at, KNOWN), opened(teacher, script, frames)[2]
-        for p, n in ((p, n) for p, n in models if p):
-            row = f"{'teacher' if p is teacher else 'student'}, {n} steps"
-            latents, said = zip(*(rollout(p._replace(options=replace(p.options, steps=n)), script, z, 2, seed=s) for s in range(2)), strict=True)
-            image = decode(p, torch.cat(latents), SCORED)
+        for row, p, n, w in (model for model in models if model[1]):
+            how = replace(p.options, steps=n, guidance=w)
+            latents, said = zip(*(rollout(p._replace(options=how), script, z, 2, seed=s) for s in range(2)), strict=True)
+            film = decode(p, torch.cat(latents), 80)
+            image = film[:, -SCORED:]
             run.scores(row, image[0], frames[at], masks)
             spread = (image[0] - image[1]).square().mean(-1).numpy()
             run.put(row, {"sharpness": dmd.sharpness(image[0], frames[at]).mean(), "ms per segment": np.mean([s["ms"]["denoise"] for s in said])} | {
                 f"rms between seeds, {w}": math.sqrt((spread * masks[w]).sum() / (masks[w].sum() or math.nan)) for w in ("seen", "unseen")})
-            made.setdefault(row, []).append((image[0], frames[at]))
+            made.setdefault(row, []).append((film[0], frames[at[-1] - 79:]))      # while it turns: the last frames stand still
     for row, pairs in made.items():
         run.distances(row, "", pairs)
     strips = [[true[-1] for _, true in made[T50][:6]], *([np.uint8(255 * x[-1].numpy()) for x, _ in made[r][:6]] for r in (T50, T3, S) if r in made)]
@@ -380,9 +382,10 @@ def int8(run: Run) -> None:
         exact, rough = (rollout(q, script, z, segments)[0].float() for q in (p, p._replace(nets=p.nets | {"dit": small})))
         size = (rough - exact)[:, :, 4:14].square().mean().sqrt()
         run.put("segment 1", {"latent SQNR dB": 20 * math.log10(float(exact[:, :, 4:14].square().mean().sqrt() / size))})
-        def disturb(denoiser: realtime.Denoiser, size: Tensor = size, seed: int = seed) -> None:      # behind the first segment
-            noise = torch.randn(denoiser.now.past.shape, generator=torch.Generator().manual_seed(seed)) * size
-            denoiser.now = denoiser.now._replace(past=denoiser.now.past + noise.to(denoiser.now.past))
+        def disturb(denoiser: realtime.Denoiser, size: Tensor = size, seed: int = seed) -> None:      # what is known of the first segment
+            known = denoiser.bank.store["latents"][denoiser.bank.size - 10:denoiser.bank.size]
+            known += torch.randn(known.shape, generator=torch.Generator().manual_seed(seed)).to(known) * size
+            denoiser.now = denoiser.now._replace(past=known[-4:].transpose(0, 1)[None])
         for arm, other in (("int8", rough), ("disturbed", rollout(p, script, z, segments, after=disturb)[0].float())):
             for k, (a, b) in enumerate(zip(exact[:, :, 14:].split(10, 2), other[:, :, 14:].split(10, 2), strict=True), 2):
                 run.put(arm, {f"latent SQNR to float, segment {k}": 10 * math.log10(float(a.square().sum() / (a - b).square().sum()))})
@@ -410,8 +413,8 @@ def decoders(run: Run) -> None:
             video = torch.from_numpy(frames[:n]).permute(3, 0, 1, 2)[None].to(dtype) / 127.5 - 1
             y = picture(model.decode(z := full.encode(video), clamp=True))
             run.scores(f"{row}, {n} frames", y, frames[:n])
-            run.put(f"{row}, {n} frames", {"last frame psnr": data.psnr(y[-1:], frames[n - 1:n])})
             last[row] = np.uint8(255 * y[-1].numpy())
+            run.put(f"{row}, {n} frames", {"last frame psnr": data.psnr(last[row][None], frames[n - 1:n])})
         sheet.append(np.concatenate([frames[-1], *last.values()]))
         if p and seed in run.some:
             script, _, z = opened(p, revisit(seed, 0.0))
@@ -445,8 +448,9 @@ def retrieval(run: Run) -> None:
         run.facts = run.facts or {"solid": scene(seed).solid.tolist(), "poses": walk["player"][4::4][:last, [0, 2, 4]].tolist(), "bank": stop,
                                   "asks": asks.tolist(), "chosen": picks["camera, uniform"]}
         for row, chosen in picks.items():
-            run.put(row, {"coverage@5": dmd.coverage(together, chosen) / max(dmd.coverage(together, picks["greedy oracle"]), 1e-9),
+            run.put(row, {"coverage@5": dmd.coverage(together, chosen) / (dmd.coverage(together, picks["greedy oracle"]) or math.nan),
                           "missed views": np.mean([dmd.coverage(s, chosen) < 0.1 and s.any(0).float().mean() >= 0.5 for s in seen])})
+    run.raw = {key: np.nanmean(np.reshape(x, (-1, 4)), 1).tolist() for key, x in run.raw.items()}       # of a world
 def rope(run: Run) -> None:
     """Eq. 7: how alike times 100-4000 latents apart can look to the temporal clocks, with and without a clock per head; memory from far back."""
     for sigma in (0.0, 0.1, 0.5, 0.8):
@@ -518,18 +522,22 @@ def of(column: str, row: str, other: str = "", ratio: bool = False) -> Callable[
     """The values of a row, or their paired difference from another row (or ratio to it): both sides come from one run."""
     pairs = lambda raw: zip(raw[f"{row}/{column}"], raw[f"{other or row}/{column}"], strict=True)
     return lambda raw: [x / y if ratio else x - y if other else x for x, y in pairs(raw)]
-gain = lambda raw, at, arm: np.subtract(raw[f"{at}, {arm}/psnr"], raw[f"{at}, none/psnr"])          # of every world
+gain = lambda raw, at, arm: np.subtract(raw[f"{at}, {arm}/psnr bank-only"], raw[f"{at}, none/psnr bank-only"])          # of every world
 C, S, T50, T3 = Claim, "student, 3 steps", "teacher, 50 steps", "teacher, 3 steps"
 CLAIMS: dict[str, list[Claim]] = {
     "sanity": [C("metrics that rank fakes as expected", None, ">= 1", "", "M0", lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in BETTER]),
                *(C(f"registration of clean frames, median, {u}", None, f"<= {gate}", u, "M0", lambda r, u=u: np.median(
                    r[f"registration of clean frames/{u}"])) for u, gate in (("deg", 0.25), ("m", 0.01)))],
-    "memory": [*(C(f"{at}: memory minus none", None, f">= {gain}", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, none"), False, gain == 5)
-                 for at, gain in zip(PLACES, (6, 7, 5, 3), strict=True)),
-               *(C(f"{at}: memory minus copying", None, ">= 3", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, copy nearest"))
-                 for at in [*PLACES][1:]),
-               *(C(f"{at}: gain of memory / of the oracle warp", None, ">= 0.5", "x", "M1", lambda r, at=at: gain(r, at, "camera") / gain(
-                   r, at, "oracle warp").mean()) for at in ("exact", "0.85 m")),
+    "memory": [*(C(f"{at}: memory minus none, {what}", None, f">= {goal}", "dB", "M1", of(column, f"{at}, camera", f"{at}, none"), False,
+                   column.startswith("r") and at == "0.85 m") for what, column, goals in (
+                   ("registered, bank-only", "registered psnr bank-only", (1, 1, 1, 1)), ("all pixels", "psnr", (6, 7, 5, 3)))
+                 for at, goal in zip(PLACES, goals, strict=True)),
+               *(C(f"{at}: memory minus copying", None, ">= 3" if offset else "", "dB", "§3.2", of("psnr", f"{at}, camera", f"{at}, copy nearest"))
+                 for at, offset in PLACES.items()),
+               *(C(f"{at}: gain of memory / of the oracle warp, bank-only", None, ">= 0.5", "x", "M1", lambda r, at=at: gain(r, at, "camera")
+                   / np.nanmean(gain(r, at, "oracle warp"))) for at in PLACES),
+               *(C(f"{at}: {what}", None, "", unit, "M1", of(column, f"{at}, camera"))
+                 for at in PLACES for what, column, unit in (("pose error of what is drawn", "m", "m"), ("lost frames", "lost", ""))),
                *(C(f"there and back from {start}, 2 W apart: memory minus none", None, "> 0", "dB", "M2", of(
                    "2 W apart, dB", f"palindrome from {start}, camera", f"palindrome from {start}, none")) for start in ("a bank", "one frame")),
                C("there and back over 8 W from a bank: half-life", None, "", "W", "M2", lambda r: [error_buffer.half_life(GAPS, x) for x in np.array(
@@ -546,8 +554,8 @@ CLAIMS: dict[str, list[Claim]] = {
                 for n in (256, 640)),
               *(C(f"exploring: TWFD around frame {n}", None, "", "", "M6", of("exploring, camera: TWFD", f"segment {-(-n // 40):02d}"))
                 for n in (256, 640)),
-              *(C(f"{mode}: frames until lost, restricted mean", None, "", "", "M4", lambda r, m=f"{mode}, camera": error_buffer.restricted_mean(
-                  t := r[f"{m}/frames until lost"], r[f"{m}/lost"], max(t) or 1)) for mode in ("in place", "exploring"))],
+              C("in place: frames until lost, restricted mean", None, "", "", "M4", lambda r, m="in place, camera": error_buffer.restricted_mean(
+                  t := r[f"{m}/frames until lost"], r[f"{m}/lost"], max(t) or 1))],
     "action": [C("true minus shuffled actions", None, ">= 3", "dB", "§3.1", of("psnr", "true actions", "shuffled actions"), primary=True),
                *(C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind)) for kind in ("turn", "move")),
                C("KCtrl: opposite keys that both act", None, ">= 0.9", "", "M5", lambda r: np.mean([r[f"KCtrl/{pair}"] for pair in OPPOSITE], 0)),
@@ -563,6 +571,7 @@ CLAIMS: dict[str, list[Claim]] = {
                 C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
                 C("spread of seeds, unseen: student / teacher at 50", None, ">= 0.7", "x", "M6", of("rms between seeds, unseen", S, T50, True)),
                 C("sharpness: student / teacher at 50", None, ">= 1", "x", "M6", of("sharpness", S, T50, True)),
+                C("sharpness: student / guided teacher at 50", None, "", "x", "M6", of("sharpness", S, f"{T50}, guided", True)),
                 C("TWFD: student / teacher at 50", None, "<= 1.1", "x", "§3.3", of("TWFD", S, T50, True)),
                 C("segment time: teacher at 50 / student", None, "10-17", "x", "§3.3", of("ms per segment", T50, S, True))],
     "int8": [C("velocity SQNR at sigma 0.5", None, ">= 25", "dB", "§3.4", of("sigma 0.5", "velocity SQNR dB")),
@@ -608,13 +617,13 @@ def judge(claim: Claim, raw: Raw) -> dict:
         return row | {"value": None, "interval": None, "verdict": "not measured"}
     said, p, interval = error_buffer.verdict(x, claim.predicted)
     said = {True: "met", False: "missed"}[round(sum(x) / len(x), 2) == claim.paper] if claim.exact else said
-    return row | {"value": sum(x) / len(x), "interval": interval, "verdict": said, "p": p if claim.primary else None}
+    return row | {"value": sum(x) / len(x), "interval": interval, "n": len(x), "verdict": said, "p": p if claim.primary else None}
 
 # ---- results and report ----------------------------------------------------------------------------------------------
 def measure(name: str, args: argparse.Namespace) -> dict:
     """Store the predictions, run, store everything. Missing weights leave rows unmeasured and say what makes them."""
-    split = "final" if args.final else "tune" if args.tune else "test"
-    worlds, began = list(world.SPLITS[split][:args.worlds or (WORLDS[split] if args.full else 8)]), time.perf_counter()
+    split, began = "final" if args.final else "tune" if args.tune else "test", time.perf_counter()
+    worlds = list(world.SPLITS[split][32 * args.final:][:args.worlds or (64 if args.full else 8)])        # 32 final ones had been opened before
     run, path = Run(worlds, args.full, args.weights, Path(args.out), {}, {}, [], {}), Path(args.out, "final" * args.final, f"{name}.json")
     flags = "".join(f" --{f}" for f in ("full", "final", "tune") if getattr(args, f)) + f"{'' if args.full else ' --quick'} --worlds {len(worlds)}"
     flags += f" --weights {args.weights}" * (args.weights != str(ROOT / "assets" / "tiny"))
@@ -622,6 +631,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     result = {"command": f"python evaluate.py {name}{flags}", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "seed": 0,
               "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores", "split": split, "threads": torch.get_num_threads(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "worlds": worlds,
+              "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
               "weights": {"/".join(f.parts[-2:]): hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in Path(args.weights).rglob("*.safetensors")}}
     path.parent.mkdir(parents=True, exist_ok=True)
     moe.write_text(path, json.dumps(result | {"claims": [judge(c, {}) for c in CLAIMS[name]], "raw": {}}))
@@ -633,14 +643,13 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     result |= {"seconds": round(time.perf_counter() - began, 1), "notes": run.notes, "claims": [judge(c, run.raw) for c in CLAIMS[name]]}
     moe.write_text(path, json.dumps(result | {"raw": run.raw, "pictures": pictures, "facts": run.facts}))
     return result | {"raw": run.raw}
-def number(x: float | None) -> str:
-    return "-" if x is None else "nan" if not math.isfinite(x) else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+number = error_buffer.number
 def claim_table(result: dict) -> str:
-    lines = ["| claim | where | paper | predicted | measured [95 %] | verdict |", "|---|---|---|---|---|---|"]
+    lines = ["| claim | where | paper | predicted | measured [95 %] | n | verdict |", "|---|---|---|---|---|---|---|"]
     for c in result["claims"]:
         span = f" [{', '.join(map(number, c['interval']))}]" if c["interval"] else ""
         got = "not measured" if c["value"] is None else f"{number(c['value'])}{span} {c['unit']}".rstrip()
-        lines.append(f"| {c['name']} | {c['where']} | {number(c['paper'])} | {c['predicted'] or '-'} | {got} | {c['verdict']} |")
+        lines.append(f"| {c['name']} | {c['where']} | {number(c['paper'])} | {c['predicted'] or '-'} | {got} | {c.get('n', '-')} | {c['verdict']} |")
     return "\n".join([*lines, "", footer(result)])
 def raw_table(result: dict) -> str:                     # rows and columns as the keys say; means over worlds
     keys = [key.split("/", 1) for key in result["raw"]]
@@ -653,39 +662,30 @@ def footer(result: dict) -> str:
     v, worlds = result["versions"], f"{len(result['worlds'])} {result['split']} worlds"
     return " · ".join([f"`{result['command']}`", worlds, f"{result['machine']}, {result['threads']} threads", f"torch {v['torch']}",
                        f"{result['date']} UTC", *result.get("notes", [])])
-def together(found: dict[str, dict]) -> list[str]:
-    """Holm: which primary claims hold when all of them are asked at once, at 5 %."""
-    rows = sorted((c["p"], name, c["name"]) for name, result in found.items() for c in result["claims"] if c.get("p") is not None)
-    holds = ["holds" if held else "does not" for held in error_buffer.holm([row[0] for row in rows])]
-    return ["| command | primary claim | p | with all the others |", "|---|---|---|---|",
-            *(f"| {name} | {claim} | {number(p)} | {verdict} |" for (p, name, claim), verdict in zip(rows, holds, strict=True)),
-            "", f"`python evaluate.py report` · {len(rows)} tests, Holm at 5 %, p by bootstrap over worlds"]
-def contrast(folder: Path, against: str) -> dict:
-    """Arms trained several times, folder/ARM-SEED/*.json: every claim by seed, and the difference from the arm `against`, paired by seed."""
-    found, each = {}, {}                                # the last command of each kind stands for all
+def contrast(folder: Path, against: str) -> dict:       # folder/ARM-SEED/*.json; the last command of each kind stands for all
+    found, each = {}, {}
     for path in sorted(folder.glob("*-*/*.json")):
         (arm, seed), each[path.stem] = path.parent.name.rsplit("-", 1), footer(result := json.loads(path.read_text()))
         for c in (c for c in result["claims"] if c["value"] is not None):
-            found.setdefault((f"{c['name']}, {c['unit']}", arm), {})[seed] = c["value"]
-    table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
-    for (name, arm), values in sorted(found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])):
-        m, half = error_buffer.student([values[seed] - found[name, against][seed] for seed in values if seed in found.get((name, against), {})])
-        cells = [", ".join(map(number, values.values())), number(np.mean([*values.values()])), f"{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]"]
-        table.append(f"| {name} | {arm} | {' | '.join(cells[:2] + ['-'] if arm == against else cells)} |")
-    return {"table": [*table, "", f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"]}
+            found.setdefault((f"{c['name']}, {c['unit']}".rstrip(", "), arm), {})[seed] = c["value"]
+    said = f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"
+    return {"table": [*error_buffer.arms(found, against), "", said]}
 def results(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.stem in COMMANDS}
 def report(out: Path, readme: Path, figures: Path) -> None:
     """Rewrite what stands between <!-- table:NAME --> (or NAME:raw, final-NAME) and <!-- /table -->, and the figures, from the json."""
     found, final = results(out), results(out / "final")
+    if wrong := [m for m in BETTER if found.get("sanity", {}).get("raw", {}).get(f"ranks fakes as expected/{m}", [1])[0] < 1]:
+        raise ValueError(f"{', '.join(wrong)}: ranks fakes wrongly (see {out}/sanity.json), so nothing is reported")
     tables = {name: claim_table(result) for name, result in [*found.items(), *((f"final-{name}", result) for name, result in final.items())]}
     others = {path.stem: json.loads(path.read_text())["table"] for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json"))}
+    primary = {(c["p"], name, c["name"]) for name, result in (found | final).items() for c in result["claims"] if c.get("p") is not None}
+    holm = [*error_buffer.together(primary), "", f"`python evaluate.py report` · {len(primary)} tests, Holm at 5 %, p by bootstrap over worlds"]
     tables |= {f"{name}:raw": raw_table(result) for name, result in found.items()}
-    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": together(final or found)}).items()}
+    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": holm}).items()}
     print(tables["holm"])
     fill = lambda at: f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
-    if readme.exists():
-        moe.write_text(readme, re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
+    readme.exists() and moe.write_text(readme, re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S))
     figures.mkdir(parents=True, exist_ok=True)
     for name, content in (pair for result in found.values() for pair in result.get("pictures", {}).items()):
         (figures / f"{name}.png").write_bytes(base64.b64decode(content))
@@ -743,7 +743,7 @@ def main(argv: list[str]) -> int:
     if args.command == "compare":
         print("\n".join((result := contrast(Path(args.out), args.against))["table"]))
         moe.write_text(Path(args.out).with_name(f"compare-{Path(args.out).name}.json"), json.dumps(result, indent=1))
-    if args.command in ("all", "report"):
+    if args.command == "report":
         report(Path(args.out), ROOT / "README.md", ROOT / "assets" / "figures")
     return 0
 if __name__ == "__main__":
