@@ -315,7 +315,7 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     if cfg.stage == "moe" and cfg.expert.startswith("high"):       # they teach obedience, by true keys only; the low expert takes inferred ones, too
         paths = [path for path in paths if data.read_episode(path).meta["action_source"] == "engine"]
     if not paths:
-        raise ValueError(f"no episodes of split {split!r} in {root}; make them with: python data.py make --preset {cfg.preset} --out {root}")
+        raise ValueError(f"no episodes of split {split!r} in {root}; move some there, or: python data.py make --preset {cfg.preset} --out {root}")
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
     for tensor in (*vae.encoder.parameters(), *vae.conv1.parameters(), vae.latent_mean, vae.latent_std):
         digest.update(f"{tensor.double().sum().item():.6g}".encode())
