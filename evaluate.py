@@ -564,7 +564,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "ablation": [C(name, None, "", unit, "§3", of(*how)) for name, unit, *how in (
         ("revisit", "dB", "psnr bank-only", "memory"), ("revisit, memory switched off", "dB", "psnr bank-only", "no memory"),
         ("revisit 800 latents later minus at once", "dB", "psnr", "memory, 800 latents later", "memory"),
-        *((f"in place, {unit}", "", unit, "in place") for unit in ("dB per 100 frames", "grey levels per 100 frames")),
+        *((f"in place, {unit}", "", unit, "in place") for unit in ("dB per 100 frames", "grey levels per 100 frames", "frames until lost")),
         ("true minus shuffled actions", "dB", "psnr", "true actions", "shuffled actions"),
         *((f"pose error: {kind}", unit, "relative pose error", kind) for kind, unit in (("turn", "deg"), ("move", "m"))))],
     "distill": [C("student at 3 steps minus teacher at 50, seen", None, "-0.5-0.5", "dB", "§3.3", of("psnr seen", S, T50), primary=True),
