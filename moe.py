@@ -538,7 +538,7 @@ def export(*runs: str, file: str) -> None:
     found = [read_weights(run) for run in runs]
     (tensors, said), names = found[0], [s.get("expert", "none").removeprefix("high-") for _, s in found]
     if len(runs) > 1:
-        if len({*names}) < len(runs) or len({tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift")) for _, s in found}) > 1:
+        if len({*names}) < len(runs) or len({tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift", "sink")) for _, s in found}) > 1:
             raise ValueError(f"joined runs must be different experts of one --stage moe with one boundary, got {', '.join(names)}")
         tensors = (model := join(dict(zip(names, runs, strict=True)), said["boundary"])).state_dict()
         said = said | {"config": asdict(model.config), "view": "both"}
