@@ -294,7 +294,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
     return float(within(a) + within(b) - 2 * k(a, b).mean())
 
 
-def distances(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:      # made and true frames (N, H, W, 3) of every world
+def distances(pairs: list[tuple[Tensor, Sequence]]) -> dict[str, float]:      # made and true frames (N, H, W, 3) of every world
     pred, true = (torch.cat([torch.as_tensor(x) for x in side]) for side in zip(*pairs, strict=True))
     a, b = map(pixel_pca(true), (pred, true))
     return {"TWFD": frechet(a, b), "MMD": mmd(a, b), "precision": share_inside(a, b), "recall": share_inside(b, a)}
@@ -387,11 +387,11 @@ def visible(depth: Tensor, c2w: Tensor, bank_depth: Tensor, bank_c2w: Tensor) ->
     return lookup(depth, c2w, bank_depth, bank_c2w)[2].unflatten(2, depth.shape[1:])
 
 
-def masks(depth: Tensor, c2w: Tensor, at: Sequence[int], known: int) -> dict[str, Tensor]:             # each (T, H, W) bool
-    """Of frames `at`: what the bank, every fourth of the first `known` frames, has seen or not, and what only it has, not the last 56."""
-    bank = torch.arange(0, known, 4).numpy()
+def masks(depth: Sequence, c2w: Sequence, at: Sequence[int], known: int) -> dict[str, Sequence]:     # NumPy arrays; each mask (T, H, W) bool
+    """Of frames `at`: what the bank, a frame per latent of the first `known`, has seen or not, and what only it has, not the last window."""
+    bank = torch.arange(0, known, Window.stride).numpy()
     seen = visible(depth[at], c2w[at], depth[bank], c2w[bank]).numpy()
-    old = bank < known - 56
+    old = bank < known - Window.stride * (Window.past + Window.new)
     return {"seen": seen.any(1), "unseen": ~seen.any(1), "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1)}
 
 
@@ -427,7 +427,7 @@ def adoption(pred: Tensor, true: Tensor, donor: Tensor, mask: Tensor) -> float:
     return float((far(donor) < far(true)).double().mean())
 
 
-def answered(moved: Tensor, asked: Tensor, dead: float) -> bool:
+def answered(moved: Sequence, asked: Sequence, dead: float) -> bool:
     """KCtrl: both motions (2, d) go the way that was asked, by more than a dead zone. One motion cannot go both ways."""
     # m·c / |c|
     return bool(((moved * asked).sum(1) / (asked * asked).sum(1) ** 0.5 > dead).all())
