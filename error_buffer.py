@@ -38,26 +38,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ErrorConfig:
-    gamma: float = 1.0              # γ: scale of an injected error
-    jitter: float = 0.2             # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
-    probability: float = 0.5        # chance that a sample is perturbed at all; the others stay bit-identical
-    capacity: int = 500             # latent frames kept, per bucket if there are buckets
-    warmup: int = 50                # pushes before the first injection: early errors are an untrained net's
-    per_push: int = 16              # frames banked per step: an entry lives about capacity / per_push steps
-    replacement: str = "random"     # or "nearest": the L2-nearest old entry makes room, so rare ones stay
-    kind: str = "real"              # or "gaussian": noise of each entry's size, no structure: the control
-    buckets: int = 0                # 0: one shelf for every σ (the paper); 50: shelves by noise level
-    shift: float = 5.0              # buckets are even along the unshifted σ, like the sampler's steps
-    dtype: str = "float16"          # storage on the CPU; "bfloat16" has range instead of precision
+    gamma: float = 1.0  # γ: scale of an injected error
+    jitter: float = 0.2  # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
+    probability: float = (
+        0.5  # chance that a sample is perturbed at all; the others stay bit-identical
+    )
+    capacity: int = 500  # latent frames kept, per bucket if there are buckets
+    warmup: int = 50  # pushes before the first injection: early errors are an untrained net's
+    per_push: int = 16  # frames banked per step: an entry lives about capacity / per_push steps
+    replacement: str = (
+        "random"  # or "nearest": the L2-nearest old entry makes room, so rare ones stay
+    )
+    kind: str = "real"  # or "gaussian": noise of each entry's size, no structure: the control
+    buckets: int = 0  # 0: one shelf for every σ (the paper); 50: shelves by noise level
+    shift: float = 5.0  # buckets are even along the unshifted σ, like the sampler's steps
+    dtype: str = "float16"  # storage on the CPU; "bfloat16" has range instead of precision
 
     def __post_init__(self):
-        allowed = {"replacement": ("random", "nearest"), "kind": ("real", "gaussian"),
-                   "dtype": ("float16", "bfloat16", "float32")}
+        allowed = {
+            "replacement": ("random", "nearest"),
+            "kind": ("real", "gaussian"),
+            "dtype": ("float16", "bfloat16", "float32"),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"ErrorConfig.{name} must be one of {values}, got {getattr(self, name)!r}")
-        if self.capacity < 1 or self.per_push < 1 or self.buckets < 0 or not 0 <= self.probability <= 1:
-            raise ValueError(f"need capacity, per_push >= 1, buckets >= 0, 0 <= probability <= 1, got {self}")
+                raise ValueError(
+                    f"ErrorConfig.{name} must be one of {values}, got {getattr(self, name)!r}"
+                )
+        if (
+            self.capacity < 1
+            or self.per_push < 1
+            or self.buckets < 0
+            or not 0 <= self.probability <= 1
+        ):
+            raise ValueError(
+                f"need capacity, per_push >= 1, buckets >= 0, 0 <= probability <= 1, got {self}"
+            )
 
 
 class ErrorBuffer:
@@ -67,7 +83,9 @@ class ErrorBuffer:
         self.cfg, self.pushes = cfg, 0
         self.shelves = max(1, cfg.buckets)
         self.counts = [0] * self.shelves
-        self.entries: Tensor | None = None      # (shelves·capacity, C, h, w), allocated by the first push
+        self.entries: Tensor | None = (
+            None  # (shelves·capacity, C, h, w), allocated by the first push
+        )
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -80,32 +98,43 @@ class ErrorBuffer:
 
     def push(
         self,
-        delta: Tensor,                              # (B, C, T, h, w) δ = x̂0 − x0 of the current latents
-        sigma: Tensor,                              # (B,) noise level at which δ was made
-        generator: torch.Generator | None = None,   # on the CPU; None takes the global one
+        delta: Tensor,  # (B, C, T, h, w) δ = x̂0 − x0 of the current latents
+        sigma: Tensor,  # (B,) noise level at which δ was made
+        generator: torch.Generator | None = None,  # on the CPU; None takes the global one
     ) -> None:
         if delta.ndim != 5 or sigma.shape != delta.shape[:1]:
-            raise ValueError("push needs delta (B, C, T, h, w) and sigma (B,), "
-                             f"got {tuple(delta.shape)} and {tuple(sigma.shape)}")
+            raise ValueError(
+                "push needs delta (B, C, T, h, w) and sigma (B,), "
+                f"got {tuple(delta.shape)} and {tuple(sigma.shape)}"
+            )
         B, C, T, h, w = delta.shape
         self._check(C, h, w)
         picks = torch.randperm(B * T, generator=generator)[: self.cfg.per_push].to(delta.device)
-        frames = delta.detach().transpose(1, 2).flatten(0, 1)[picks].to("cpu", getattr(torch, self.cfg.dtype))
+        frames = (
+            delta.detach()
+            .transpose(1, 2)
+            .flatten(0, 1)[picks]
+            .to("cpu", getattr(torch, self.cfg.dtype))
+        )
         if not frames.isfinite().all():
-            raise ValueError(f"push got NaN or more than {self.cfg.dtype} can hold: the step diverged")
+            raise ValueError(
+                f"push got NaN or more than {self.cfg.dtype} can hold: the step diverged"
+            )
         if self.entries is None:
-            self.entries = torch.empty(self.shelves * self.cfg.capacity, C, h, w, dtype=frames.dtype)
+            self.entries = torch.empty(
+                self.shelves * self.cfg.capacity, C, h, w, dtype=frames.dtype
+            )
         for frame, level in zip(frames, sigma[picks // T].tolist(), strict=True):
             self.entries[self._slot(frame, self.shelf(level), generator)] = frame
         self.pushes += 1
 
     def perturb(
         self,
-        x: Tensor,                                  # (B, C, T, h, w) past or memory latents, clean
-        gamma: float | None = None,                 # γ_h or γ_m; None takes the config's
-        generator: torch.Generator | None = None,   # on the CPU; None takes the global one
-        sigma: float | None = None,                 # with buckets: only errors made at this level
-    ) -> Tensor:                                    # (B, C, T, h, w) x̃; x itself until the warm-up is over
+        x: Tensor,  # (B, C, T, h, w) past or memory latents, clean
+        gamma: float | None = None,  # γ_h or γ_m; None takes the config's
+        generator: torch.Generator | None = None,  # on the CPU; None takes the global one
+        sigma: float | None = None,  # with buckets: only errors made at this level
+    ) -> Tensor:  # (B, C, T, h, w) x̃; x itself until the warm-up is over
         if x.ndim != 5:
             raise ValueError(f"perturb needs latents (B, C, T, h, w), got {tuple(x.shape)}")
         B, C, T, h, w = x.shape
@@ -117,9 +146,9 @@ class ErrorBuffer:
         hit = torch.rand(B, generator=generator) < self.cfg.probability
         scale = gamma * (1 + self.cfg.jitter * (2 * torch.rand(B, generator=generator) - 1))
         picks = slots[torch.randint(len(slots), (B, T), generator=generator)]
-        delta = self.entries[picks].transpose(1, 2).to(x)                           # (B, C, T, h, w)
+        delta = self.entries[picks].transpose(1, 2).to(x)  # (B, C, T, h, w)
         if self.cfg.kind == "gaussian":
-            size = delta.std((1, 3, 4), keepdim=True)                               # of every latent frame
+            size = delta.std((1, 3, 4), keepdim=True)  # of every latent frame
             delta = size * torch.randn(delta.shape, generator=generator).to(x)
         # Eq. 2, 5  x̃ = x + γ·δ′
         x_tilde = x + scale.to(x).view(B, 1, 1, 1, 1) * delta
@@ -128,21 +157,31 @@ class ErrorBuffer:
     def state_dict(self) -> dict:
         """Plain tensors, numbers and strings: torch.load(weights_only=True) reads it back."""
         kept = None if self.entries is None else self.entries[self._filled()].clone()
-        return {"cfg": asdict(self.cfg), "pushes": self.pushes, "counts": list(self.counts), "entries": kept}
+        return {
+            "cfg": asdict(self.cfg),
+            "pushes": self.pushes,
+            "counts": list(self.counts),
+            "entries": kept,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         layout = [(self.cfg.capacity, self.cfg.buckets, self.cfg.dtype)]
         layout += [tuple(state["cfg"][name] for name in ("capacity", "buckets", "dtype"))]
         if layout[0] != layout[1]:
-            raise ValueError(f"this error buffer has (capacity, buckets, dtype) = {layout[0]}, the saved one "
-                             f"{layout[1]}: pass the saved values, or start a new run with --fresh")
+            raise ValueError(
+                f"this error buffer has (capacity, buckets, dtype) = {layout[0]}, the saved one "
+                f"{layout[1]}: pass the saved values, or start a new run with --fresh"
+            )
         self.pushes, self.counts, self.entries = state["pushes"], list(state["counts"]), None
         if state["entries"] is not None:
-            self.entries = torch.empty(self.shelves * self.cfg.capacity, *state["entries"].shape[1:],
-                                       dtype=state["entries"].dtype)
+            self.entries = torch.empty(
+                self.shelves * self.cfg.capacity,
+                *state["entries"].shape[1:],
+                dtype=state["entries"].dtype,
+            )
             self.entries[self._filled()] = state["entries"]
 
-    def _filled(self, shelf: int | None = None) -> Tensor:      # (n,) slots that hold an entry
+    def _filled(self, shelf: int | None = None) -> Tensor:  # (n,) slots that hold an entry
         shelves = range(self.shelves) if shelf is None else [shelf]
         start = [torch.arange(self.counts[s]) + s * self.cfg.capacity for s in shelves]
         return torch.cat(start)
@@ -161,12 +200,15 @@ class ErrorBuffer:
     def _check(self, *frame: int) -> None:
         if self.entries is not None and tuple(self.entries.shape[1:]) != frame:
             held = tuple(self.entries.shape[1:])
-            raise ValueError(f"got latent frames (C, h, w) = {frame}, the buffer holds {held}: "
-                             "one buffer serves one preset; start a new run with --fresh")
+            raise ValueError(
+                f"got latent frames (C, h, w) = {frame}, the buffer holds {held}: "
+                "one buffer serves one preset; start a new run with --fresh"
+            )
 
 
 # ---- how fast errors grow --------------------------------------------------------------------------------
 # What the buffer is for, in numbers: the slope of a rollout's scores, and how long it keeps to the truth.
+
 
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:
     """The median of all pairwise slopes: an outlier moves nothing."""
@@ -212,9 +254,14 @@ def restricted_mean(times: Sequence[float], lost: Sequence[bool], horizon: float
 
 # ---- how sure one can be: the unit is the world ----------------------------------------------------------
 
-def bootstrap(x: Sequence[float], resamples: int = 10_000) -> tuple[Tensor, Tensor]:    # values, means of resamples
+
+def bootstrap(
+    x: Sequence[float], resamples: int = 10_000
+) -> tuple[Tensor, Tensor]:  # values, means of resamples
     x = torch.tensor([v for v in map(float, x) if math.isfinite(v)], dtype=torch.float64)
-    picks = torch.randint(max(1, len(x)), (resamples, len(x)), generator=torch.Generator().manual_seed(0))
+    picks = torch.randint(
+        max(1, len(x)), (resamples, len(x)), generator=torch.Generator().manual_seed(0)
+    )
     return x, x[picks].mean(1)
 
 
@@ -223,7 +270,7 @@ def bca(x: Sequence[float], level: float = 0.95, resamples: int = 10_000) -> tup
     x, means = bootstrap(x, resamples)
     if len(x) < 2 or x.min() == x.max():
         return (float(x[0]), float(x[0])) if len(x) and x.min() == x.max() else (math.nan, math.nan)
-    normal, d = NormalDist(), (x - x.mean()) / (len(x) - 1)                 # mean of the jackknives − each of them
+    normal, d = NormalDist(), (x - x.mean()) / (len(x) - 1)  # mean of the jackknives − each of them
     below = float((means < x.mean()).double().mean())
     bias = normal.inv_cdf(min(max(below, 1 / resamples), 1 - 1 / resamples))
     acceleration = float((d**3).sum() / (6 * (d**2).sum() ** 1.5))
@@ -253,7 +300,24 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
     return held
 
 
-STUDENT = (0, math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)  # t at 95 %, by how many
+STUDENT = (
+    0,
+    math.inf,
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.16,
+    2.145,
+)  # t at 95 %, by how many
 
 
 def student(d: Sequence[float]) -> tuple[float, float]:
@@ -264,30 +328,62 @@ def student(d: Sequence[float]) -> tuple[float, float]:
 
 
 def number(x: float | None) -> str:
-    return "-" if x is None else "nan" if not math.isfinite(x) else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    return (
+        "-"
+        if x is None
+        else "nan"
+        if not math.isfinite(x)
+        else f"{x:.0f}"
+        if abs(x) >= 1000
+        else f"{x:.4g}"
+    )
 
 
-def together(claims: Sequence[tuple[float, str, str]]) -> list[str]:       # p, where it was measured, claim
+def together(
+    claims: Sequence[tuple[float, str, str]],
+) -> list[str]:  # p, where it was measured, claim
     """Holm as a table: which claims hold when all of them are asked at once, at 5 %."""
     rows = sorted(claims)
     held = ["holds" if yes else "does not" for yes in holm([p for p, _, _ in rows])]
-    return ["| command | primary claim | p | with all the others |", "|---|---|---|---|",
-            *(f"| {where} | {claim} | {number(p)} | {said} |" for (p, where, claim), said in zip(rows, held, strict=True))]
+    return [
+        "| command | primary claim | p | with all the others |",
+        "|---|---|---|---|",
+        *(
+            f"| {where} | {claim} | {number(p)} | {said} |"
+            for (p, where, claim), said in zip(rows, held, strict=True)
+        ),
+    ]
 
 
-def arms(found: dict[tuple[str, str], dict[str, float]], against: str) -> list[str]:       # (claim, arm) -> seed -> value
+def arms(
+    found: dict[tuple[str, str], dict[str, float]], against: str
+) -> list[str]:  # (claim, arm) -> seed -> value
     """Arms trained several times as a table: every claim by seed, and the difference from the arm `against`, paired by seed."""
-    table = ["| claim | arm | each seed | mean | difference [95 % over seeds] |", "|---|---|---|---|---|"]
-    for (name, arm), values in sorted(found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])):
+    table = [
+        "| claim | arm | each seed | mean | difference [95 % over seeds] |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, arm), values in sorted(
+        found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])
+    ):
         base = found.get((name, against), {})
         m, half = student([values[seed] - base[seed] for seed in values if seed in base])
-        every = sorted({seed for (other, _), seeds in found.items() if other == name for seed in seeds})
-        cells = [", ".join(number(values.get(seed)) for seed in every), number(sum(values.values()) / len(values))]
-        table.append(f"| {name} | {arm} | {' | '.join([*cells, '-' if arm == against else f'{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]'])} |")
+        every = sorted(
+            {seed for (other, _), seeds in found.items() if other == name for seed in seeds}
+        )
+        cells = [
+            ", ".join(number(values.get(seed)) for seed in every),
+            number(sum(values.values()) / len(values)),
+        ]
+        table.append(
+            f"| {name} | {arm} | {' | '.join([*cells, '-' if arm == against else f'{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]'])} |"
+        )
     return table
 
 
-def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tuple[float, float] | None]:
+def verdict(
+    x: Sequence[float], predicted: str
+) -> tuple[str, float | None, tuple[float, float] | None]:
     """What became of a prediction (">= 6", "<= 2", "> 0", "0.9-1.1", "" for none): met, missed, reported, or unclear where
     the mean says yes and its interval does not; its p-value; the interval: Student's under 16 worlds, where a bootstrap is too
     narrow, and none for equal values, which say nothing of the next. A span around zero is met by equivalence alone."""
@@ -296,13 +392,27 @@ def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tupl
         _, half = student(x)
         interval = bca(x) if len(x) > 15 else (mean - half, mean + half)
     if bound := re.fullmatch(r"(>=|<=|>) (-?[\d.]+)", predicted):
-        limit, holds = float(bound[2]), {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__}[bound[1]]
-        met, ends = holds(float(mean), limit), (-math.inf, limit) if bound[1] == "<=" else (limit, math.inf)
-        met = "unclear" if met and interval and not all(holds(float(end), limit) for end in interval) else met
+        limit, holds = (
+            float(bound[2]),
+            {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__}[bound[1]],
+        )
+        met, ends = (
+            holds(float(mean), limit),
+            (-math.inf, limit) if bound[1] == "<=" else (limit, math.inf),
+        )
+        met = (
+            "unclear"
+            if met and interval and not all(holds(float(end), limit) for end in interval)
+            else met
+        )
     elif span := re.fullmatch(r"(-?[\d.]+)-([\d.]+)", predicted):
         ends = float(span[1]), float(span[2])
         low, high = interval or (mean, mean)
-        sure = equivalent(x, ends[1]) if len(x) > 15 and ends[0] == -ends[1] else ends[0] <= low and high <= ends[1]
+        sure = (
+            equivalent(x, ends[1])
+            if len(x) > 15 and ends[0] == -ends[1]
+            else ends[0] <= low and high <= ends[1]
+        )
         met = ends[0] <= mean <= ends[1] and (sure or "unclear")
     said = {None: "reported", True: "met", False: "missed"}.get(met, met)
     return said, p_value(x, *ends) if ends and interval else None, interval
@@ -311,16 +421,25 @@ def verdict(x: Sequence[float], predicted: str) -> tuple[str, float | None, tupl
 if __name__ == "__main__":
     g = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.95, 0.7, 0.4, 0.1])
-    x0, v_error = torch.randn(4, 16, 10, 8, 8, generator=g), torch.randn(4, 16, 10, 8, 8, generator=g)
-    delta = -sigma.view(-1, 1, 1, 1, 1) * v_error                                   # Eq. 1  δ = −σ·(v̂ − v)
-    for name, cfg in {"one shelf": ErrorConfig(warmup=1, probability=1.0, per_push=40),
-                      "50 shelves": ErrorConfig(warmup=1, probability=1.0, per_push=40, buckets=50)}.items():
+    x0, v_error = (
+        torch.randn(4, 16, 10, 8, 8, generator=g),
+        torch.randn(4, 16, 10, 8, 8, generator=g),
+    )
+    delta = -sigma.view(-1, 1, 1, 1, 1) * v_error  # Eq. 1  δ = −σ·(v̂ − v)
+    for name, cfg in {
+        "one shelf": ErrorConfig(warmup=1, probability=1.0, per_push=40),
+        "50 shelves": ErrorConfig(warmup=1, probability=1.0, per_push=40, buckets=50),
+    }.items():
         buffer = ErrorBuffer(cfg)
         before = (buffer.perturb(x0) - x0).square().mean().sqrt()
         buffer.push(delta, sigma, g)
         after = (buffer.perturb(x0, generator=g) - x0).square().mean().sqrt()
-        print(f"{name:10s}: rms of x̃ − x  empty {before:.3f}  ·  {len(buffer)} stored frames {after:.3f}"
-              f"  (rms of δ {delta.square().mean().sqrt():.3f})")
+        print(
+            f"{name:10s}: rms of x̃ − x  empty {before:.3f}  ·  {len(buffer)} stored frames {after:.3f}"
+            f"  (rms of δ {delta.square().mean().sqrt():.3f})"
+        )
     for level in sigma.tolist():
         rms = (buffer.perturb(x0, generator=g, sigma=level) - x0).square().mean().sqrt()
-        print(f"            errors of shelf {buffer.shelf(level):2d} (σ {level:.2f}) alone: rms {rms:.3f}")
+        print(
+            f"            errors of shelf {buffer.shelf(level):2d} (σ {level:.2f}) alone: rms {rms:.3f}"
+        )

@@ -46,9 +46,9 @@ from dit import DiT, DiTConfig
 
 @dataclass(frozen=True)
 class MoEConfig:
-    expert: DiTConfig = DiTConfig()                 # the architecture of every expert
-    boundary: float = 0.9                           # σ from which the high-noise expert works
-    views: tuple[str, ...] = ("first", "third")     # one high-noise expert each
+    expert: DiTConfig = DiTConfig()  # the architecture of every expert
+    boundary: float = 0.9  # σ from which the high-noise expert works
+    views: tuple[str, ...] = ("first", "third")  # one high-noise expert each
 
 
 PRESETS = {
@@ -60,23 +60,24 @@ PRESETS = {
 
 # ---- the switch ------------------------------------------------------------------------------------------
 
+
 class Experts(nn.Module):
     """One high-noise expert per view and a low-noise expert they share; answers like a dense DiT."""
 
     def __init__(
         self,
-        high: dict[str, nn.Module],         # view -> DiT
+        high: dict[str, nn.Module],  # view -> DiT
         low: nn.Module,
         boundary: float = 0.9,
-        offload: bool = False,              # idle experts wait on the CPU, the working one joins its input
+        offload: bool = False,  # idle experts wait on the CPU, the working one joins its input
     ):
         super().__init__()
         self.high, self.low = nn.ModuleDict(high), low
         self.cfg, self.boundary, self.offload = low.cfg, boundary, offload
-        self.view = next(iter(high))        # of this session; see look()
+        self.view = next(iter(high))  # of this session; see look()
 
     @property
-    def config(self) -> MoEConfig:          # what a checkpoint stores: {"model": asdict(experts.config)}
+    def config(self) -> MoEConfig:  # what a checkpoint stores: {"model": asdict(experts.config)}
         return MoEConfig(self.cfg, self.boundary, tuple(self.high))
 
     def look(self, view: str) -> "Experts":
@@ -88,7 +89,9 @@ class Experts(nn.Module):
     def which(self, sigma: Tensor) -> str:  # (B,) -> "low" or the name of a view
         high = sigma >= self.boundary
         if high.any() != high.all():
-            raise ValueError(f"one expert a step: σ lies on both sides of {self.boundary}, {sigma.tolist()}")
+            raise ValueError(
+                f"one expert a step: σ lies on both sides of {self.boundary}, {sigma.tolist()}"
+            )
         return self.view if high.all() else "low"
 
     def at(self, name: str, device: torch.device) -> nn.Module:
@@ -105,23 +108,31 @@ class Experts(nn.Module):
         return {"inputs": (context, group)}
 
     def forward(
-        self, x_sigma: Tensor, sigma: Tensor, context, prepared: dict | None = None, return_past: bool = False
-    ) -> Tensor:                            # as DiT.forward
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        context,
+        prepared: dict | None = None,
+        return_past: bool = False,
+    ) -> Tensor:  # as DiT.forward
         name = self.which(sigma)
         expert = self.at(name, x_sigma.device)
         if prepared is None:
             return expert(x_sigma, sigma, context, return_past=return_past)
         if name not in prepared:
             inputs = prepared["inputs"]
-            prepared.clear()                # the other expert's share is large and not needed again
+            prepared.clear()  # the other expert's share is large and not needed again
             prepared.update({"inputs": inputs, name: expert.prepare(*inputs)})
         return expert(x_sigma, sigma, context, prepared=prepared[name], return_past=return_past)
 
 
 # ---- weight files ----------------------------------------------------------------------------------------
 
-MAIN = tuple(stem + end for stem in ("ema", "diffusion_pytorch_model", "model")     # in order of preference
-             for end in (".safetensors", ".safetensors.index.json"))
+MAIN = tuple(
+    stem + end
+    for stem in ("ema", "diffusion_pytorch_model", "model")  # in order of preference
+    for end in (".safetensors", ".safetensors.index.json")
+)
 ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt")
 AGAIN = "download was cut. Re-run the same hf download; it resumes."
 RELEASE = """No weights at {path} (looked for base_distilled_model/config.json). Get them (~30 GB):
@@ -137,9 +148,11 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         if not path.name.endswith(ENDINGS):
-            raise ValueError(f"{path} is no weight file; pass a folder or a file in {', '.join(ENDINGS)}")
+            raise ValueError(
+                f"{path} is no weight file; pass a folder or a file in {', '.join(ENDINGS)}"
+            )
         return path
-    if (path / "latest").is_file():                                     # a run of train.py
+    if (path / "latest").is_file():  # a run of train.py
         checkpoint = path / "ckpt" / (path / "latest").read_text().strip()
         if checkpoint.is_dir():
             return find(checkpoint)
@@ -147,14 +160,21 @@ def find(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     if (path / "ckpt").is_dir() or (path / "log.jsonl").is_file():
-        raise ValueError(f"{path} is a run without a checkpoint; make one with: "
-                         f"python train.py --stage base --run {path.name}")
+        raise ValueError(
+            f"{path} is a run without a checkpoint; make one with: "
+            f"python train.py --stage base --run {path.name}"
+        )
     models = sorted({file.parent for name in MAIN for file in path.glob(f"*/{name}")})
     loose = sorted(file for file in path.glob("*") if file.name.endswith(ENDINGS))
-    for found, what in ((models, "models"), (loose, "weight files")):   # released root: models beside VAEs
+    for found, what in (
+        (models, "models"),
+        (loose, "weight files"),
+    ):  # released root: models beside VAEs
         if len(found) > 1:
-            raise ValueError(f"--weights points at a folder; it holds {len(found)} {what}: "
-                             f"{', '.join(f.name for f in found)}. Pass one of them.")
+            raise ValueError(
+                f"--weights points at a folder; it holds {len(found)} {what}: "
+                f"{', '.join(f.name for f in found)}. Pass one of them."
+            )
         if found:
             return find(found[0])
     raise ValueError(RELEASE.format(path=path))
@@ -178,18 +198,27 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f"{file.name} is no readable torch file ({str(e).splitlines()[0]}): {AGAIN}") from e
-    for key in ("state_dict", "gen_model", "generator", "model"):       # the released decoders are nested
+        raise ValueError(
+            f"{file.name} is no readable torch file ({str(e).splitlines()[0]}): {AGAIN}"
+        ) from e
+    for key in (
+        "state_dict",
+        "gen_model",
+        "generator",
+        "model",
+    ):  # the released decoders are nested
         tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
     return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}, {}
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     size = file.stat().st_size
-    with open(file, "rb") as f:                                         # length of header · header · tensors
+    with open(file, "rb") as f:  # length of header · header · tensors
         full = 8 + int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(full - 8)) if full <= size else {}
-    full += max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
+    full += max(
+        (e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0
+    )
     if size < full:
         raise ValueError(f"{file.name} is {_bytes(size)}, header says {_bytes(full)}: {AGAIN}")
     with safe_open(file, framework="pt") as f:
@@ -201,8 +230,10 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict]:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise ValueError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards, "
-                         f"{', '.join(missing)}: {AGAIN}")
+        raise ValueError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards, "
+            f"{', '.join(missing)}: {AGAIN}"
+        )
     tensors, metadata = {}, {}
     for shard in shards:
         part, said = _read_safetensors(index.parent / shard)
@@ -210,7 +241,9 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, metadata
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+def write_weights(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict | None = None
+) -> None:
     """One safetensors file, complete or not there at all; every metadata value is stored as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,13 +272,16 @@ def _bytes(n: int) -> str:
 
 # ---- configs ---------------------------------------------------------------------------------------------
 
+
 def config_of(file: Path, metadata: dict) -> DiTConfig | MoEConfig:
     """What a weight file says it is: in its metadata, else in the config.json beside it, ours or released."""
     beside = file.parent / "config.json"
     said = metadata.get("model") or metadata.get("config")
     if said is None and not beside.is_file():
-        raise ValueError(f"{file.name} does not say what it is: no config in its metadata and no config.json "
-                         f"beside it. Put the config.json it was published with into {file.parent}.")
+        raise ValueError(
+            f"{file.name} does not say what it is: no config in its metadata and no config.json "
+            f"beside it. Put the config.json it was published with into {file.parent}."
+        )
     if said is None:
         said = json.loads(beside.read_text())
         said = said.get("model", said)
@@ -257,29 +293,50 @@ def config_of(file: Path, metadata: dict) -> DiTConfig | MoEConfig:
 def _ours(said: dict) -> DiTConfig:
     unknown = sorted(set(said) - {f.name for f in fields(DiTConfig)})
     if unknown:
-        raise ValueError(f"config has unknown fields {', '.join(unknown)}: written by another version?")
+        raise ValueError(
+            f"config has unknown fields {', '.join(unknown)}: written by another version?"
+        )
     return DiTConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
 
 
 def from_released(said: dict) -> DiTConfig:
     """The released config.json in our words. Fields under our own names in it win."""
-    names = {"num_heads": "heads", "num_layers": "layers", "ffn_dim": "ffn", "patch_size": "patch",
-             "camera_embed_in_channels": "ray_channels"}
-    cfg = {"text_dim": 4096, "text_len": 512, "ray_channels": 6 * 16 * 16, "action_blocks": (),
-           "timestep": "bf16", "rays_at_input": False, "fp32_stream": True}
+    names = {
+        "num_heads": "heads",
+        "num_layers": "layers",
+        "ffn_dim": "ffn",
+        "patch_size": "patch",
+        "camera_embed_in_channels": "ray_channels",
+    }
+    cfg = {
+        "text_dim": 4096,
+        "text_len": 512,
+        "ray_channels": 6 * 16 * 16,
+        "action_blocks": (),
+        "timestep": "bf16",
+        "rays_at_input": False,
+        "fp32_stream": True,
+    }
     if actions := said.get("action_config"):
-        cfg |= {"action_blocks": actions["blocks"], "action_hidden": actions["hidden_size"],
-                "action_width": actions["mouse_hidden_dim"], "action_heads": actions["heads_num"],
-                "action_rope": actions["mouse_qk_dim_list"][0],
-                "action_window": actions["windows_size"] * actions["vae_time_compression_ratio"]}
+        cfg |= {
+            "action_blocks": actions["blocks"],
+            "action_hidden": actions["hidden_size"],
+            "action_width": actions["mouse_hidden_dim"],
+            "action_heads": actions["heads_num"],
+            "action_rope": actions["mouse_qk_dim_list"][0],
+            "action_window": actions["windows_size"] * actions["vae_time_compression_ratio"],
+        }
     cfg |= {names[name]: value for name, value in said.items() if name in names}
     cfg |= {f.name: said[f.name] for f in fields(DiTConfig) if f.name in said}
     if "sigma_theta" not in said:
-        warnings.warn("config.json has no sigma_theta: using 0.8, as both released models do", stacklevel=2)
+        warnings.warn(
+            "config.json has no sigma_theta: using 0.8, as both released models do", stacklevel=2
+        )
     return _ours(cfg)
 
 
 # ---- presets and checkpoints to models -------------------------------------------------------------------
+
 
 def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu") -> DiT | Experts:
     """A fresh model of a preset or config; device "meta" costs no memory."""
@@ -289,41 +346,49 @@ def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu
     cfg = known[preset] if isinstance(preset, str) else preset
     with torch.device(device):
         if isinstance(cfg, MoEConfig):
-            return Experts({view: DiT(cfg.expert) for view in cfg.views}, DiT(cfg.expert), cfg.boundary)
+            return Experts(
+                {view: DiT(cfg.expert) for view in cfg.views}, DiT(cfg.expert), cfg.boundary
+            )
         return DiT(cfg)
 
 
 def load(
-    path: str | Path,                           # run folder, model folder, folder holding one model, or file
+    path: str | Path,  # run folder, model folder, folder holding one model, or file
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,           # None keeps what is stored
-) -> tuple[DiT | Experts, dict]:                # the model in eval mode, and its metadata (with "path")
+    dtype: torch.dtype | None = None,  # None keeps what is stored
+) -> tuple[DiT | Experts, dict]:  # the model in eval mode, and its metadata (with "path")
     """Build on meta, then give every parameter its stored tensor: no model stands in memory twice."""
     file = find(path)
     tensors, metadata = read_weights(file)
     model = build(config_of(file, metadata), "meta")
     check_names(model.state_dict(), tensors, file)
-    for name in list(tensors):                  # one by one: the float32 release becomes bfloat16 in 13 GB
+    for name in list(tensors):  # one by one: the float32 release becomes bfloat16 in 13 GB
         tensors[name] = tensors[name].to(device, dtype)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval(), metadata | {"path": str(file)}
 
 
 def join(
-    parts: dict[str, str | Path],               # {"first": run, "third": run, "low": run}, trained apart
+    parts: dict[str, str | Path],  # {"first": run, "third": run, "low": run}, trained apart
     boundary: float = 0.9,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Experts:
     if "low" not in parts or len(parts) < 2:
-        raise ValueError(f"experts need a low one and at least one view, got {', '.join(parts) or 'nothing'}")
+        raise ValueError(
+            f"experts need a low one and at least one view, got {', '.join(parts) or 'nothing'}"
+        )
     found = {name: load(path, device, dtype)[0] for name, path in parts.items()}
     if len({expert.cfg for expert in found.values()}) > 1:
         raise ValueError("experts must share one architecture; train them with one --preset")
-    return Experts({name: e for name, e in found.items() if name != "low"}, found["low"], boundary).eval()
+    return Experts(
+        {name: e for name, e in found.items() if name != "low"}, found["low"], boundary
+    ).eval()
 
 
-def start_from(path: str | Path, preset: str | DiTConfig, dtype: torch.dtype = torch.float32) -> tuple[DiT, list[str]]:
+def start_from(
+    path: str | Path, preset: str | DiTConfig, dtype: torch.dtype = torch.float32
+) -> tuple[DiT, list[str]]:
     """A model to train further, and what is fresh in it: nothing, or cameras and actions on plain Wan2.2."""
     file = find(path)
     tensors, _ = read_weights(file)
@@ -331,7 +396,9 @@ def start_from(path: str | Path, preset: str | DiTConfig, dtype: torch.dtype = t
     wanted = model.state_dict()
     fresh = [name for name in wanted if name not in tensors and is_new(name)]
     check_names({name: t for name, t in wanted.items() if name not in fresh}, tensors, file)
-    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True)
+    model.load_state_dict(
+        {name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True
+    )
     return model, fresh
 
 
@@ -349,19 +416,26 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
             hint = "\nIt looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
         elif any(name.endswith(("weight_int8", "weight_fp8")) for name in unexpected):
             hint = "\nIt is quantised: give its tensors to quant.load_quantized_."
-        raise ValueError(f"{file.name} is not a Matrix-Game 3 DiT: {_count(missing, 'missing')}, "
-                         f"{_count(unexpected, 'unexpected')}.{hint}")
+        raise ValueError(
+            f"{file.name} is not a Matrix-Game 3 DiT: {_count(missing, 'missing')}, "
+            f"{_count(unexpected, 'unexpected')}.{hint}"
+        )
     for name, t in wanted.items():
         if t.shape != got[name].shape:
-            raise ValueError(f"{file.name} does not fit its config: {name} is {tuple(got[name].shape)}, "
-                             f"the config needs {tuple(t.shape)}")
+            raise ValueError(
+                f"{file.name} does not fit its config: {name} is {tuple(got[name].shape)}, "
+                f"the config needs {tuple(t.shape)}"
+            )
 
 
 def _count(names: list[str], what: str) -> str:
-    return f"{len(names)} {what}" + (f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else "")
+    return f"{len(names)} {what}" + (
+        f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else ""
+    )
 
 
 # ---- a model in training: shards, precision, steps ------------------------------------------------------------
+
 
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
@@ -377,9 +451,13 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def twin(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
     """The model that computes: a copy in a lower precision, or the model itself (FSDP lowers it on its own).
     recompute: its blocks keep only their inputs and run again in the backward pass (activation checkpointing)."""
-    low = model if dist.is_initialized() or dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    low = (
+        model if dist.is_initialized() or dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    )
     for block in low.blocks if recompute else ():
-        block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)   # copies along with the block
+        block.forward = partial(
+            checkpoint, partial(type(block).forward, block), use_reentrant=False
+        )  # copies along with the block
     return low
 
 
@@ -401,17 +479,32 @@ def collect(low: nn.Module, model: nn.Module) -> None:
 
 def optimizers(
     model: nn.Module,
-    lr: float,                                  # of AdamW
-    muon: float = 0.0,                          # of Muon; 0 = AdamW everywhere
+    lr: float,  # of AdamW
+    muon: float = 0.0,  # of Muon; 0 = AdamW everywhere
     decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
-    inside = {n: p for n, p in model.named_parameters() if muon and ("blocks." in n or "coder." in n)
-              and p.ndim > 1 and min(p.flatten(1).shape) > 16}
-    found = [torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inside], lr=lr, betas=betas, weight_decay=decay)]
+    inside = {
+        n: p
+        for n, p in model.named_parameters()
+        if muon
+        and ("blocks." in n or "coder." in n)
+        and p.ndim > 1
+        and min(p.flatten(1).shape) > 16
+    }
+    found = [
+        torch.optim.AdamW(
+            [p for n, p in model.named_parameters() if n not in inside],
+            lr=lr,
+            betas=betas,
+            weight_decay=decay,
+        )
+    ]
     if inside:
-        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]             # share the weights' memory
+        views = [
+            nn.Parameter(p.detach().flatten(1)) for p in inside.values()
+        ]  # share the weights' memory
         found += [torch.optim.Muon(views, lr=muon, weight_decay=decay)]
         found[-1].viewed = list(inside.values())
     for o in found:
@@ -419,7 +512,9 @@ def optimizers(
     return found
 
 
-def update(opts: list, model: nn.Module, factor: float, clip: float, ema: list[Tensor], decay: float) -> float:
+def update(
+    opts: list, model: nn.Module, factor: float, clip: float, ema: list[Tensor], decay: float
+) -> float:
     """Clip, step, zero, average. Returns the gradient norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     for o in opts:
@@ -437,7 +532,9 @@ def update(opts: list, model: nn.Module, factor: float, clip: float, ema: list[T
 def lr_at(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    return min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    return min(1.0, (step + 1) / max(1, warmup)) * (
+        0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    )
 
 
 def average(model: nn.Module) -> list[Tensor]:
@@ -464,24 +561,52 @@ def gathered(x: Tensor) -> Tensor:
 
 def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) -> None:
     """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
-    if not gathered(loss.detach()[None]).isfinite().all():              # every rank stops, also for the loss of another
-        bad = next((n for n, p in model.named_parameters() if not torch.isfinite(whole(p)).all()), "none: activations overflowed")
+    if (
+        not gathered(loss.detach()[None]).isfinite().all()
+    ):  # every rank stops, also for the loss of another
+        bad = next(
+            (n for n, p in model.named_parameters() if not torch.isfinite(whole(p)).all()),
+            "none: activations overflowed",
+        )
         write_weights(folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()})
-        raise ValueError(f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}")
+        raise ValueError(
+            f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}"
+        )
 
 
-def memory_table(preset: str | DiTConfig, batch: int, tokens: int, muon: bool, recompute: bool) -> str:
+def memory_table(
+    preset: str | DiTConfig, batch: int, tokens: int, muon: bool, recompute: bool
+) -> str:
     """What one training step needs, from the modules themselves, without allocating them."""
     model = build(preset, "meta")
-    P, kept = sum(p.numel() for p in model.parameters()), 2 if recompute else 34     # widths per token that wait for the backward pass
-    sizes = {"weights, float32": 4 * P, "gradients": 4 * P, "optimiser": (4 if muon else 8) * P, "average": 4 * P, "computing copy": 2 * P,
-             "activations": 2 * batch * tokens * model.cfg.dim * model.cfg.layers * kept}
-    rows = [f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |" for name, size in (sizes | {"total": sum(sizes.values())}).items()]
-    return "\n".join([f"{P / 1e6:.1f} M parameters, {tokens} tokens a clip, {batch} clips at once",
-                      "| what | 1 rank, GB | 8 ranks, GB |", "|---|---|---|", *rows])
+    P, kept = (
+        sum(p.numel() for p in model.parameters()),
+        2 if recompute else 34,
+    )  # widths per token that wait for the backward pass
+    sizes = {
+        "weights, float32": 4 * P,
+        "gradients": 4 * P,
+        "optimiser": (4 if muon else 8) * P,
+        "average": 4 * P,
+        "computing copy": 2 * P,
+        "activations": 2 * batch * tokens * model.cfg.dim * model.cfg.layers * kept,
+    }
+    rows = [
+        f"| {name} | {size / 1e9:.2f} | {size / 8e9:.2f} |"
+        for name, size in (sizes | {"total": sum(sizes.values())}).items()
+    ]
+    return "\n".join(
+        [
+            f"{P / 1e6:.1f} M parameters, {tokens} tokens a clip, {batch} clips at once",
+            "| what | 1 rank, GB | 8 ranks, GB |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 # ---- checkpoints of a run --------------------------------------------------------------------------------
+
 
 def whole(x: Tensor) -> Tensor:
     """A sharded tensor gathered; anything else as it is."""
@@ -491,7 +616,11 @@ def whole(x: Tensor) -> Tensor:
 def like(full: Tensor, target: Tensor) -> Tensor:
     """A whole tensor laid out as the target is."""
     full = full.to(target.device)
-    return distribute_tensor(full, target.device_mesh, target.placements) if isinstance(target, DTensor) else full
+    return (
+        distribute_tensor(full, target.device_mesh, target.placements)
+        if isinstance(target, DTensor)
+        else full
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -501,15 +630,34 @@ def write_text(path: Path, text: str) -> None:
     os.replace(tmp, path)
 
 
-def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tensor], opts: list, keep: int = 2, **state: object) -> None:
+def save(
+    folder: Path,
+    said: dict,
+    models: dict[str, nn.Module],
+    ema: list[Tensor],
+    opts: list,
+    keep: int = 2,
+    **state: object,
+) -> None:
     """folder/ckpt/000500, visible only when complete: every model as a weight file (the first is the one that is averaged),
     ema.safetensors, and train_state.pt with the optimisers and `state`. Sharded tensors are gathered; rank 0 writes."""
     first, chief = next(iter(models)), not dist.is_initialized() or dist.get_rank() == 0
-    weights = {name: {n: whole(t).detach().cpu() for n, t in m.state_dict().items()} for name, m in models.items()}
+    weights = {
+        name: {n: whole(t).detach().cpu() for n, t in m.state_dict().items()}
+        for name, m in models.items()
+    }
     names = [n for n, _ in models[first].named_parameters()]
     weights["ema"] = weights[first] | {n: whole(e).cpu() for n, e in zip(names, ema, strict=True)}
-    state |= {"step": said["step"], "optimizers": [[{k: whole(v) for k, v in o.state.get(p, {}).items()}
-                                                    for p in o.param_groups[0]["params"]] for o in opts]}
+    state |= {
+        "step": said["step"],
+        "optimizers": [
+            [
+                {k: whole(v) for k, v in o.state.get(p, {}).items()}
+                for p in o.param_groups[0]["params"]
+            ]
+            for o in opts
+        ],
+    }
     if chief:
         final = folder / "ckpt" / f"{said['step']:06d}"
         tmp = final.with_name(final.name + ".tmp")
@@ -523,7 +671,9 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
             torch.save(state, tmp / "train_state.pt")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(tmp, ignore_errors=True)
-            raise ValueError(f"cannot save {final}: {error}. Older checkpoints are intact: make room, then the same command resumes") from error
+            raise ValueError(
+                f"cannot save {final}: {error}. Older checkpoints are intact: make room, then the same command resumes"
+            ) from error
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
         write_text(folder / "latest", final.name)
@@ -536,14 +686,33 @@ def save(folder: Path, said: dict, models: dict[str, nn.Module], ema: list[Tenso
 def export(*runs: str, file: str) -> None:
     """The averaged weights of a run, or of the runs of experts joined, as one bfloat16 file: what assets/ holds."""
     found = [read_weights(run) for run in runs]
-    (tensors, said), names = found[0], [s.get("expert", "none").removeprefix("high-") for _, s in found]
+    (tensors, said), names = (
+        found[0],
+        [s.get("expert", "none").removeprefix("high-") for _, s in found],
+    )
     if len(runs) > 1:
-        if len({*names}) < len(runs) or len({tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift", "sink")) for _, s in found}) > 1:
-            raise ValueError(f"joined runs must be different experts of one --stage moe with one boundary, got {', '.join(names)}")
-        tensors = (model := join(dict(zip(names, runs, strict=True)), said["boundary"])).state_dict()
+        if (
+            len({*names}) < len(runs)
+            or len(
+                {
+                    tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift", "sink"))
+                    for _, s in found
+                }
+            )
+            > 1
+        ):
+            raise ValueError(
+                f"joined runs must be different experts of one --stage moe with one boundary, got {', '.join(names)}"
+            )
+        tensors = (
+            model := join(dict(zip(names, runs, strict=True)), said["boundary"])
+        ).state_dict()
         said = said | {"config": asdict(model.config), "view": "both"}
     write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
-    print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {_bytes(Path(file).stat().st_size)}")
+    print(
+        f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {_bytes(Path(file).stat().st_size)}"
+    )
+
 
 @torch.no_grad()
 def restore(folder: Path, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
@@ -573,7 +742,9 @@ def faster_dtype(device: torch.device | str) -> torch.dtype:
         torch.nn.functional.linear(a, a[:512]).sum().item()
         times[dtype] = min(times[dtype], time.perf_counter() - start)
     gain = times[torch.float32] / times[torch.bfloat16]
-    print(f"bfloat16 multiplies {gain:.1f}x as fast as float32 here: using {'bfloat16' if gain > 1.3 else 'float32'}")
+    print(
+        f"bfloat16 multiplies {gain:.1f}x as fast as float32 here: using {'bfloat16' if gain > 1.3 else 'float32'}"
+    )
     return torch.bfloat16 if gain > 1.3 else torch.float32
 
 
@@ -582,19 +753,25 @@ def faster_dtype(device: torch.device | str) -> torch.dtype:
 if __name__ == "__main__":
     torch.manual_seed(0)
     experts = build("micro-moe").eval()
-    for p in experts.parameters():                                      # a fresh network predicts zero
+    for p in experts.parameters():  # a fresh network predicts zero
         p.data.add_(0.05 * torch.randn_like(p))
     context, sigmas = dit.random_context(experts.cfg), dit.sigma_grid(8)
     noise = torch.randn(1, experts.cfg.in_dim, 10, 8, 8)
-    first, third = (dit.sample(experts.look(view), context, sigmas, noise) for view in ("first", "third"))
+    first, third = (
+        dit.sample(experts.look(view), context, sigmas, noise) for view in ("first", "third")
+    )
     dense = dit.sample(experts.low, context, sigmas, noise)
     twins = dit.sample(Experts({"first": experts.low}, experts.low), context, sigmas, noise)
     print("expert by step: " + "  ".join(f"{s:.2f} {experts.which(s[None])}" for s in sigmas[:-1]))
-    print(f"first and third person differ by {(first - third).abs().max():.2f}, "
-          f"two equal experts from one dense model by {(twins - dense).abs().max():.0e}")
+    print(
+        f"first and third person differ by {(first - third).abs().max():.2f}, "
+        f"two equal experts from one dense model by {(twins - dense).abs().max():.0e}"
+    )
     for name, expert in build("28b-moe", "meta").named_children():
         for view, network in expert.items() if name == "high" else [("shared", expert)]:
             sizes = {k: p.numel() / 1e9 for k, p in network.named_parameters()}
             wan = sum(n for k, n in sizes.items() if not is_new(k))
-            print(f"28b-moe {name:4s} {view:6s}: {wan:.2f} B as in Wan2.2-A14B, "
-                  f"{sum(sizes.values()):.2f} B with cameras and actions")
+            print(
+                f"28b-moe {name:4s} {view:6s}: {wan:.2f} B as in Wan2.2-A14B, "
+                f"{sum(sizes.values()):.2f} B with cameras and actions"
+            )

@@ -31,45 +31,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LAYERS = {                                  # name -> which nn.Linear, by its path inside the model
+LAYERS = {  # name -> which nn.Linear, by its path inside the model
     "qkvo": r"(.*\.)?self_attn\.[qkvo]",
     "cross": r"(.*\.)?cross_attn\.[qkvo]",
     "ffn": r"(.*\.)?ffn\.\d+",
     "all": r"(.*\.)?blocks\..*",
 }
-E4M3_MAX = 448.0                            # largest finite float8_e4m3fn
+E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 # ---- pure maths ------------------------------------------------------------------------------------------
 
-def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:        # (N, K) -> (N, K) int8, (N,) float32
+
+def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, K) int8, (N,) float32
     # s_w = max|w| / 127 ;  w_int8 = round(w / s_w), ties to even
     scales = (w.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
     return (w.float() / scales[:, None]).round().clamp(-128, 127).to(torch.int8), scales
 
 
-def quantise_rows(x: Tensor, released: bool = False) -> tuple[Tensor, Tensor]:  # (M, K) -> (M, K) int8, (M,)
+def quantise_rows(
+    x: Tensor, released: bool = False
+) -> tuple[Tensor, Tensor]:  # (M, K) -> (M, K) int8, (M,)
     # s_x = max|x| / 127 ;  x_int8 = round(x / s_x)
     inverse = 127 / x.float().abs().amax(dim=1).clamp(min=1e-12)
     scaled = x.float() * inverse[:, None]
     return (scaled.trunc() if released else scaled.round()).to(torch.int8), 1 / inverse
 
 
-def int_mm(a: Tensor, b: Tensor) -> Tensor:                     # (M, K), (N, K) int8 -> (M, N) int32, exact
+def int_mm(a: Tensor, b: Tensor) -> Tensor:  # (M, K), (N, K) int8 -> (M, N) int32, exact
     M, K = a.shape
     if a.device.type == "cuda" and K % 8 == 0 and b.shape[0] % 8 == 0:
-        rows = a if M > 16 else nn.functional.pad(a, (0, 0, 0, 32 - M))         # it wants more than 16 rows
+        rows = (
+            a if M > 16 else nn.functional.pad(a, (0, 0, 0, 32 - M))
+        )  # it wants more than 16 rows
         return torch._int_mm(rows, b.t())[:M]
     if a.device.type == "cpu":
         return torch._int_mm(a, b.t())
     return int_mm_plain(a, b)
 
 
-def int_mm_plain(a: Tensor, b: Tensor) -> Tensor:               # the oracle: |sum| < 2⁵³ is exact in float64
+def int_mm_plain(a: Tensor, b: Tensor) -> Tensor:  # the oracle: |sum| < 2⁵³ is exact in float64
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------
+
 
 class Int8Linear(nn.Module):
     """W8A8: weights per output channel, activations per token."""
@@ -77,12 +83,18 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, released: bool = False):
         super().__init__()
         weight_int8, scales = quantise_weight(linear.weight.detach())
-        self.in_features, self.out_features, self.released = linear.in_features, linear.out_features, released
-        self.register_buffer("weight_int8", weight_int8)                                        # (N, K)
-        self.register_buffer("weight_scales", scales.bfloat16().float() if released else scales)    # (N,)
+        self.in_features, self.out_features, self.released = (
+            linear.in_features,
+            linear.out_features,
+            released,
+        )
+        self.register_buffer("weight_int8", weight_int8)  # (N, K)
+        self.register_buffer(
+            "weight_scales", scales.bfloat16().float() if released else scales
+        )  # (N,)
         self.bias = _frozen(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:                     # (..., K) -> (..., N)
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         _no_grad_here(x)
         x_int8, x_scales = quantise_rows(x.reshape(-1, self.in_features), self.released)
         # y = (x_int8 · w_int8ᵀ)·s_x·s_w + b
@@ -104,18 +116,32 @@ class Fp8Linear(nn.Module):
         scales = (w.abs().amax(dim=1) / E4M3_MAX).clamp(min=1e-12)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # kept as bytes: model.to(bfloat16) would otherwise undo the conversion
-        self.register_buffer("weight_fp8", (w / scales[:, None]).to(torch.float8_e4m3fn).view(torch.uint8))
+        self.register_buffer(
+            "weight_fp8", (w / scales[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+        )
         self.register_buffer("weight_scales", scales)
         self.bias = _frozen(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:                     # (..., K) -> (..., N)
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         _no_grad_here(x)
         rows, w = x.reshape(-1, self.in_features), self.weight_fp8.view(torch.float8_e4m3fn)
-        scales = (rows.float().abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)         # (M, 1)
+        scales = (rows.float().abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(
+            min=1e-12
+        )  # (M, 1)
         x_fp8 = (rows.float() / scales).to(torch.float8_e4m3fn)
-        if fp8_available(rows.device) and self.in_features % 16 == 0 and self.out_features % 16 == 0:
-            y = torch._scaled_mm(x_fp8, w.t(), scale_a=scales, scale_b=self.weight_scales[None],
-                                 out_dtype=torch.bfloat16, use_fast_accum=True)
+        if (
+            fp8_available(rows.device)
+            and self.in_features % 16 == 0
+            and self.out_features % 16 == 0
+        ):
+            y = torch._scaled_mm(
+                x_fp8,
+                w.t(),
+                scale_a=scales,
+                scale_b=self.weight_scales[None],
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
         else:
             y = (x_fp8.float() @ w.float().t()) * scales * self.weight_scales
         y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -125,7 +151,7 @@ class Fp8Linear(nn.Module):
         return _keep_scales(self, super()._apply, fn, recurse)
 
 
-@torch.compiler.assume_constant_result                  # a compiled block asks while it is traced
+@torch.compiler.assume_constant_result  # a compiled block asks while it is traced
 def fp8_available(device: torch.device) -> bool:
     """Row-wise e4m3 products exist from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -146,8 +172,10 @@ def _frozen(bias: Tensor | None) -> nn.Parameter | None:
 
 def _no_grad_here(x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("a quantised layer passes no gradient: run it under torch.no_grad(), "
-                         "or train the float model and quantise it afterwards")
+        raise ValueError(
+            "a quantised layer passes no gradient: run it under torch.no_grad(), "
+            "or train the float model and quantise it afterwards"
+        )
 
 
 def quantised(linear: nn.Linear, kind: str = "int8") -> nn.Module:
@@ -160,14 +188,20 @@ def quantised(linear: nn.Linear, kind: str = "int8") -> nn.Module:
 
 # ---- whole models ----------------------------------------------------------------------------------------
 
+
 def chosen(model: nn.Module, which: str = "qkvo") -> list[str]:
     """Names of the linear layers that `which` means, e.g. "qkvo", "qkvo+ffn", "all"."""
     unknown = [w for w in which.split("+") if w not in LAYERS]
     if unknown:
-        raise ValueError(f"unknown layers {unknown[0]!r}; use {', '.join(LAYERS)}, or several joined by +")
+        raise ValueError(
+            f"unknown layers {unknown[0]!r}; use {', '.join(LAYERS)}, or several joined by +"
+        )
     patterns = [LAYERS[w] for w in which.split("+")]
-    names = [n for n, m in model.named_modules()
-             if type(m) is nn.Linear and any(re.fullmatch(p, n) for p in patterns)]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear and any(re.fullmatch(p, n) for p in patterns)
+    ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layer of {which!r} left to convert")
     return names
@@ -196,10 +230,14 @@ def load_quantized_(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     for key in tensors:
         layer, _, buffer = key.rpartition(".")
         if buffer in ("weight_int8", "weight_fp8"):
-            model.set_submodule(layer, quantised(model.get_submodule(layer), buffer.removeprefix("weight_")))
+            model.set_submodule(
+                layer, quantised(model.get_submodule(layer), buffer.removeprefix("weight_"))
+            )
             names.append(layer)
     if not names:
-        raise ValueError("these weights are not quantised: load them as they are, then call quantize_(model)")
+        raise ValueError(
+            "these weights are not quantised: load them as they are, then call quantize_(model)"
+        )
     model.load_state_dict(tensors, strict=True, assign=True)
     return names
 
@@ -219,12 +257,13 @@ def nbytes(model: nn.Module) -> int:
 @dataclass
 class LayerError:
     """What quantising one layer does to its output, on the inputs the model really gives it."""
+
     name: str
-    signal: float = 0.0         # Σ y²
-    noise: float = 0.0          # Σ (ŷ − y)²
-    dot: float = 0.0            # Σ y·ŷ
-    energy: float = 0.0         # Σ ŷ²
-    max_error: float = 0.0      # max |ŷ − y|
+    signal: float = 0.0  # Σ y²
+    noise: float = 0.0  # Σ (ŷ − y)²
+    dot: float = 0.0  # Σ y·ŷ
+    energy: float = 0.0  # Σ ŷ²
+    max_error: float = 0.0  # max |ŷ − y|
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
         y, y_hat = y.detach().double(), y_hat.double()
@@ -235,7 +274,7 @@ class LayerError:
         self.max_error = max(self.max_error, (y_hat - y).abs().max().item())
 
     @property
-    def sqnr(self) -> float:                                    # dB
+    def sqnr(self) -> float:  # dB
         # SQNR = 10·log10( Σ y² / Σ (ŷ − y)² )
         return 10 * torch.tensor(self.signal / max(self.noise, 1e-300)).log10().item()
 
@@ -244,16 +283,18 @@ class LayerError:
         return self.dot / max((self.signal * self.energy) ** 0.5, 1e-300)
 
     @property
-    def verdict(self) -> str:                                   # the released verification mode's words
-        return "EXCELLENT" if self.cosine > 0.999 else "GOOD" if self.cosine > 0.99 else "INVESTIGATE"
+    def verdict(self) -> str:  # the released verification mode's words
+        return (
+            "EXCELLENT" if self.cosine > 0.999 else "GOOD" if self.cosine > 0.99 else "INVESTIGATE"
+        )
 
 
 def report(
-    model: nn.Module,               # in float; left as it was
-    run: Callable[[], object],      # calls the model on real inputs, once or often
+    model: nn.Module,  # in float; left as it was
+    run: Callable[[], object],  # calls the model on real inputs, once or often
     which: str = "qkvo",
     kind: str = "int8",
-) -> list[LayerError]:              # one per layer, over all its calls
+) -> list[LayerError]:  # one per layer, over all its calls
     """Set each chosen layer beside its quantised twin, on the inputs it meets inside the float model."""
     rows, hooks = [], []
     for name in chosen(model, which):
@@ -262,6 +303,7 @@ def report(
 
         def compare(layer, inputs, y, twin=twin, row=row):
             row.add(y, twin(inputs[0].detach()))
+
         hooks.append(layer.register_forward_hook(compare))
         rows.append(row)
     try:
@@ -275,42 +317,58 @@ def report(
 
 # ---- where the work is, so which layers are worth it -----------------------------------------------------
 
+
 def dit_flops(
-    c,                                  # dit.DiTConfig
-    S: int,                             # places per latent
-    clean: int = 9,                     # memory and past latents
+    c,  # dit.DiTConfig
+    S: int,  # places per latent
+    clean: int = 9,  # memory and past latents
     new: int = 10,
-    reuse: bool = False,                # a later step that reuses the keys and values of clean tokens (approximate)
+    reuse: bool = False,  # a later step that reuses the keys and values of clean tokens (approximate)
 ) -> dict[str, tuple[float, float, float]]:
     """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything
     is computed at every step for every token. A test counts the modules themselves."""
     T, D, patch, w, A = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks)
     L, layers, text = S * T, c.layers, c.text_len
-    N = S * new if reuse else L         # tokens in a block; the last block, or with reuse every one, asks for new ones only
+    N = (
+        S * new if reuse else L
+    )  # tokens in a block; the last block, or with reuse every one, asks for new ones only
     Q = (layers - 1) * N + (S * new if layers - 1 not in c.action_blocks else N)
     camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
     words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
     actions = A * 2 * N * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
     keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
     time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
-    return {"self-attention qkvo": (0, 4 * D * D * (Q + layers * N), layers * 8 * L * D * D),
-            "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
-            "text attention": (words, 4 * Q * (D * D + text * D), words + layers * 4 * L * (D * D + text * D)),
-            "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
-            "camera": (camera, 0, camera), "rays": (rays, 0, rays), "actions": (keys, actions, keys + actions * L // N),
-            "time": (0, 2 * time_row, L * time_row), "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T)}
+    return {
+        "self-attention qkvo": (0, 4 * D * D * (Q + layers * N), layers * 8 * L * D * D),
+        "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
+        "text attention": (
+            words,
+            4 * Q * (D * D + text * D),
+            words + layers * 4 * L * (D * D + text * D),
+        ),
+        "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
+        "camera": (camera, 0, camera),
+        "rays": (rays, 0, rays),
+        "actions": (keys, actions, keys + actions * L // N),
+        "time": (0, 2 * time_row, L * time_row),
+        "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T),
+    }
 
 
-def vae_flops(c, h: int, w: int) -> float:      # vae.VAEConfig: to decode one later latent of h x w cells
+def vae_flops(
+    c, h: int, w: int
+) -> float:  # vae.VAEConfig: to decode one later latent of h x w cells
     dims, p, t = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], h * w, 1
 
-    def block(a: int, b: int) -> int:           # two 27-tap convolutions, a shortcut if the widths differ
+    def block(a: int, b: int) -> int:  # two 27-tap convolutions, a shortcut if the widths differ
         return 2 * t * p * (27 * a * b + 27 * b * b + (a * b if a != b else 0))
 
-    total = 2 * p * (c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]) + 2 * block(dims[0], dims[0])
+    total = 2 * p * (
+        c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]
+    ) + 2 * block(dims[0], dims[0])
     for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
         total += block(a, b) + c.res_blocks * block(b, b)
-        if i < len(c.temporal):                 # time doubles first, then space
+        if i < len(c.temporal):  # time doubles first, then space
             total, t = (total + 12 * t * p * b * b, 2 * t) if c.temporal[::-1][i] else (total, t)
             p *= 4
             total += 2 * t * p * 9 * b * b
@@ -322,44 +380,71 @@ def predicted(c, S: int, clean: int, new: int, steps: int) -> dict[str, float]:
     exact, later = (dit_flops(c, S, clean, new, reuse).values() for reuse in (False, True))
     once, step, released = map(sum, zip(*exact, strict=True))
     saved = (steps - 1) * (step - sum(part[1] for part in later))
-    return {"exact reuse": steps * released / (once + steps * step),
-            "reuse of clean keys and values (approximate)": steps * released / (once + steps * step - saved)}
+    return {
+        "exact reuse": steps * released / (once + steps * step),
+        "reuse of clean keys and values (approximate)": steps
+        * released
+        / (once + steps * step - saved),
+    }
 
 
-H200 = {"denoise": 587e12, "full": 377e12, "light50": 239e12, "light75": 139e12}     # FLOP/s: FastWan2.2's DiT, the published decoders
+H200 = {
+    "denoise": 587e12,
+    "full": 377e12,
+    "light50": 239e12,
+    "light75": 139e12,
+}  # FLOP/s: FastWan2.2's DiT, the published decoders
 
 
 def projection(
-    parts: dict[str, tuple[float, float, float]],       # of dit_flops
+    parts: dict[str, tuple[float, float, float]],  # of dit_flops
     steps: int,
-    frames: int,                                        # of a segment
-    decode: float,                                      # FLOPs to decode it
+    frames: int,  # of a segment
+    decode: float,  # FLOPs to decode it
     decoder: str,
 ) -> list[tuple[str, float]]:
     """TFLOP of a segment by part, and frames per second on n H200 of which the last decodes."""
     ours = sum(once + steps * step for once, step, _ in parts.values())
-    rows = [(f"TF of {part}", (once + steps * step) / 1e12) for part, (once, step, _) in parts.items()]
+    rows = [
+        (f"TF of {part}", (once + steps * step) / 1e12) for part, (once, step, _) in parts.items()
+    ]
     rows += [("TF to denoise", ours / 1e12), ("TF to decode", decode / 1e12)]
     for n in range(1, 10):
-        D, V = ours / H200["denoise"] / max(1, n - 1) + 0.022 * (n > 2), decode / H200[decoder]     # 22 ms: exchange among ranks
+        D, V = (
+            ours / H200["denoise"] / max(1, n - 1) + 0.022 * (n > 2),
+            decode / H200[decoder],
+        )  # 22 ms: exchange among ranks
         rows.append((f"FPS on {n} H200, projected", frames / (max(D, V) if n > 1 else D + V)))
     return rows
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    block = nn.ModuleDict({"self_attn": nn.ModuleDict({n: nn.Linear(256, 256) for n in "qkvo"}),
-                           "ffn": nn.Sequential(nn.Linear(256, 640), nn.GELU(), nn.Linear(640, 256))})
+    block = nn.ModuleDict(
+        {
+            "self_attn": nn.ModuleDict({n: nn.Linear(256, 256) for n in "qkvo"}),
+            "ffn": nn.Sequential(nn.Linear(256, 640), nn.GELU(), nn.Linear(640, 256)),
+        }
+    )
     x = torch.randn(304, 256)
     exact = torch.cat([block["self_attn"][n](x) for n in "qkvo"]).detach()
-    for kind, what in {"int8": "true rounding", "released": "truncation", "fp8": "e4m3 per row"}.items():
+    for kind, what in {
+        "int8": "true rounding",
+        "released": "truncation",
+        "fp8": "e4m3 per row",
+    }.items():
         rows = report(block, lambda: [block["self_attn"][n](x) for n in "qkvo"], kind=kind)
-        print(f"{kind:9s}({what:13s}) " + "  ".join(f"{r.name[-1]} {r.sqnr:.1f} dB" for r in rows)
-              + f"   cosine {min(r.cosine for r in rows):.5f} {rows[0].verdict}")
+        print(
+            f"{kind:9s}({what:13s}) "
+            + "  ".join(f"{r.name[-1]} {r.sqnr:.1f} dB" for r in rows)
+            + f"   cosine {min(r.cosine for r in rows):.5f} {rows[0].verdict}"
+        )
     before = nbytes(block["self_attn"])
     print(f"converted {quantize_(block)}: {before:,} -> {nbytes(block['self_attn']):,} bytes")
     with torch.no_grad():
         error = torch.cat([block["self_attn"][n](x) for n in "qkvo"]) - exact
         one = block["self_attn"]["q"](x[:1])
-    print(f"relative error {error.norm() / exact.norm():.4f}; "
-          f"of a single row {(one - exact[:1]).norm() / exact[:1].norm():.4f}")
+    print(
+        f"relative error {error.norm() / exact.norm():.4f}; "
+        f"of a single row {(one - exact[:1]).norm() / exact[:1].norm():.4f}"
+    )

@@ -13,6 +13,7 @@ by place (dit.py) and hold equal memories, rank N decodes; if a rank dies, fails
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
 Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python realtime.py --bench --suite ablation
 """
+
 import argparse
 import contextlib
 import json
@@ -43,88 +44,152 @@ import quant
 import vae
 
 ROOT = Path(__file__).resolve().parent
-SIZES = {"micro": (64, 64), "tiny": (64, 64), "small": (128, 128), "5b": (704, 1280), "14b": (704, 1280)}      # H, W of a frame
-DECODERS = {"full": (0.0, "vae.safetensors", "Wan2.2_VAE.pth"), "light50": (0.5, "vae50.safetensors", "MG-LightVAE.pth"),
-            "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth")}       # channels removed, our file, the released one
+SIZES = {
+    "micro": (64, 64),
+    "tiny": (64, 64),
+    "small": (128, 128),
+    "5b": (704, 1280),
+    "14b": (704, 1280),
+}  # H, W of a frame
+DECODERS = {
+    "full": (0.0, "vae.safetensors", "Wan2.2_VAE.pth"),
+    "light50": (0.5, "vae50.safetensors", "MG-LightVAE.pth"),
+    "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth"),
+}  # channels removed, our file, the released one
 WINDOW = memory.Window()
-QUEUE, UNDO = 2, 4    # segments that may wait for the decoder; that can be taken back
-PIECE = 4_000_000     # pixels decoded per call: one latent at 720p, a whole segment at 64x64
+QUEUE, UNDO = 2, 4  # segments that may wait for the decoder; that can be taken back
+PIECE = 4_000_000  # pixels decoded per call: one latent at 720p, a whole segment at 64x64
+
 
 @dataclass(frozen=True)
 class Options:
-    preset: str = "tiny"          # micro, tiny, small, 5b, 14b
-    weights: str = ""             # file, folder or run; "" is assets/<preset>; "random" needs none
-    decoder: str = "full"         # full, light50, light75
-    steps: int = 3                # network calls per segment
-    method: str = "auto"          # renoise, unipc, euler; auto: what the weights were trained for
-    guidance: float = 1.0         # 5 for the released base model
-    policy: str = "camera"        # camera, recent, random, none; live: session.policy
-    view: str = "first"           # first, third: where the camera of a player is, and which expert imagines what it sees
-    new: int = 10                 # new latents per later segment: 10, 5 or 2
-    device: str = "auto"          # cpu, cuda, cuda:1
-    dtype: str = "auto"           # float32 or bfloat16; auto measures which is faster
-    commit: int = 0               # 1, 2, ...: the step before which actions may still change, see Session.submit; 0: none
-    quantize: str = ""            # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
-    reuse: bool = False           # approximate: later steps keep the first one's keys and values of clean tokens
-    compile: bool = False         # torch.compile of every block
-    bank: int = 4096              # latents kept before the keyframe gate closes
-    max_pitch: float = 85.0       # degrees, of the player and of the camera behind it; the game of world.py has 35
-    threads: int = 0              # of torch in each process; 0 leaves them
-    patience: float = 20.0        # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
+    preset: str = "tiny"  # micro, tiny, small, 5b, 14b
+    weights: str = ""  # file, folder or run; "" is assets/<preset>; "random" needs none
+    decoder: str = "full"  # full, light50, light75
+    steps: int = 3  # network calls per segment
+    method: str = "auto"  # renoise, unipc, euler; auto: what the weights were trained for
+    guidance: float = 1.0  # 5 for the released base model
+    policy: str = "camera"  # camera, recent, random, none; live: session.policy
+    view: str = "first"  # first, third: where the camera of a player is, and which expert imagines what it sees
+    new: int = 10  # new latents per later segment: 10, 5 or 2
+    device: str = "auto"  # cpu, cuda, cuda:1
+    dtype: str = "auto"  # float32 or bfloat16; auto measures which is faster
+    commit: int = (
+        0  # 1, 2, ...: the step before which actions may still change, see Session.submit; 0: none
+    )
+    quantize: str = (
+        ""  # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
+    )
+    reuse: bool = (
+        False  # approximate: later steps keep the first one's keys and values of clean tokens
+    )
+    compile: bool = False  # torch.compile of every block
+    bank: int = 4096  # latents kept before the keyframe gate closes
+    max_pitch: float = (
+        85.0  # degrees, of the player and of the camera behind it; the game of world.py has 35
+    )
+    threads: int = 0  # of torch in each process; 0 leaves them
+    patience: float = 20.0  # seconds after which a silent rank counts as lost; 30 times that while blocks may compile
+
 
 class Walk(NamedTuple):
     """Where a walk stands. Never changed in place: an old one is a snapshot."""
-    past: Tensor                  # (1, C, P, h, w) the last latents
-    text: Tensor                  # (1, n, text_dim)
-    poses: Tensor                 # (F+1, 5) float64 from frame `origin` on: what the next window can still see
-    keyboard: Tensor              # (F, 6) likewise
-    mouse: Tensor                 # (F, 2) likewise
+
+    past: Tensor  # (1, C, P, h, w) the last latents
+    text: Tensor  # (1, n, text_dim)
+    poses: Tensor  # (F+1, 5) float64 from frame `origin` on: what the next window can still see
+    keyboard: Tensor  # (F, 6) likewise
+    mouse: Tensor  # (F, 2) likewise
     seed: int = 42
     segment: int = 0
-    count: int = 1                # latents so far
-    origin: int = 0               # frame of row 0, a multiple of 4
+    count: int = 1  # latents so far
+    origin: int = 0  # frame of row 0, a multiple of 4
+
 
 class Chunk(NamedTuple):
-    frames: Tensor                # (n, H, W, 3) uint8
-    info: dict                    # segment, first_latent, policy, bank; poses, keyboard, mouse as used; memory [{latent, frame, score, sink}], ms
+    frames: Tensor  # (n, H, W, 3) uint8
+    info: dict  # segment, first_latent, policy, bank; poses, keyboard, mouse as used; memory [{latent, frame, score, sink}], ms
+
 
 def resolve(options: Options) -> Options:
     """Fill in what 'auto' means on this machine, and refuse what cannot work before anything is allocated."""
-    for name, allowed in (("preset", SIZES), ("decoder", DECODERS), ("new", (10, 5, 2)), ("policy", memory.POLICIES),
-                          ("view", ("first", "third")), ("commit", range(options.steps))):
+    for name, allowed in (
+        ("preset", SIZES),
+        ("decoder", DECODERS),
+        ("new", (10, 5, 2)),
+        ("policy", memory.POLICIES),
+        ("view", ("first", "third")),
+        ("commit", range(options.steps)),
+    ):
         if getattr(options, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(options, name)!r}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(options, name)!r}"
+            )
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.device == "auto"
+        else options.device
+    )
     if options.preset in ("5b", "14b") and not device.startswith("cuda"):
         raise ValueError(f"{options.preset} needs a CUDA GPU; found CPU. Try --preset tiny.")
     if not options.weights and not list((ROOT / "assets" / options.preset).glob("*.safetensors")):
-        raise ValueError(f"No model for preset {options.preset}. Train one: python train.py --stage base --preset {options.preset}, "
-                         "or pass --weights PATH, or play without a model: python play.py --fake")
+        raise ValueError(
+            f"No model for preset {options.preset}. Train one: python train.py --stage base --preset {options.preset}, "
+            "or pass --weights PATH, or play without a model: python play.py --fake"
+        )
     dtype = faster_dtype(device) if options.dtype == "auto" else options.dtype
-    options = replace(options, device=device, dtype=dtype, weights=options.weights or str(ROOT / "assets" / options.preset))
-    if device.startswith("cuda") and estimate(options) > (free := torch.cuda.mem_get_info(device)[0] / 1e9):
+    options = replace(
+        options,
+        device=device,
+        dtype=dtype,
+        weights=options.weights or str(ROOT / "assets" / options.preset),
+    )
+    if device.startswith("cuda") and estimate(options) > (
+        free := torch.cuda.mem_get_info(device)[0] / 1e9
+    ):
         raise ValueError(will_not_fit(options, free))
     return options
+
 
 def faster_dtype(device: str) -> str:
     return str(moe.faster_dtype(device)).removeprefix("torch.")
 
-def vae_config(preset: str, decoder: str = "") -> vae.VAEConfig:     # decoder "": the full one, with its encoder
+
+def vae_config(
+    preset: str, decoder: str = ""
+) -> vae.VAEConfig:  # decoder "": the full one, with its encoder
     full = replace(vae.PRESETS.get(preset, vae.PRESETS["wan2.2"]), z_dim=dit.PRESETS[preset].in_dim)
     return vae.pruned(full, DECODERS[decoder][0]) if decoder else full
 
-def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict]:       # networks, how they were trained
+
+def load_parts(
+    options: Options, *want: str
+) -> tuple[dict[str, nn.Module], dict]:  # networks, how they were trained
     """The wanted ones of dit, encoder, decoder, on the device and in the dtype of resolved options."""
-    preset, root, dtype, meta, nets = options.preset, Path(options.weights), getattr(torch, options.dtype), {}, {}
+    preset, root, dtype, meta, nets = (
+        options.preset,
+        Path(options.weights),
+        getattr(torch, options.dtype),
+        {},
+        {},
+    )
     for part, cut in ((part, options.decoder if part == "decoder" else "") for part in want):
-        if options.weights == "random":                               # the same on every rank; no zeros, they flatter timings and hide mistakes
+        if (
+            options.weights == "random"
+        ):  # the same on every rank; no zeros, they flatter timings and hide mistakes
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                nets[part] = moe.build(preset) if part == "dit" else vae.VAE(vae_config(preset, cut))
+                nets[part] = (
+                    moe.build(preset) if part == "dit" else vae.VAE(vae_config(preset, cut))
+                )
                 for p in (p for p in nets[part].parameters() if not p.any()):
                     nn.init.normal_(p, std=0.02)
         elif part == "dit":
-            shipped = [file for name in ("student", "base") if (file := root / f"{name}.safetensors").exists()]
+            shipped = [
+                file
+                for name in ("student", "base")
+                if (file := root / f"{name}.safetensors").exists()
+            ]
             nets[part], meta = moe.load([*shipped, root][0], device=options.device, dtype=dtype)
         else:
             nets[part] = load_vae(root, preset, cut or "full")
@@ -132,101 +197,249 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
     if isinstance(nets.get("dit"), moe.Experts):
         nets["dit"].look(options.view)
     elif meta.get("stage") == "moe" and meta["expert"] != "dense":
-        raise ValueError("one expert alone draws nothing; join them: python train.py --export RUN ... FILE")
+        raise ValueError(
+            "one expert alone draws nothing; join them: python train.py --export RUN ... FILE"
+        )
     elif meta and meta.get("view", "first") not in (options.view, "both"):
-        raise ValueError(f"this model has not seen the {options.view} person; use --weights of experts: python train.py --stage moe, "
-                         f"or --view {meta.get('view', 'first')}")
+        raise ValueError(
+            f"this model has not seen the {options.view} person; use --weights of experts: python train.py --stage moe, "
+            f"or --view {meta.get('view', 'first')}"
+        )
     if meta.get("preset", preset) != preset:
-        raise ValueError(f"{options.weights} holds a {meta['preset']} model; add --preset {meta['preset']}")
+        raise ValueError(
+            f"{options.weights} holds a {meta['preset']} model; add --preset {meta['preset']}"
+        )
     if "dit" in nets:
         quant.approximate_(nets["dit"], options.quantize, options.reuse)
-    for block in [m for net in nets.values() for m in net.modules() if options.compile and isinstance(m, dit.Block)]:
+    for block in [
+        m
+        for net in nets.values()
+        for m in net.modules()
+        if options.compile and isinstance(m, dit.Block)
+    ]:
         block.compile()
-    method = options.method if options.method != "auto" else "renoise" if meta.get("stage") == "distill" else "unipc"
-    said = {"encoding": "anchored" if dit.PRESETS[preset].ray_channels == 60 else "released", "shift": 5.0, "sink": True, "p_memory_off": 0.0}
-    return nets, {name: meta.get(name, default) for name, default in said.items()} | {"method": method}
+    method = (
+        options.method
+        if options.method != "auto"
+        else "renoise"
+        if meta.get("stage") == "distill"
+        else "unipc"
+    )
+    said = {
+        "encoding": "anchored" if dit.PRESETS[preset].ray_channels == 60 else "released",
+        "shift": 5.0,
+        "sink": True,
+        "p_memory_off": 0.0,
+    }
+    return nets, {name: meta.get(name, default) for name, default in said.items()} | {
+        "method": method
+    }
+
 
 def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
     """The full, light50 or light75 VAE: beside the weights, one folder up, or the shipped one."""
     places, files = (root, root.parent, ROOT / "assets" / preset), DECODERS[name][1:]
     for path in (folder / file for folder in places for file in files if (folder / file).is_file()):
         return vae.from_weights(*moe.read_weights(path))
-    raise ValueError(f"no {name} decoder: looked for {' or '.join(files)} in {', '.join(map(str, places))}; make one with: "
-                     f"python train.py --stage {'vae' if name == 'full' else 'lightvae'} --preset {preset}")
+    raise ValueError(
+        f"no {name} decoder: looked for {' or '.join(files)} in {', '.join(map(str, places))}; make one with: "
+        f"python train.py --stage {'vae' if name == 'full' else 'lightvae'} --preset {preset}"
+    )
 
-def embed(options: Options, prompt: str) -> Tensor:                  # word hashes; for released weights umT5, cached beside them
+
+def embed(
+    options: Options, prompt: str
+) -> Tensor:  # word hashes; for released weights umT5, cached beside them
     c, root = dit.PRESETS[options.preset], Path(options.weights)
     root = root if (root / "google").is_dir() else root.parent
     if c.text_dim < 4096 or options.weights == "random":
         return data.embed_prompt(prompt, c.text_dim, c.text_len)
-    return data.encode_umt5(prompt, root / "google/umt5-xxl", lambda: moe.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0], root)
+    return data.encode_umt5(
+        prompt,
+        root / "google/umt5-xxl",
+        lambda: moe.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0],
+        root,
+    )
+
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
-def places(options: Options) -> int:                                 # tokens per latent
-    return math.prod(SIZES[options.preset]) // vae_config(options.preset).stride[1] ** 2 // math.prod(dit.PRESETS[options.preset].patch)
+def places(options: Options) -> int:  # tokens per latent
+    return (
+        math.prod(SIZES[options.preset])
+        // vae_config(options.preset).stride[1] ** 2
+        // math.prod(dit.PRESETS[options.preset].patch)
+    )
+
 
 def segment_flops(options: Options) -> tuple[float, float, float]:
     """Of a later segment: (denoise as here, denoise as released, decode)."""
     v, (H, W) = vae_config(options.preset, options.decoder), SIZES[options.preset]
-    once, step, released = map(sum, zip(*quant.dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new).values(), strict=True))
-    return once + options.steps * step, options.steps * released, options.new * quant.vae_flops(v, H // v.stride[1], W // v.stride[2])
+    once, step, released = map(
+        sum,
+        zip(
+            *quant.dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new).values(),
+            strict=True,
+        ),
+    )
+    return (
+        once + options.steps * step,
+        options.steps * released,
+        options.new * quant.vae_flops(v, H // v.stride[1], W // v.stride[2]),
+    )
+
 
 def estimate(options: Options) -> float:
     """GB on one device, from shapes alone: weights + what prepare() keeps + activations + the decoder's maps."""
-    c, full, light = dit.PRESETS[options.preset], vae_config(options.preset), vae_config(options.preset, options.decoder)
-    L, width = places(options) * (WINDOW.memory + WINDOW.past + WINDOW.new), 4 if options.dtype == "float32" else 2
+    c, full, light = (
+        dit.PRESETS[options.preset],
+        vae_config(options.preset),
+        vae_config(options.preset, options.decoder),
+    )
+    L, width = (
+        places(options) * (WINDOW.memory + WINDOW.past + WINDOW.new),
+        4 if options.dtype == "float32" else 2,
+    )
     with torch.device("meta"):
-        weights = sum(p.numel() for net in (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light)) for p in net.parameters())
-    kept = L * (((2 + options.reuse) * c.layers + 10) * c.dim + 2 * c.ffn) + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
-    return ((weights + kept) * width - (c.layers * 4 * c.dim**2 * (width - 1) if options.quantize else 0)) / 1e9
+        weights = sum(
+            p.numel()
+            for net in (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light))
+            for p in net.parameters()
+        )
+    kept = (
+        L * (((2 + options.reuse) * c.layers + 10) * c.dim + 2 * c.ffn)
+        + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
+    )
+    return (
+        (weights + kept) * width
+        - (c.layers * 4 * c.dim**2 * (width - 1) if options.quantize else 0)
+    ) / 1e9
 
-def will_not_fit(options: Options, free: float) -> str:              # free in GB
-    need, (H, W), ways = estimate(options), SIZES[options.preset], {"--vae light75": ("decoder", "light75"), "--int8": ("quantize", "qkvo")}
-    return (f"{options.preset} {options.dtype} at {W}×{H} needs ~{need:.0f} GB, {options.device} has {free:.1f} GB free. Options, cheapest "
-            "first:\n  " + " · ".join(f"{flag} (−{need - estimate(replace(options, **dict([way]))):.1f})" for flag, way in ways.items()))
+
+def will_not_fit(options: Options, free: float) -> str:  # free in GB
+    need, (H, W), ways = (
+        estimate(options),
+        SIZES[options.preset],
+        {"--vae light75": ("decoder", "light75"), "--int8": ("quantize", "qkvo")},
+    )
+    return (
+        f"{options.preset} {options.dtype} at {W}×{H} needs ~{need:.0f} GB, {options.device} has {free:.1f} GB free. Options, cheapest "
+        "first:\n  "
+        + " · ".join(
+            f"{flag} (−{need - estimate(replace(options, **dict([way]))):.1f})"
+            for flag, way in ways.items()
+        )
+    )
+
 
 def clock(device: str) -> float:
-    return (torch.cuda.synchronize(device) if device.startswith("cuda") else None) or time.perf_counter()
+    return (
+        torch.cuda.synchronize(device) if device.startswith("cuda") else None
+    ) or time.perf_counter()
+
 
 class Denoiser:
     """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree; who replaces `camera`,
     poses (n, 5) float64 -> (n, 4, 4), does so on all of them. `late`, on rank 0: a call for the newest actions (4n, 8), keys | mouse."""
-    def __init__(self, model: nn.Module, meta: dict, options: Options, group: dist.ProcessGroup | None = None):
-        self.model, self.meta, self.options, self.group, self.now, self.late = model, meta, options, group, None, None
-        self.place, self.history = {"device": options.device, "dtype": getattr(torch, options.dtype)}, deque(maxlen=UNDO)
-        self.camera = partial(memory.behind, max_pitch=options.max_pitch) if options.view == "third" else memory.pose_to_c2w
 
-    def start(self, now: Walk) -> None:                               # with an empty bank
+    def __init__(
+        self, model: nn.Module, meta: dict, options: Options, group: dist.ProcessGroup | None = None
+    ):
+        self.model, self.meta, self.options, self.group, self.now, self.late = (
+            model,
+            meta,
+            options,
+            group,
+            None,
+            None,
+        )
+        self.place, self.history = (
+            {"device": options.device, "dtype": getattr(torch, options.dtype)},
+            deque(maxlen=UNDO),
+        )
+        self.camera = (
+            partial(memory.behind, max_pitch=options.max_pitch)
+            if options.view == "third"
+            else memory.pose_to_c2w
+        )
+
+    def start(self, now: Walk) -> None:  # with an empty bank
         self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
-        self.bank = memory.MemoryBank("released" if self.meta["encoding"] == "released" else "uniform", free=self.options.bank)
+        self.bank = memory.MemoryBank(
+            "released" if self.meta["encoding"] == "released" else "uniform", free=self.options.bank
+        )
         self.history.clear()
 
-    def reset(self, latent: Tensor, text: Tensor, seed: int, pose: Sequence[float]) -> None:      # (1, C, 1, h, w)
+    def reset(
+        self, latent: Tensor, text: Tensor, seed: int, pose: Sequence[float]
+    ) -> None:  # (1, C, 1, h, w)
         poses = torch.tensor([list(pose)], dtype=torch.float64)
         self.start(Walk(latent, text[None], poses, torch.zeros(0, 6), torch.zeros(0, 2), seed))
-        self.bank.append(self.now.past[0], memory.segment_cameras(self.camera(poses)[None], 0, 1)[0].float(), torch.tensor([0]))
+        self.bank.append(
+            self.now.past[0],
+            memory.segment_cameras(self.camera(poses)[None], 0, 1)[0].float(),
+            torch.tensor([0]),
+        )
 
-    def bind(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[memory.Context, list[dict], list[Tensor], Tensor, Tensor]:
+    def bind(
+        self, keyboard: Tensor, mouse: Tensor, policy: str
+    ) -> tuple[memory.Context, list[dict], list[Tensor], Tensor, Tensor]:
         """A segment under these actions: its context, what is recalled, the walk with it, times and cameras of its new latents."""
         now, n, P = self.now, len(keyboard) // WINDOW.stride, self.now.past.shape[2]
-        times = torch.arange(now.count - P, now.count + n)            # of the window: past, then new
-        poses = memory.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[1:]
-        walked = [torch.cat(pair) for pair in ((now.poses, poses), (now.keyboard, keyboard), (now.mouse, mouse))]
-        first = int(times[0]) - now.origin // WINDOW.stride           # the kept rows begin at latent origin/4
+        times = torch.arange(now.count - P, now.count + n)  # of the window: past, then new
+        poses = memory.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[
+            1:
+        ]
+        walked = [
+            torch.cat(pair)
+            for pair in ((now.poses, poses), (now.keyboard, keyboard), (now.mouse, mouse))
+        ]
+        first = (
+            int(times[0]) - now.origin // WINDOW.stride
+        )  # the kept rows begin at latent origin/4
         cameras = memory.segment_cameras(self.camera(walked[0])[None], first, P + n)
-        found, picks = self.recall(cameras[0, P:, -1].float(), int(times[0]), policy) if now.segment and policy != "none" else (None, [])
+        found, picks = (
+            self.recall(cameras[0, P:, -1].float(), int(times[0]), policy)
+            if now.segment and policy != "none"
+            else (None, [])
+        )
         keys, turns = (self.windows(rows, first, P + n) for rows in walked[1:])
-        context = memory.make_context(now.past, times[None], cameras, turns, keys, now.text, found, self.meta["encoding"],
-                                      vae_config(self.options.preset).stride[1]).to(**self.place)
+        context = memory.make_context(
+            now.past,
+            times[None],
+            cameras,
+            turns,
+            keys,
+            now.text,
+            found,
+            self.meta["encoding"],
+            vae_config(self.options.preset).stride[1],
+        ).to(**self.place)
         return context, picks, walked, times[P:], cameras[0, P:].float()
 
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
         """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened: info has the actions and poses that were used."""
-        now, o, n, policy = self.now, self.options, len(keyboard) // WINDOW.stride, policy if self.meta.get("p_memory_off", 0) < 1 else "none"
-        began, actions, bound, recalled = clock(o.device), torch.cat([keyboard, mouse], 1), self.bind(keyboard, mouse, policy), clock(o.device)
-        def revise(step: int) -> memory.Context | None:               # before step `commit`: what rank 0 hears by now, on every rank
+        now, o, n, policy = (
+            self.now,
+            self.options,
+            len(keyboard) // WINDOW.stride,
+            policy if self.meta.get("p_memory_off", 0) < 1 else "none",
+        )
+        began, actions, bound, recalled = (
+            clock(o.device),
+            torch.cat([keyboard, mouse], 1),
+            self.bind(keyboard, mouse, policy),
+            clock(o.device),
+        )
+
+        def revise(
+            step: int,
+        ) -> memory.Context | None:  # before step `commit`: what rank 0 hears by now, on every rank
             nonlocal bound
-            newer = (self.late() if self.late else actions).to(o.device, copy=True) if step == o.commit else actions
+            newer = (
+                (self.late() if self.late else actions).to(o.device, copy=True)
+                if step == o.commit
+                else actions
+            )
             if step == o.commit and self.group:
                 dist.broadcast(newer, 0, self.group)
             if not torch.equal(newer := newer.cpu(), actions):
@@ -234,62 +447,132 @@ class Denoiser:
                 return bound[0]
 
         generator = torch.Generator(o.device).manual_seed(now.seed * 1_000_003 + now.segment)
-        noise = torch.randn(1, now.past.shape[1], n, *now.past.shape[-2:], generator=generator, device=o.device)
+        noise = torch.randn(
+            1, now.past.shape[1], n, *now.past.shape[-2:], generator=generator, device=o.device
+        )
         sigmas, method = dit.sigma_grid(o.steps, self.meta["shift"]), self.meta["method"]
-        x0 = dit.sample(self.model, bound[0], sigmas, noise, method, o.guidance, generator, self.group, revise).to(**self.place)
+        x0 = dit.sample(
+            self.model, bound[0], sigmas, noise, method, o.guidance, generator, self.group, revise
+        ).to(**self.place)
         if not x0.isfinite().all():
-            raise ValueError(f"segment {now.segment} is not finite: broken weights, or {o.dtype} is too narrow; try --dtype float32")
+            raise ValueError(
+                f"segment {now.segment} is not finite: broken weights, or {o.dtype} is too narrow; try --dtype float32"
+            )
         _, picks, walked, times, cameras = bound
         self.history.append((now, self.bank.size))
         self.bank.append(x0[0], cameras, times)
-        drop = max(0, WINDOW.stride * (now.count + n - WINDOW.past - 4) - now.origin)             # no window looks further back
-        self.now = Walk(torch.cat([now.past, x0], 2)[:, :, -WINDOW.past:], now.text, *(rows[drop:] for rows in walked),
-                        now.seed, now.segment + 1, now.count + n, now.origin + drop)
-        used = {name: rows[-len(keyboard):].tolist() for name, rows in zip(("poses", "keyboard", "mouse"), walked, strict=True)}
-        return x0, {"segment": now.segment, "first_latent": now.count, "policy": policy, "memory": picks, "bank": len(self.bank), **used,
-                    "ms": {"retrieve": 1e3 * (recalled - began), "denoise": 1e3 * (clock(o.device) - recalled)}}
+        drop = max(
+            0, WINDOW.stride * (now.count + n - WINDOW.past - 4) - now.origin
+        )  # no window looks further back
+        self.now = Walk(
+            torch.cat([now.past, x0], 2)[:, :, -WINDOW.past :],
+            now.text,
+            *(rows[drop:] for rows in walked),
+            now.seed,
+            now.segment + 1,
+            now.count + n,
+            now.origin + drop,
+        )
+        used = {
+            name: rows[-len(keyboard) :].tolist()
+            for name, rows in zip(("poses", "keyboard", "mouse"), walked, strict=True)
+        }
+        return x0, {
+            "segment": now.segment,
+            "first_latent": now.count,
+            "policy": policy,
+            "memory": picks,
+            "bank": len(self.bank),
+            **used,
+            "ms": {
+                "retrieve": 1e3 * (recalled - began),
+                "denoise": 1e3 * (clock(o.device) - recalled),
+            },
+        }
 
-    def recall(self, poses: Tensor, before: int, policy: str) -> tuple[memory.Memory, list[dict]]:    # (n, 4, 4) of the new latents
+    def recall(
+        self, poses: Tensor, before: int, policy: str
+    ) -> tuple[memory.Memory, list[dict]]:  # (n, 4, 4) of the new latents
         """The memory of a segment, newest query first, and its description for whoever watches."""
-        asks = [len(poses) - 1 - offset for offset in memory.query_offsets(len(poses), WINDOW.memory)]
+        asks = [
+            len(poses) - 1 - offset for offset in memory.query_offsets(len(poses), WINDOW.memory)
+        ]
         generator = torch.Generator().manual_seed(self.now.seed * 1_000_003 + self.now.segment)
-        slots, scores = self.bank.retrieve(poses[asks], before, policy, sink := self.meta.get("sink", True), generator)
+        slots, scores = self.bank.retrieve(
+            poses[asks], before, policy, sink := self.meta.get("sink", True), generator
+        )
         found = self.bank.read(slots)
-        return found, [{"latent": t, "frame": WINDOW.stride * t, "score": round(s, 3), "sink": sink and policy == "camera" and t <= 1}
-                       for t, s in zip(found.times[0].tolist(), scores.tolist(), strict=True)]
+        return found, [
+            {
+                "latent": t,
+                "frame": WINDOW.stride * t,
+                "score": round(s, 3),
+                "sink": sink and policy == "camera" and t <= 1,
+            }
+            for t, s in zip(found.times[0].tolist(), scores.tolist(), strict=True)
+        ]
 
-    def windows(self, actions: Tensor, first: int, n: int) -> Tensor:                             # (1, n, 12, A)
+    def windows(self, actions: Tensor, first: int, n: int) -> Tensor:  # (1, n, 12, A)
         if self.meta["encoding"] != "released":
             return memory.action_windows(actions[None], first, n)
-        rows = actions[max(0, WINDOW.stride * (first - 1) + 1):]      # one per frame of the window; the last has none yet
+        rows = actions[
+            max(0, WINDOW.stride * (first - 1) + 1) :
+        ]  # one per frame of the window; the last has none yet
         return memory.released_windows(torch.cat([rows, rows[-1:]])[None])
 
-    def dump(self) -> dict[str, Tensor]:                              # everything but the weights
+    def dump(self) -> dict[str, Tensor]:  # everything but the weights
         bank = {f"bank.{name}": x for name, x in self.bank.state_dict().items()}
-        return bank | dict(zip(Walk._fields[:5], self.now, strict=False)) | {"numbers": torch.tensor(self.now[5:])}
+        return (
+            bank
+            | dict(zip(Walk._fields[:5], self.now, strict=False))
+            | {"numbers": torch.tensor(self.now[5:])}
+        )
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.start(Walk(*(state[name] for name in Walk._fields[:5]), *state["numbers"].tolist()))
-        bank = {name.removeprefix("bank."): x for name, x in state.items() if name.startswith("bank.")}
-        self.bank.load_state_dict({name: x if name == "times" else x.to(self.options.device) for name, x in bank.items()})
+        bank = {
+            name.removeprefix("bank."): x for name, x in state.items() if name.startswith("bank.")
+        }
+        self.bank.load_state_dict(
+            {name: x if name == "times" else x.to(self.options.device) for name, x in bank.items()}
+        )
 
     def undo(self) -> None:
-        self.now, self.bank.size = self.history.pop()                 # the bank only grows at its end: shorter is older
+        self.now, self.bank.size = (
+            self.history.pop()
+        )  # the bank only grows at its end: shorter is older
+
 
 class Decoder:
     """Latents to uint8 frames, one continuous video."""
-    def __init__(self, network: vae.VAE, options: Options):
-        self.network, self.options, self.state, self.history = network, options, None, deque(maxlen=UNDO)
-        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-        self.stream = torch.cuda.stream(torch.cuda.Stream(options.device)) if "cuda" in options.device else contextlib.nullcontext()
 
-    def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:     # (1, C, n, h, w) -> (4n, H, W, 3), ms
+    def __init__(self, network: vae.VAE, options: Options):
+        self.network, self.options, self.state, self.history = (
+            network,
+            options,
+            None,
+            deque(maxlen=UNDO),
+        )
+        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.stream = (
+            torch.cuda.stream(torch.cuda.Stream(options.device))
+            if "cuda" in options.device
+            else contextlib.nullcontext()
+        )
+
+    def decode(
+        self, z: Tensor, fresh: bool = False
+    ) -> tuple[Tensor, float]:  # (1, C, n, h, w) -> (4n, H, W, 3), ms
         start, frames, state = time.perf_counter(), [], None if fresh else self.state
         self.history.append(self.state)
         with self.stream:
-            for part in z.to(**self.place).split(max(1, PIECE // (WINDOW.stride * math.prod(SIZES[self.options.preset]))), 2):
+            for part in z.to(**self.place).split(
+                max(1, PIECE // (WINDOW.stride * math.prod(SIZES[self.options.preset]))), 2
+            ):
                 video, state = self.network.decode_stream(part, state, clamp=True)
-                frames.append(video[0].float().add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).cpu())
+                frames.append(
+                    video[0].float().add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).cpu()
+                )
         self.state = state
         return torch.cat(frames), 1e3 * (time.perf_counter() - start)
 
@@ -297,44 +580,99 @@ class Decoder:
         return {str(slot): x.cpu() for slot, x in (self.state or {}).items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.state = {int(slot): x.to(**self.place, memory_format=torch.channels_last_3d) for slot, x in state.items()} or None
+        self.state = {
+            int(slot): x.to(**self.place, memory_format=torch.channels_last_3d)
+            for slot, x in state.items()
+        } or None
         self.history.clear()
 
     def undo(self) -> None:
         self.state = self.history.pop()
 
+
 # ---- N + 1 ranks -----------------------------------------------------------------------------------------------------
 class Team:
     """Ranks 0 .. N−1 denoise, rank N decodes. Players pause, so orders may take for ever; everything else has a deadline.
     They meet once all have loaded and have the same code, options and weights: otherwise frames would silently differ."""
-    def __init__(self, rank: int, world: int, store: dist.Store, options: Options, model: nn.Module | None, crew: Sequence = ()):
-        self.last, self.store, self.crew, self.posted = world - 1, store, crew, {"denoise": 0, "decode": 0}
-        code = [(ROOT / f"{name}.py").read_text() for name in ("dit", "vae", "memory", "moe", "quant", "realtime")]
-        sums = [f"{p.flatten()[::97].double().abs().sum():.6g}" for p in model.state_dict().values()] if model else None
-        said = {"code": code, "options": replace(options, device="", threads=0)} | ({"weights": sums} if model else {})
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        store: dist.Store,
+        options: Options,
+        model: nn.Module | None,
+        crew: Sequence = (),
+    ):
+        self.last, self.store, self.crew, self.posted = (
+            world - 1,
+            store,
+            crew,
+            {"denoise": 0, "decode": 0},
+        )
+        code = [
+            (ROOT / f"{name}.py").read_text()
+            for name in ("dit", "vae", "memory", "moe", "quant", "realtime")
+        ]
+        sums = (
+            [f"{p.flatten()[::97].double().abs().sum():.6g}" for p in model.state_dict().values()]
+            if model
+            else None
+        )
+        said = {"code": code, "options": replace(options, device="", threads=0)} | (
+            {"weights": sums} if model else {}
+        )
         store.set(f"said{rank}", pickle.dumps(said))
         while not store.check(keys := [f"said{r}" for r in range(world)]):
             if store.check(["failed"]) or not all(process.is_alive() for process in crew):
-                raise RuntimeError(store.get("failed").decode() if store.check(["failed"]) else "a rank died while starting; see above")
+                raise RuntimeError(
+                    store.get("failed").decode()
+                    if store.check(["failed"])
+                    else "a rank died while starting; see above"
+                )
             time.sleep(0.05)
         first, *others = (pickle.loads(store.get(key)) for key in keys)
-        if wrong := [f"rank {r} differs from rank 0 in its {k}" for r, them in enumerate(others, 1) for k in them if them[k] != first[k]]:
-            raise ValueError(f"{'; '.join(wrong)}. Start all ranks from one folder, with the same options and weights")
+        if wrong := [
+            f"rank {r} differs from rank 0 in its {k}"
+            for r, them in enumerate(others, 1)
+            for k in them
+            if them[k] != first[k]
+        ]:
+            raise ValueError(
+                f"{'; '.join(wrong)}. Start all ranks from one folder, with the same options and weights"
+            )
         store.set_timeout(timedelta(days=7))
-        deadline, backend = timedelta(seconds=options.patience * (30 if options.compile else 1)), "nccl" if "cuda" in options.device else "gloo"
-        dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=world, timeout=deadline)
+        deadline, backend = (
+            timedelta(seconds=options.patience * (30 if options.compile else 1)),
+            "nccl" if "cuda" in options.device else "gloo",
+        )
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", store),
+            rank=rank,
+            world_size=world,
+            timeout=deadline,
+        )
         self.group = dist.new_group(list(range(self.last)), timeout=deadline, backend=backend)
-        self.decode, self.dump, self.load, self.undo = (partial(self.ask, name) for name in ("decode", "dump", "load", "undo"))
+        self.decode, self.dump, self.load, self.undo = (
+            partial(self.ask, name) for name in ("decode", "dump", "load", "undo")
+        )
 
-    def post(self, box: str, *order: object) -> None:                 # rank 0: for all who read this box, whenever they come to it
+    def post(
+        self, box: str, *order: object
+    ) -> None:  # rank 0: for all who read this box, whenever they come to it
         self.posted[box] += 1
         self.store.set(f"{box}{self.posted[box]}", pickle.dumps(order))
         self.store.delete_key(f"{box}{self.posted[box] - 8}")
 
-    def ask(self, name: str, *args: object) -> object:                # rank 0: a method of the Decoder on the last rank
+    def ask(
+        self, name: str, *args: object
+    ) -> object:  # rank 0: a method of the Decoder on the last rank
         with self.guarded("decoder"):
-            decodes = name == "decode"                                # its latents and pixels travel as they are, not pickled
-            self.post("decode", name, *((args[0].shape, args[0].dtype, args[1]) if decodes else args))
+            decodes = name == "decode"  # its latents and pixels travel as they are, not pickled
+            self.post(
+                "decode", name, *((args[0].shape, args[0].dtype, args[1]) if decodes else args)
+            )
             if decodes:
                 dist.send(args[0].cpu().contiguous(), self.last)
             dist.recv_object_list(reply := [None], self.last)
@@ -348,21 +686,38 @@ class Team:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            time.sleep(1)                                             # for the last words of others
-            dead = [f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()]
-            reason = self.store.get("failed").decode() if self.store.check(["failed"]) else ", ".join(dead)
+            time.sleep(1)  # for the last words of others
+            dead = [
+                f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()
+            ]
+            reason = (
+                self.store.get("failed").decode()
+                if self.store.check(["failed"])
+                else ", ".join(dead)
+            )
             for process in self.crew:
                 process.kill()
-            raise RuntimeError(reason or f"a {who} died or stalled ({str(error).splitlines()[0].split('] ')[-1]})") from None
+            raise RuntimeError(
+                reason or f"a {who} died or stalled ({str(error).splitlines()[0].split('] ')[-1]})"
+            ) from None
+
 
 def serve(rank: int, world: int, port: int, options: Options) -> None:
     """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes."""
-    store, box, k = dist.TCPStore("127.0.0.1", port), "decode" if rank == world - 1 else "denoise", 0
+    store, box, k = (
+        dist.TCPStore("127.0.0.1", port),
+        "decode" if rank == world - 1 else "denoise",
+        0,
+    )
     try:
         torch.set_num_threads(options.threads or torch.get_num_threads())
         nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
         team = Team(rank, world, store, options, nets.get("dit"))
-        actor = Decoder(nets["decoder"], options) if box == "decode" else Denoiser(nets["dit"], meta, options, team.group)
+        actor = (
+            Decoder(nets["decoder"], options)
+            if box == "decode"
+            else Denoiser(nets["dit"], meta, options, team.group)
+        )
         while (order := pickle.loads(store.get(f"{box}{(k := k + 1)}")))[0] != "close":
             name, *args = order
             if name == "decode":
@@ -370,63 +725,129 @@ def serve(rank: int, world: int, port: int, options: Options) -> None:
                 args = [z, args[2]]
             result = getattr(actor, name)(*args)
             if box == "decode":
-                dist.send_object_list([(result[0].shape, result[1]) if name == "decode" else result], 0)
+                dist.send_object_list(
+                    [(result[0].shape, result[1]) if name == "decode" else result], 0
+                )
             if name == "decode":
                 dist.send(result[0], 0)
         dist.destroy_process_group()
-    except Exception as error:                                        # whatever it is, rank 0 must hear of it, if it lives
+    except Exception as error:  # whatever it is, rank 0 must hear of it, if it lives
         with contextlib.suppress(RuntimeError):
-            if not (isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "died"))):
+            if not (
+                isinstance(error, RuntimeError)
+                and any(word in str(error) for word in ("onnection", "gloo", "died"))
+            ):
                 store.set("failed", f"rank {rank} ({box}) failed: {type(error).__name__}: {error}")
         os._exit(1)
 
+
 def open_session(options: Options, dit_ranks: int = 0) -> "Session | None":
     """One process (0), or rank 0 of dit_ranks + 1, the others spawned here. Under torchrun its rank 0 does so; the rest get None."""
-    options, started, rank, crew = resolve(options), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), []
+    options, started, rank, crew = (
+        resolve(options),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get("RANK", 0)),
+        [],
+    )
     if rank or not (ranks := dit_ranks or started - 1):
         return None if rank else Session(options)
     if not 1 <= ranks <= (most := places(options)) or started not in (1, ranks + 1):
-        raise ValueError(f"{ranks} denoising ranks cannot work here: {options.preset} has {most} places to share, and {started} processes were "
-                         f"started. Use 1 to {most}; torchrun --nproc_per_node needs one more")
+        raise ValueError(
+            f"{ranks} denoising ranks cannot work here: {options.preset} has {most} places to share, and {started} processes were "
+            f"started. Use 1 to {most}; torchrun --nproc_per_node needs one more"
+        )
     if (cuda := options.device.startswith("cuda")) and not dist.is_nccl_available():
-        raise ValueError("this torch has no nccl, which ranks on GPUs need; use --device cpu or another build of torch")
+        raise ValueError(
+            "this torch has no nccl, which ranks on GPUs need; use --device cpu or another build of torch"
+        )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for r in range(1, ranks + 1):
         place = replace(options, device=f"cuda:{r}" if cuda else "cpu")
-        crew.append(multiprocessing.get_context("spawn").Process(target=serve, args=(r, ranks + 1, store.port, place), daemon=True))
+        crew.append(
+            multiprocessing.get_context("spawn").Process(
+                target=serve, args=(r, ranks + 1, store.port, place), daemon=True
+            )
+        )
         crew[-1].start()
     return Session(options, store, crew)
 
+
 class Session:
     """One player in one world; knows nothing of pages. With a store (see open_session) it is rank 0 of all who meet there."""
-    def __init__(self, options: Options = Options(), store: dist.Store | None = None, crew: Sequence[multiprocessing.Process] = ()):
+
+    def __init__(
+        self,
+        options: Options = Options(),
+        store: dist.Store | None = None,
+        crew: Sequence[multiprocessing.Process] = (),
+    ):
         self.options, self.policy, self.pending = resolve(options), options.policy, deque()
-        self.pool = ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None     # two threads on the same cores: half the speed
+        self.pool = (
+            ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None
+        )  # two threads on the same cores: half the speed
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        self.nets, meta = load_parts(self.options, "dit", "encoder", *(() if store else ("decoder",)))
-        self.team = Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew) if store else None
-        self.denoiser = Denoiser(self.nets["dit"], meta, self.options, self.team.group if store else None)
+        self.nets, meta = load_parts(
+            self.options, "dit", "encoder", *(() if store else ("decoder",))
+        )
+        self.team = (
+            Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew) if store else None
+        )
+        self.denoiser = Denoiser(
+            self.nets["dit"], meta, self.options, self.team.group if store else None
+        )
         self.decoder = self.team or Decoder(self.nets["decoder"], self.options)
 
-    def everywhere(self, name: str, *args: object) -> object:         # the same call on every denoising rank
+    def everywhere(
+        self, name: str, *args: object
+    ) -> object:  # the same call on every denoising rank
         with self.team.guarded("denoiser") if self.team else contextlib.nullcontext():
             if self.team:
                 self.team.post("denoise", name, *args)
             return getattr(self.denoiser, name)(*args)
 
     @property
-    def frames_needed(self) -> int:                                   # rows of actions that the next step takes
-        return WINDOW.stride * (self.options.new if self.denoiser.now and self.denoiser.now.segment else WINDOW.first - 1)
+    def frames_needed(self) -> int:  # rows of actions that the next step takes
+        return WINDOW.stride * (
+            self.options.new
+            if self.denoiser.now and self.denoiser.now.segment
+            else WINDOW.first - 1
+        )
 
-    def reset(self, image: Tensor, prompt: str = "", seed: int = 42, pose: Sequence[float] = (0.0, -1.6, 0.0, 0.0, 0.0)) -> Chunk:
+    def reset(
+        self,
+        image: Tensor,
+        prompt: str = "",
+        seed: int = 42,
+        pose: Sequence[float] = (0.0, -1.6, 0.0, 0.0, 0.0),
+    ) -> Chunk:
         """Start from a picture (H, W, 3) uint8. Returns it as the model sees it: frame 0."""
-        image, shape, encoder = torch.as_tensor(image), (*SIZES[self.options.preset], 3), self.nets["encoder"]
+        image, shape, encoder = (
+            torch.as_tensor(image),
+            (*SIZES[self.options.preset], 3),
+            self.nets["encoder"],
+        )
         if tuple(image.shape) != shape or image.dtype != torch.uint8:
-            raise ValueError(f"image must be {shape} uint8 for preset {self.options.preset}, got {tuple(image.shape)} {image.dtype}")
+            raise ValueError(
+                f"image must be {shape} uint8 for preset {self.options.preset}, got {tuple(image.shape)} {image.dtype}"
+            )
         self.pending.clear()
-        latent = encoder.encode(image.permute(2, 0, 1)[None, :, None].to(**self.denoiser.place) / 127.5 - 1).cpu()
+        latent = encoder.encode(
+            image.permute(2, 0, 1)[None, :, None].to(**self.denoiser.place) / 127.5 - 1
+        ).cpu()
         self.everywhere("reset", latent, embed(self.options, prompt), int(seed), tuple(pose))
-        self.decode(latent, {"segment": -1, "first_latent": 0, "policy": self.policy, "bank": 1, "memory": [], "poses": [list(pose)], "ms": {}}, True)
+        self.decode(
+            latent,
+            {
+                "segment": -1,
+                "first_latent": 0,
+                "policy": self.policy,
+                "bank": 1,
+                "memory": [],
+                "poses": [list(pose)],
+                "ms": {},
+            },
+            True,
+        )
         return self.collect()
 
     def submit(self, keyboard: Tensor, mouse: Tensor, late: Callable | None = None) -> None:
@@ -434,25 +855,37 @@ class Session:
         asked once, just before step Options.commit, for all (keyboard, mouse) of this segment as they are by now, or None."""
         keyboard, mouse = self.checked(keyboard, mouse)
         if late and not self.options.commit:
-            raise ValueError("late actions need a step before which they are read: Options(commit=1)")
+            raise ValueError(
+                "late actions need a step before which they are read: Options(commit=1)"
+            )
         memory.choose("policy", self.policy, memory.POLICIES)
         self.idle(2 * QUEUE)
-        self.denoiser.late = late and (lambda: torch.cat(self.checked(*(late() or (keyboard, mouse))), 1))
+        self.denoiser.late = late and (
+            lambda: torch.cat(self.checked(*(late() or (keyboard, mouse))), 1)
+        )
         self.decode(*self.everywhere("run", keyboard, mouse, self.policy))
 
     def checked(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
-        keyboard, mouse, n = torch.as_tensor(keyboard).float(), torch.as_tensor(mouse).float(), self.frames_needed
+        keyboard, mouse, n = (
+            torch.as_tensor(keyboard).float(),
+            torch.as_tensor(mouse).float(),
+            self.frames_needed,
+        )
         if not self.denoiser.now:
             raise ValueError("no world yet: call reset(image) before the first step")
-        if (keyboard.shape, mouse.shape) != ((n, 6), (n, 2)) or not (keyboard.isfinite().all() and mouse.isfinite().all()):
-            raise ValueError(f"segment {self.denoiser.now.segment} takes finite keyboard ({n}, 6) and mouse ({n}, 2), got {tuple(keyboard.shape)} "
-                             f"and {tuple(mouse.shape)}; actions of the future belong to the next step")
+        if (keyboard.shape, mouse.shape) != ((n, 6), (n, 2)) or not (
+            keyboard.isfinite().all() and mouse.isfinite().all()
+        ):
+            raise ValueError(
+                f"segment {self.denoiser.now.segment} takes finite keyboard ({n}, 6) and mouse ({n}, 2), got {tuple(keyboard.shape)} "
+                f"and {tuple(mouse.shape)}; actions of the future belong to the next step"
+            )
         return keyboard, mouse
 
     def decode(self, latents: Tensor, info: dict, fresh: bool = False) -> None:
         """In order, in one thread or by collect(). At most QUEUE segments wait: a slow decoder costs time, never memory."""
         if self.pool and len(self.pending) > QUEUE:
-            self.pending[-QUEUE - 1][0].exception()                   # blocks until that one is done
+            self.pending[-QUEUE - 1][0].exception()  # blocks until that one is done
         work = partial(self.decoder.decode, latents, fresh)
         self.pending.append((self.pool.submit(work) if self.pool else work, info))
 
@@ -463,6 +896,7 @@ class Session:
         work, info = self.pending.popleft()
         frames, info["ms"]["decode"] = work.result() if self.pool else work()
         return Chunk(frames, info)
+
     def step(self, keyboard: Tensor, mouse: Tensor) -> Chunk:
         return self.submit(keyboard, mouse) or self.collect()
 
@@ -470,28 +904,52 @@ class Session:
         """Take the last segment back: latents, poses, memory, decoder. The same actions then give the same frames."""
         self.idle()
         if not self.denoiser.history:
-            raise ValueError(f"nothing to undo: up to {UNDO} steps since the start or the last restore can be taken back")
+            raise ValueError(
+                f"nothing to undo: up to {UNDO} steps since the start or the last restore can be taken back"
+            )
         self.everywhere("undo")
         self.decoder.undo()
-    def idle(self, most: int = 0) -> None:                            # nothing, or not too much, is being decoded
+
+    def idle(self, most: int = 0) -> None:  # nothing, or not too much, is being decoded
         if len(self.pending) > most:
-            raise ValueError(f"{len(self.pending)} segments were submitted and not collected: collect() them first")
+            raise ValueError(
+                f"{len(self.pending)} segments were submitted and not collected: collect() them first"
+            )
 
     def save(self, path: str | Path) -> None:
         """The whole state in one safetensors file; after restore() the same actions give the same frames."""
         self.idle()
-        state = self.denoiser.dump() | {f"decoder.{name}": x for name, x in self.decoder.dump().items()}
-        moe.write_weights(path, state, {"session": self.options.preset, "policy": self.policy, "view": self.options.view})
+        state = self.denoiser.dump() | {
+            f"decoder.{name}": x for name, x in self.decoder.dump().items()
+        }
+        moe.write_weights(
+            path,
+            state,
+            {"session": self.options.preset, "policy": self.policy, "view": self.options.view},
+        )
 
     def restore(self, path: str | Path) -> None:
         self.idle()
         state, said = moe.read_weights(path)
-        if (said.get("session"), said.get("view", "first")) != (self.options.preset, self.options.view):
-            raise ValueError(f"{path} is no saved session of preset {self.options.preset} in the {self.options.view} person; "
-                             f"it says: {said.get('session', 'no session')}, {said.get('view', 'first')} person")
+        if (said.get("session"), said.get("view", "first")) != (
+            self.options.preset,
+            self.options.view,
+        ):
+            raise ValueError(
+                f"{path} is no saved session of preset {self.options.preset} in the {self.options.view} person; "
+                f"it says: {said.get('session', 'no session')}, {said.get('view', 'first')} person"
+            )
         self.policy = said["policy"]
-        self.everywhere("load", {name: x for name, x in state.items() if not name.startswith("decoder.")})
-        self.decoder.load({name.removeprefix("decoder."): x for name, x in state.items() if name.startswith("decoder.")})
+        self.everywhere(
+            "load", {name: x for name, x in state.items() if not name.startswith("decoder.")}
+        )
+        self.decoder.load(
+            {
+                name.removeprefix("decoder."): x
+                for name, x in state.items()
+                if name.startswith("decoder.")
+            }
+        )
 
     def close(self) -> None:
         """End the other ranks in good order."""
@@ -501,9 +959,11 @@ class Session:
             self.team.post("decode", "close")
             dist.destroy_process_group()
 
+
 # ---- benchmark -------------------------------------------------------------------------------------------------------
-def walk_actions(n: int) -> tuple[Tensor, Tensor]:                   # forward, turning right 1.5° a frame
+def walk_actions(n: int) -> tuple[Tensor, Tensor]:  # forward, turning right 1.5° a frame
     return torch.tensor([1.0, 0, 0, 0, 0, 0]).repeat(n, 1), torch.tensor([0.0, 0.1]).repeat(n, 1)
+
 
 def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str, float]:
     """Of steady, pipelined segments: medians of period P, denoise D, decode V in seconds, frames/s, key to photon at 40 FPS."""
@@ -512,29 +972,72 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
     for _ in range(warmup + rounds):
         session.submit(*walk_actions(n))
         ms, now = session.collect().info["ms"], time.perf_counter()
-        rows, last = [*rows, (now - last, (ms["retrieve"] + ms["denoise"]) / 1e3, ms["decode"] / 1e3)], now
+        rows, last = (
+            [*rows, (now - last, (ms["retrieve"] + ms["denoise"]) / 1e3, ms["decode"] / 1e3)],
+            now,
+        )
     session.collect()
     P, D, V = torch.tensor(rows[warmup:]).median(0).values.tolist()
-    wait = {"mean": n / 80 + D + V / session.options.new, "worst": n / 40 + D + V / session.options.new}      # R/2 | R + D + V₁
-    return {"P": P, "D": D, "V": V, "fps": n / P, "predicted": n / max(D, V), "serial": n / (D + V)} | wait
+    wait = {
+        "mean": n / 80 + D + V / session.options.new,
+        "worst": n / 40 + D + V / session.options.new,
+    }  # R/2 | R + D + V₁
+    return {
+        "P": P,
+        "D": D,
+        "V": V,
+        "fps": n / P,
+        "predicted": n / max(D, V),
+        "serial": n / (D + V),
+    } | wait
+
 
 def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """One segment in every variant, A B C … A B C … after a warm-up: quartiles of its seconds, relative errors of its latents."""
     cpu, seconds, errors, right = options.device == "cpu", {}, {}, torch.zeros(0)
-    slow, fast = replace(options, dtype="float32" if cpu else "bfloat16"), replace(options, dtype="bfloat16", compile=not cpu)
-    kinds = ("qkvo", "all", *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()))
-    variants = {"as released": slow, "exact reuse": slow, "reuse of clean keys and values (approximate)": replace(slow, reuse=True),
-                "int8": replace(slow, quantize="qkvo"), "fast": fast, "5 new": replace(fast, new=5),
-                "2 new": replace(fast, new=2)} | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
+    slow, fast = (
+        replace(options, dtype="float32" if cpu else "bfloat16"),
+        replace(options, dtype="bfloat16", compile=not cpu),
+    )
+    kinds = (
+        "qkvo",
+        "all",
+        *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()),
+    )
+    variants = {
+        "as released": slow,
+        "exact reuse": slow,
+        "reuse of clean keys and values (approximate)": replace(slow, reuse=True),
+        "int8": replace(slow, quantize="qkvo"),
+        "fast": fast,
+        "5 new": replace(fast, new=5),
+        "2 new": replace(fast, new=2),
+    } | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
     session = Session(slow)
-    session.reset(torch.randint(0, 256, (*SIZES[options.preset], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    session.reset(
+        torch.randint(
+            0,
+            256,
+            (*SIZES[options.preset], 3),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(0),
+        )
+    )
     session.step(*walk_actions(session.frames_needed))
-    runs = {name: Denoiser(load_parts(o, "dit")[0]["dit"], session.denoiser.meta, o) for name, o in variants.items()}
+    runs = {
+        name: Denoiser(load_parts(o, "dit")[0]["dit"], session.denoiser.meta, o)
+        for name, o in variants.items()
+    }
     for denoiser in runs.values():
         denoiser.load(session.denoiser.dump())
-    every = runs["as released"].model                                 # nothing is kept from one step to the next
-    every.prepare = lambda context, group=None, blocks=True: None if blocks else dit.DiT.prepare(every, context, group, False)
-    runs |= {name: Decoder(load_parts(o := replace(fast, decoder=name), "decoder")[0]["decoder"], o) for name in DECODERS}
+    every = runs["as released"].model  # nothing is kept from one step to the next
+    every.prepare = lambda context, group=None, blocks=True: (
+        None if blocks else dit.DiT.prepare(every, context, group, False)
+    )
+    runs |= {
+        name: Decoder(load_parts(o := replace(fast, decoder=name), "decoder")[0]["decoder"], o)
+        for name in DECODERS
+    }
     for name, actor in [*runs.items()] * (rounds + 1):
         if isinstance(actor, Decoder):
             seconds.setdefault(name, []).append(actor.decode(right)[1] / 1e3)
@@ -542,41 +1045,107 @@ def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
         x0, info = actor.run(*walk_actions(WINDOW.stride * actor.options.new), options.policy)
         right = actor.undo() or (x0.float() if name == "as released" else right)
         seconds.setdefault(name, []).append(info["ms"]["denoise"] / 1e3)
-        errors[name] = float((x0.float() - right).norm() / right.norm()) if x0.shape == right.shape else None
-    return {name: torch.tensor(times[1:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() for name, times in seconds.items()}, errors
+        errors[name] = (
+            float((x0.float() - right).norm() / right.norm()) if x0.shape == right.shape else None
+        )
+    return {
+        name: torch.tensor(times[1:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        for name, times in seconds.items()
+    }, errors
+
 
 def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
     """Rows of one suite: (what, the paper's value, predicted before the run, measured, relative error of the latents)."""
-    c, S, (_, released, decode) = dit.PRESETS[options.preset], places(options), segment_flops(options)
+    c, S, (_, released, decode) = (
+        dit.PRESETS[options.preset],
+        places(options),
+        segment_flops(options),
+    )
     if suite == "model":
-        return [(what, None, value, None, None) for what, value in [("as released", released / 1e12), ("GB", estimate(options)),
-                *quant.projection(quant.dit_flops(c, S, 9, options.new), options.steps, WINDOW.stride * options.new, decode, options.decoder)]]
+        return [
+            (what, None, value, None, None)
+            for what, value in [
+                ("as released", released / 1e12),
+                ("GB", estimate(options)),
+                *quant.projection(
+                    quant.dit_flops(c, S, 9, options.new),
+                    options.steps,
+                    WINDOW.stride * options.new,
+                    decode,
+                    options.decoder,
+                ),
+            ]
+        ]
     if suite == "pipeline":
         with contextlib.closing(open_session(replace(options, threads=1), 1)) as session:
             session.reset(torch.zeros(*SIZES[options.preset], 3, dtype=torch.uint8))
             t = time_segment(session, rounds)
-        return [("FPS of 1+1 processes", None, t["predicted"], t["fps"], None), ("key to photon, mean s", None, None, t["mean"], None),
-                ("side by side over serial", None, t["predicted"] / t["serial"], t["fps"] / t["serial"], None)]
+        return [
+            ("FPS of 1+1 processes", None, t["predicted"], t["fps"], None),
+            ("key to photon, mean s", None, None, t["mean"], None),
+            (
+                "side by side over serial",
+                None,
+                t["predicted"] / t["serial"],
+                t["fps"] / t["serial"],
+                None,
+            ),
+        ]
     quartiles, errors = compete(options, rounds)
     t = {name: q[1] for name, q in quartiles.items()}
     if suite == "ladder":
-        return [(f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster", None, quant.predicted(c, S, 9, options.new,
-                 options.steps).get(name), t["as released"] / q[1], errors[name]) for name, q in quartiles.items() if name in errors]
+        return [
+            (
+                f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster",
+                None,
+                quant.predicted(c, S, 9, options.new, options.steps).get(name),
+                t["as released"] / q[1],
+                errors[name],
+            )
+            for name, q in quartiles.items()
+            if name in errors
+        ]
     D, V, light = t["fast"], t["full"], t["light75"]
-    rows = [("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
-            ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"), ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),
-            ("− light VAE, async", 1.551, 3, max(D, V) / max(D, light), ""), ("− light VAE, serial", None, 2, (D + V) / (D + light), ""),
-            ("50 % VAE", 2.53, 2.5, V / t["light50"], ""), ("75 % VAE", 5.85, 5, V / light, ""), ("− async", None, 2, (D + V) / max(D, V), ""),
-            ("− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms", 6.06, None, 1 + 5 * 441 * 0.0019 / D, ""),
-            ("time per frame, 5 new", None, 1.3, 2 * t["5 new"] / D, ""), ("time per frame, 2 new", None, 2.4, 5 * t["2 new"] / D, "")]
+    rows = [
+        ("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
+        ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"),
+        ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),
+        ("− light VAE, async", 1.551, 3, max(D, V) / max(D, light), ""),
+        ("− light VAE, serial", None, 2, (D + V) / (D + light), ""),
+        ("50 % VAE", 2.53, 2.5, V / t["light50"], ""),
+        ("75 % VAE", 5.85, 5, V / light, ""),
+        ("− async", None, 2, (D + V) / max(D, V), ""),
+        (
+            "− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms",
+            6.06,
+            None,
+            1 + 5 * 441 * 0.0019 / D,
+            "",
+        ),
+        ("time per frame, 5 new", None, 1.3, 2 * t["5 new"] / D, ""),
+        ("time per frame, 2 new", None, 2.4, 5 * t["2 new"] / D, ""),
+    ]
     return [(*row, errors.get(name)) for *row, name in rows]
+
 
 def main(argv: Sequence[str]) -> None:
     """--bench: one suite as a table and as json. Without it, the demo: the two stages apart and side by side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", action="store_true", help="measure a suite and write it to --out")
-    parser.add_argument("--suite", default="model", choices=("model", "ablation", "ladder", "pipeline"))
-    for flag, default in dict(preset="tiny", weights="random", decoder="full", device="cpu", rounds=7, threads=0, out="results").items():
+    parser.add_argument(
+        "--bench", action="store_true", help="measure a suite and write it to --out"
+    )
+    parser.add_argument(
+        "--suite", default="model", choices=("model", "ablation", "ladder", "pipeline")
+    )
+    for flag, default in dict(
+        preset="tiny",
+        weights="random",
+        decoder="full",
+        device="cpu",
+        rounds=7,
+        threads=0,
+        out="results",
+    ).items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
     a = parser.parse_args(argv)
     torch.set_num_threads(a.threads or torch.get_num_threads())
@@ -584,17 +1153,31 @@ def main(argv: Sequence[str]) -> None:
         options = Options(a.preset, a.weights, a.decoder, device=a.device, dtype="bfloat16")
         rows = bench(options if a.suite == "model" else resolve(options), a.suite, a.rounds)
         about = f"{a.preset} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-        cells = [f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |" for what, *numbers in rows]
-        table = ["| what | paper | predicted | measured | error |", "|---" * 5 + "|", *cells, "", f"`python realtime.py {' '.join(argv)}` · {about}"]
+        cells = [
+            f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |"
+            for what, *numbers in rows
+        ]
+        table = [
+            "| what | paper | predicted | measured | error |",
+            "|---" * 5 + "|",
+            *cells,
+            "",
+            f"`python realtime.py {' '.join(argv)}` · {about}",
+        ]
         print("\n".join(table))
         Path(a.out).mkdir(exist_ok=True)
-        (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(json.dumps({"rows": rows, "table": table}, indent=1))
+        (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(
+            json.dumps({"rows": rows, "table": table}, indent=1)
+        )
         return
     session = Session(Options("micro", "random", device="cpu", dtype="float32"))
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))
     t = time_segment(session, 2, 1)
-    print(f"denoise {t['D']:.3f} s, decode {t['V']:.3f} s: {t['serial']:.0f} FPS in turn, {t['predicted']:.0f} side by side on two machines, "
-          f"{t['fps']:.0f} in this one; key to photon {t['mean']:.2f} s on average at 40 FPS")
+    print(
+        f"denoise {t['D']:.3f} s, decode {t['V']:.3f} s: {t['serial']:.0f} FPS in turn, {t['predicted']:.0f} side by side on two machines, "
+        f"{t['fps']:.0f} in this one; key to photon {t['mean']:.2f} s on average at 40 FPS"
+    )
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -18,6 +18,7 @@ is exact, and N ranks compute the losses of one process (vae: one rank only; dis
 
 Run folder: config.json · log.jsonl · samples/ · latest · ckpt/000500/ (moe.save).   Tests: pytest tests/test_train.py
 """
+
 import argparse
 import copy
 import dataclasses
@@ -48,19 +49,29 @@ import moe
 import vae as vae_file
 
 
-def opt(default: object, help: str, group: str = "run", paper: str = "", choices: tuple = ()) -> object:
+def opt(
+    default: object, help: str, group: str = "run", paper: str = "", choices: tuple = ()
+) -> object:
     """A field that becomes a flag: default, help, and what the paper used."""
-    return field(default=default, metadata={"help": help, "group": group, "paper": paper, "choices": choices})
+    return field(
+        default=default, metadata={"help": help, "group": group, "paper": paper, "choices": choices}
+    )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     stage: str = opt("base", "what to train", choices=("vae", "lightvae", "base", "distill", "moe"))
     preset: str = opt("tiny", "size of everything", choices=("micro", "tiny", "small", "5b", "14b"))
-    run: str = opt("", "name under runs/; an existing one is resumed (default: STAGE-PRESET, moe-EXPERT-PRESET)")
+    run: str = opt(
+        "",
+        "name under runs/; an existing one is resumed (default: STAGE-PRESET, moe-EXPERT-PRESET)",
+    )
     fresh: bool = opt(False, "delete the run of this name first")
     seed: int = opt(0, "of every draw")
     device: str = opt("auto", "auto | cpu | cuda")
-    dtype: str = opt("auto", "compute precision; weights stay float32", choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt(
+        "auto", "compute precision; weights stay float32", choices=("auto", "float32", "bfloat16")
+    )
     save_every: int = opt(250, "steps between checkpoints")
     sample_every: int = opt(500, "steps between sample strips and held-out scores; 0 = never")
     log_every: int = opt(20, "steps between log lines")
@@ -71,61 +82,184 @@ class TrainConfig:
     data: str = opt("", "dataset folder (default: datasets/PRESET, rendered on first use)", "data")
     vae: str = opt("", "VAE weights (default: assets/PRESET/vae.safetensors)", "data")
     init: str = opt("", "weights to start from: a run, a folder or a file", "data")
-    net: str = opt("", "another network than the preset's, such as 'dim=128 layers=4 sigma_theta=0': see dit.DiTConfig", "run")
+    net: str = opt(
+        "",
+        "another network than the preset's, such as 'dim=128 layers=4 sigma_theta=0': see dit.DiTConfig",
+        "run",
+    )
     overfit: int = opt(0, "train on this many clips only; the loss must fall towards 0", "data")
     steps: int = opt(900, "optimiser steps", "optimisation", "50,000")
     lr: float = opt(1e-3, "AdamW learning rate", "optimisation", "2e-5, §5.1")
-    muon: float = opt(1e-2, "Muon learning rate of the matrices inside blocks; 0 = AdamW everywhere", "optimisation", "not stated")
-    warmup: int = opt(50, "steps of linear warm-up, and before errors are injected", "optimisation", "not stated")
+    muon: float = opt(
+        1e-2,
+        "Muon learning rate of the matrices inside blocks; 0 = AdamW everywhere",
+        "optimisation",
+        "not stated",
+    )
+    warmup: int = opt(
+        50, "steps of linear warm-up, and before errors are injected", "optimisation", "not stated"
+    )
     batch: int = opt(16, "clips per step, all ranks together", "optimisation", "not stated")
     accum: int = opt(1, "micro-batches per step", "optimisation", "not stated")
     clip: float = opt(1.0, "gradient norm limit", "optimisation", "not stated")
     decay: float = opt(0.01, "weight decay", "optimisation", "not stated")
     ema: float = opt(0.995, "decay of the averaged weights", "optimisation", "not stated")
-    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass", "optimisation", "not stated")
-    shift: float = opt(5.0, "of the training and sampling σ: more steps where layout is decided", "optimisation", "5 (lineage)")
-    p_i2v: float = opt(0.2, "batches without past and memory: image to video", "memory", "0.2, §3.1")
-    p_memory_off: float = opt(0.15, "other batches without memory, so that it can be switched off", "memory", "part of the 0.2")
-    p_null: float = opt(0.1, "samples with null text and actions, for guidance", "memory", "not stated")
-    p_later: float = opt(0.5, "samples whose memory is from up to 2,000 latents earlier than it was", "memory", "not stated")
-    revisit: float = opt(0.5, "samples whose window looks at a place seen before and since left", "memory", "palindromes, share not stated")
-    encoding: str = opt("anchored", "ray encoding", "memory", "frame-wise relative", memory.ENCODINGS)
+    checkpoint_activations: bool = opt(
+        False, "recompute blocks in the backward pass", "optimisation", "not stated"
+    )
+    shift: float = opt(
+        5.0,
+        "of the training and sampling σ: more steps where layout is decided",
+        "optimisation",
+        "5 (lineage)",
+    )
+    p_i2v: float = opt(
+        0.2, "batches without past and memory: image to video", "memory", "0.2, §3.1"
+    )
+    p_memory_off: float = opt(
+        0.15,
+        "other batches without memory, so that it can be switched off",
+        "memory",
+        "part of the 0.2",
+    )
+    p_null: float = opt(
+        0.1, "samples with null text and actions, for guidance", "memory", "not stated"
+    )
+    p_later: float = opt(
+        0.5,
+        "samples whose memory is from up to 2,000 latents earlier than it was",
+        "memory",
+        "not stated",
+    )
+    revisit: float = opt(
+        0.5,
+        "samples whose window looks at a place seen before and since left",
+        "memory",
+        "palindromes, share not stated",
+    )
+    encoding: str = opt(
+        "anchored", "ray encoding", "memory", "frame-wise relative", memory.ENCODINGS
+    )
     sink: bool = opt(True, "the last memory is always the oldest latent", "memory", "yes")
-    gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated")
-    p_error: float = opt(0.5, "share of samples with injected errors; 0 = off", "error buffer", "not stated")
-    inject: str = opt("both", "where errors go", "error buffer", "past and memory, Eq. 5", ("both", "past", "memory"))
-    error_kind: str = opt("real", "replay residuals, or Gaussian noise of equal variance", "error buffer", "real", ("real", "gaussian"))
-    decoder_only: bool = opt(False, "vae: leave the encoder of --init as it is, so that latents stay what they are", "light VAE")
-    rate: float = opt(0.75, "share of decoder channels removed (lightvae)", "light VAE", "0.5 and 0.75, Table 2")
-    expert: str = opt("high-first", "which expert (moe); dense: one model for all of it", "experts", "two high by view, one low",
-                      ("high-first", "high-third", "low", "dense"))
-    boundary: float = opt(0.9, "σ at which the experts change", "experts", "by SNR, value not stated")
-    cold_start: int = opt(60, "iterations on one segment with true past", "distillation", "600, §5.1")
-    ratio_cold: int = opt(5, "critic updates per student update in the cold start", "distillation", "5")
+    gamma: float = opt(
+        1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated"
+    )
+    p_error: float = opt(
+        0.5, "share of samples with injected errors; 0 = off", "error buffer", "not stated"
+    )
+    inject: str = opt(
+        "both",
+        "where errors go",
+        "error buffer",
+        "past and memory, Eq. 5",
+        ("both", "past", "memory"),
+    )
+    error_kind: str = opt(
+        "real",
+        "replay residuals, or Gaussian noise of equal variance",
+        "error buffer",
+        "real",
+        ("real", "gaussian"),
+    )
+    decoder_only: bool = opt(
+        False,
+        "vae: leave the encoder of --init as it is, so that latents stay what they are",
+        "light VAE",
+    )
+    rate: float = opt(
+        0.75, "share of decoder channels removed (lightvae)", "light VAE", "0.5 and 0.75, Table 2"
+    )
+    expert: str = opt(
+        "high-first",
+        "which expert (moe); dense: one model for all of it",
+        "experts",
+        "two high by view, one low",
+        ("high-first", "high-third", "low", "dense"),
+    )
+    boundary: float = opt(
+        0.9, "σ at which the experts change", "experts", "by SNR, value not stated"
+    )
+    cold_start: int = opt(
+        60, "iterations on one segment with true past", "distillation", "600, §5.1"
+    )
+    ratio_cold: int = opt(
+        5, "critic updates per student update in the cold start", "distillation", "5"
+    )
     ratio: int = opt(3, "critic updates per student update afterwards", "distillation", "3")
     segments: int = opt(6, "K: longest self-rollout", "distillation", "6")
     lr_critic: float = opt(1e-4, "critic learning rate", "distillation", "1e-7, §5.1")
     guidance: float = opt(1.0, "teacher guidance scale; 1 = none", "distillation", "not stated")
-    exit: str = opt("random", "which of the student's steps carries the gradient", "distillation", "not stated", ("random", "last"))
+    exit: str = opt(
+        "random",
+        "which of the student's steps carries the gradient",
+        "distillation",
+        "not stated",
+        ("random", "last"),
+    )
 
 
 VAE = dict(muon=1e-2, lr=2e-3, batch=4, steps=4000, sample_every=0, decay=0.0)
-BIG = dict(segments=6, lr=2e-5, muon=0.0, batch=64, steps=50_000, encoding="released", checkpoint_activations=True, ema=0.999)
+BIG = dict(
+    segments=6,
+    lr=2e-5,
+    muon=0.0,
+    batch=64,
+    steps=50_000,
+    encoding="released",
+    checkpoint_activations=True,
+    ema=0.999,
+)
 DMD = dict(lr=5e-7, lr_critic=1e-7, steps=3000, cold_start=600, clip=10.0, guidance=1.0)
 CHANGES = {  # what differs from the defaults above: by stage, then by preset, then by both
-    "vae": VAE, "lightvae": VAE | dict(steps=1500), "base": {}, "moe": dict(steps=600),
-    "distill": dict(segments=5, steps=360, lr=3e-5, muon=0.0, warmup=1, ema=0.95, batch=8, clip=10.0, decay=0.0, guidance=3.0,
-                    save_every=40, log_every=5),
-    "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0), "5b": BIG, "14b": BIG,
-    "distill-5b": DMD, "distill-14b": DMD}
-FREE = {"steps", "fresh", "dry_run", "save_every", "sample_every", "log_every", "keep", "device", "tensorboard"}   # may change on resume
+    "vae": VAE,
+    "lightvae": VAE | dict(steps=1500),
+    "base": {},
+    "moe": dict(steps=600),
+    "distill": dict(
+        segments=5,
+        steps=360,
+        lr=3e-5,
+        muon=0.0,
+        warmup=1,
+        ema=0.95,
+        batch=8,
+        clip=10.0,
+        decay=0.0,
+        guidance=3.0,
+        save_every=40,
+        log_every=5,
+    ),
+    "micro": dict(segments=1, batch=4, steps=20, save_every=10, sample_every=0),
+    "5b": BIG,
+    "14b": BIG,
+    "distill-5b": DMD,
+    "distill-14b": DMD,
+}
+FREE = {
+    "steps",
+    "fresh",
+    "dry_run",
+    "save_every",
+    "sample_every",
+    "log_every",
+    "keep",
+    "device",
+    "tensorboard",
+}  # may change on resume
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
-VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}     # whose eyes an expert has seen through
+VIEWS = {
+    "high-first": "first",
+    "high-third": "third",
+    "low": "both",
+    "dense": "both",
+}  # whose eyes an expert has seen through
 WINDOW = memory.Window()
+
 
 @dataclass
 class Run:
     """Where one training stands: its folder, its step, its place among the ranks."""
+
     folder: Path
     cfg: TrainConfig
     device: torch.device
@@ -133,61 +267,103 @@ class Run:
     rank: int = 0
     world: int = 1
     step: int = 0
-    asked: bool = False                            # a signal came
-    stop: bool = False                             # all ranks know of it
+    asked: bool = False  # a signal came
+    stop: bool = False  # all ranks know of it
 
     @property
     def view(self) -> str:
         return VIEWS[self.cfg.expert] if self.cfg.stage == "moe" else "first"
 
-    def due(self, every: int) -> bool:             # at the end, and every so many steps
+    def due(self, every: int) -> bool:  # at the end, and every so many steps
         return self.step >= self.cfg.steps or bool(every) and self.step % every == 0
 
+
 @dataclass
-class Clips:            # a dataset as latents in memory; row e is one episode
-    latents: Tensor     # (E, C, T, h, w) float16
-    c2w: Tensor         # (E, F, 4, 4)
-    keyboard: Tensor    # (E, F, 6)
-    mouse: Tensor       # (E, F, 2)
-    text: Tensor        # (E, n, D_text)
-    revisit: Tensor     # (E, T) how much a window that starts here shows of what was seen before its past
+class Clips:  # a dataset as latents in memory; row e is one episode
+    latents: Tensor  # (E, C, T, h, w) float16
+    c2w: Tensor  # (E, F, 4, 4)
+    keyboard: Tensor  # (E, F, 6)
+    mouse: Tensor  # (E, F, 2)
+    text: Tensor  # (E, n, D_text)
+    revisit: (
+        Tensor  # (E, T) how much a window that starts here shows of what was seen before its past
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> TrainConfig:
     """Flags from the fields of TrainConfig; the stage and the preset choose what differs from its defaults (CHANGES)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="also: --plot RUN ... | --export RUN ... FILE")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="also: --plot RUN ... | --export RUN ... FILE"
+    )
     groups, names = {}, ["--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)]
     for f, name in zip(dataclasses.fields(TrainConfig), names, strict=True):
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        others = "".join(f"; {what}: {changes[f.name]}" for what, changes in CHANGES.items() if f.name in changes)
+        group = groups.setdefault(
+            f.metadata["group"], parser.add_argument_group(f.metadata["group"])
+        )
+        others = "".join(
+            f"; {what}: {changes[f.name]}" for what, changes in CHANGES.items() if f.name in changes
+        )
         paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
-        kind = {"type": type(f.default), "choices": f.metadata["choices"] or None, "metavar": type(f.default).__name__}
+        kind = {
+            "type": type(f.default),
+            "choices": f.metadata["choices"] or None,
+            "metavar": type(f.default).__name__,
+        }
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
-        group.add_argument(name, help=f"{f.metadata['help']} (default {f.default!r}{others}{paper})".replace("%", "%%"), default=None, **kind)
+        group.add_argument(
+            name,
+            help=f"{f.metadata['help']} (default {f.default!r}{others}{paper})".replace("%", "%%"),
+            default=None,
+            **kind,
+        )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
-        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        raise ValueError(
+            f"unknown flag {unknown[0]}"
+            + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
     which = args.stage or "base", args.preset or "tiny"
-    changes = CHANGES.get(which[0], {}) | CHANGES.get(which[1], {}) | CHANGES.get("-".join(which), {})
-    cfg = TrainConfig(**changes | {name: value for name, value in vars(args).items() if value is not None})
-    shipped = cfg.stage in ("distill", "moe") and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
-    name = f"{cfg.stage}-{cfg.expert}-{cfg.preset}" if cfg.stage == "moe" else f"{cfg.stage}-{cfg.preset}"
+    changes = (
+        CHANGES.get(which[0], {}) | CHANGES.get(which[1], {}) | CHANGES.get("-".join(which), {})
+    )
+    cfg = TrainConfig(
+        **changes | {name: value for name, value in vars(args).items() if value is not None}
+    )
+    shipped = (
+        cfg.stage in ("distill", "moe")
+        and Path(base := f"assets/{cfg.preset}/base.safetensors").exists()
+    )
+    name = (
+        f"{cfg.stage}-{cfg.expert}-{cfg.preset}"
+        if cfg.stage == "moe"
+        else f"{cfg.stage}-{cfg.preset}"
+    )
     return dataclasses.replace(cfg, run=cfg.run or name, init=cfg.init or (base if shipped else ""))
+
 
 # ------------------------------------------------------------------------------------------------------------------ setup
 def setup(cfg: TrainConfig) -> Run:
     """Ranks, device, precision and the run folder; refuses a folder that holds another configuration."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device.startswith("cuda")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cfg.decoder_only and not (cfg.init and cfg.stage == "vae"):
-        raise ValueError("--decoder-only keeps the encoder of a VAE: --stage vae --decoder-only --init assets/tiny/vae.safetensors")
+        raise ValueError(
+            "--decoder-only keeps the encoder of a VAE: --stage vae --decoder-only --init assets/tiny/vae.safetensors"
+        )
     if cfg.batch % (world * cfg.accum):
-        raise ValueError(f"--batch {cfg.batch} does not divide among {world} ranks x {cfg.accum} micro-batches; "
-                         f"use a multiple of {world * cfg.accum}")
+        raise ValueError(
+            f"--batch {cfg.batch} does not divide among {world} ranks x {cfg.accum} micro-batches; "
+            f"use a multiple of {world * cfg.accum}"
+        )
     if world > 1 and (cfg.muon or cfg.stage in ("vae", "lightvae")):
-        raise ValueError("several ranks hold shards, and Muon needs whole matrices: add --muon 0 (the VAE stages run on one rank)")
+        raise ValueError(
+            "several ranks hold shards, and Muon needs whole matrices: add --muon 0 (the VAE stages run on one rank)"
+        )
     if world > 1:
         torch.cuda.set_device(device) if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -198,15 +374,31 @@ def setup(cfg: TrainConfig) -> Run:
     dist.barrier() if world > 1 else None
     old = json.loads((folder / "config.json").read_text()) if (folder / "latest").exists() else {}
     new = dataclasses.asdict(cfg)
-    rows = [f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}" for k in new if old and k not in FREE and old.get(k, getattr(TrainConfig, k)) != new[k]]
+    rows = [
+        f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}"
+        for k in new
+        if old and k not in FREE and old.get(k, getattr(TrainConfig, k)) != new[k]
+    ]
     if rows:
-        raise ValueError(f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n" + "\n".join(rows)
-                         + "\nadd --fresh to start over, or choose another --run NAME")
-    names = [old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.") if cfg.dtype == "auto" else cfg.dtype]
-    dist.broadcast_object_list(names) if world > 1 else None               # every rank has measured, rank 0 decides
+        raise ValueError(
+            f"{folder} was made with another configuration:\n  {'key':<24}{'old':<16}new\n"
+            + "\n".join(rows)
+            + "\nadd --fresh to start over, or choose another --run NAME"
+        )
+    names = [
+        old.get("resolved_dtype") or str(moe.faster_dtype(device)).removeprefix("torch.")
+        if cfg.dtype == "auto"
+        else cfg.dtype
+    ]
+    dist.broadcast_object_list(
+        names
+    ) if world > 1 else None  # every rank has measured, rank 0 decides
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        moe.write_text(folder / "config.json", json.dumps(new | {"resolved_dtype": names[0], "torch": torch.__version__}, indent=1))
+        moe.write_text(
+            folder / "config.json",
+            json.dumps(new | {"resolved_dtype": names[0], "torch": torch.__version__}, indent=1),
+        )
     run = Run(folder, cfg, device, getattr(torch, names[0]), rank, world)
 
     def ask_to_stop(*_: object) -> None:
@@ -218,55 +410,96 @@ def setup(cfg: TrainConfig) -> Run:
         signal.signal(number, ask_to_stop)
     return run
 
-def network(cfg: TrainConfig) -> dit.DiTConfig:         # the preset's, changed as --net says
+
+def network(cfg: TrainConfig) -> dit.DiTConfig:  # the preset's, changed as --net says
     try:
-        changes = {name: json.loads(value) for name, value in (word.split("=") for word in cfg.net.split())}
+        changes = {
+            name: json.loads(value) for name, value in (word.split("=") for word in cfg.net.split())
+        }
         return dataclasses.replace(dit.PRESETS[cfg.preset], **changes)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}") from error
+        raise ValueError(
+            f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}"
+        ) from error
 
-def generator(cfg: TrainConfig, step: int) -> torch.Generator:          # the one source of randomness of a step
+
+def generator(
+    cfg: TrainConfig, step: int
+) -> torch.Generator:  # the one source of randomness of a step
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
-def share(run: Run, x: Tensor) -> Tensor:          # this rank's rows of a batch that every rank draws alike
-    return x[run.rank::run.world]
+
+def share(run: Run, x: Tensor) -> Tensor:  # this rank's rows of a batch that every rank draws alike
+    return x[run.rank :: run.world]
+
 
 # ------------------------------------------------------------------------------------------------------- update, save, log
-def save(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object) -> None:
-    names = ("stage", "preset", "shift", "encoding", "sink", "p_memory_off", "seed", "expert", "boundary")
+def save(
+    run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list, **state: object
+) -> None:
+    names = (
+        "stage",
+        "preset",
+        "shift",
+        "encoding",
+        "sink",
+        "p_memory_off",
+        "seed",
+        "expert",
+        "boundary",
+    )
     said = {name: getattr(run.cfg, name) for name in names} | {"step": run.step, "view": run.view}
     moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
+
 
 def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
     state = moe.restore(run.folder, models, ema, opts)
     run.step = state.get("step", 0)
     if run.step and run.rank == 0:
         print(f"resuming {run.folder} at step {run.step} (--fresh starts over)", flush=True)
-    if run.rank == 0 and (run.folder / "log.jsonl").exists():      # steps after the last save will be logged again
+    if (
+        run.rank == 0 and (run.folder / "log.jsonl").exists()
+    ):  # steps after the last save will be logged again
         lines = (run.folder / "log.jsonl").read_text().splitlines(keepends=True)
-        moe.write_text(run.folder / "log.jsonl", "".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step))
+        moe.write_text(
+            run.folder / "log.jsonl",
+            "".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step),
+        )
     return state
+
 
 class Progress:
     """One line per log step and a log.jsonl; a bar when somebody watches."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.start, self.first, self.sums = run, time.perf_counter(), run.step, {}
-        self.bar = tqdm(total=run.cfg.steps, initial=run.step, disable=run.rank > 0 or not sys.stderr.isatty(), unit="step")
+        self.bar = tqdm(
+            total=run.cfg.steps,
+            initial=run.step,
+            disable=run.rank > 0 or not sys.stderr.isatty(),
+            unit="step",
+        )
 
     def __call__(self, **numbers: float) -> None:
         run = self.run
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(float(value))
         self.bar.update(1)
-        run.stop = bool(moe.gathered(torch.tensor([run.asked], dtype=torch.uint8, device=run.device)).any())
+        run.stop = bool(
+            moe.gathered(torch.tensor([run.asked], dtype=torch.uint8, device=run.device)).any()
+        )
         if run.rank == 0 and (run.stop or run.due(run.cfg.log_every)):
             rate = (run.step - self.first) / (time.perf_counter() - self.start)
-            line = {"step": run.step} | {k: round(sum(v) / len(v), 5) for k, v in self.sums.items()} | {"it_s": round(rate, 3)}
+            line = (
+                {"step": run.step}
+                | {k: round(sum(v) / len(v), 5) for k, v in self.sums.items()}
+                | {"it_s": round(rate, 3)}
+            )
             self.sums.clear()
             record(run, line)
             text = "  ".join(f"{k} {v:.5g}" for k, v in line.items())
             self.bar.set_postfix_str(text) if not self.bar.disable else print(text, flush=True)
+
 
 def record(run: Run, line: dict) -> None:
     """One line of log.jsonl, and of TensorBoard if asked for."""
@@ -274,21 +507,28 @@ def record(run: Run, line: dict) -> None:
         log.write(json.dumps(line) + "\n")
     if run.cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
+
         with SummaryWriter(str(run.folder)) as events:
             events.add_scalars("training", line, line["step"])
+
 
 # ------------------------------------------------------------------------------------------------------------------- data
 def dataset(run: Run) -> Path:
     """The dataset folder; the default one is rendered on first use."""
     root = Path(run.cfg.data or f"datasets/{run.cfg.preset}")
     if run.cfg.data and not root.exists():
-        raise ValueError(f"--data {root} does not exist; make one with: python data.py make --preset {run.cfg.preset} --out {root}")
+        raise ValueError(
+            f"--data {root} does not exist; make one with: python data.py make --preset {run.cfg.preset} --out {root}"
+        )
     if run.rank == 0 and not run.cfg.data:
-        data.make_dataset(root, preset=run.cfg.preset)      # skips every finished episode
+        data.make_dataset(root, preset=run.cfg.preset)  # skips every finished episode
     dist.barrier() if run.world > 1 else None
     return root
 
-def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:      # (B, 3, F, H, W) in [-1, 1]
+
+def frame_batch(
+    videos: list[np.ndarray], cfg: TrainConfig, step: int
+) -> Tensor:  # (B, 3, F, H, W) in [-1, 1]
     """Random clips of mixed length: a VAE trained on 9 frames alone fades on longer ones."""
     g = generator(cfg, step)
     frames, scale = ((9, 1), (9, 1), (17, 2), (33, 4))[int(torch.randint(4, (), generator=g))]
@@ -296,58 +536,112 @@ def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor
     for _ in range(max(1, cfg.batch // scale)):
         video = videos[int(torch.randint(len(videos), (), generator=g))]
         start = int(torch.randint(len(video) - frames + 1, (), generator=g))
-        clips.append(torch.from_numpy(np.array(video[start:start + frames])))
+        clips.append(torch.from_numpy(np.array(video[start : start + frames])))
     return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
+
 def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
-    places = [Path(cfg.vae)] if cfg.vae else [Path(f"{where}/vae.safetensors") for where in (f"assets/{cfg.preset}", f"runs/vae-{cfg.preset}")]
+    places = (
+        [Path(cfg.vae)]
+        if cfg.vae
+        else [
+            Path(f"{where}/vae.safetensors")
+            for where in (f"assets/{cfg.preset}", f"runs/vae-{cfg.preset}")
+        ]
+    )
     path = next((p for p in places if p.exists()), None)
     if path is None:
-        raise ValueError(f"no VAE at {places[0]}; make one with: python train.py --stage vae --preset {cfg.preset}")
-    return vae_file.from_weights(*moe.read_weights(path)).float().to(device).eval().requires_grad_(False)
+        raise ValueError(
+            f"no VAE at {places[0]}; make one with: python train.py --stage vae --preset {cfg.preset}"
+        )
+    return (
+        vae_file.from_weights(*moe.read_weights(path))
+        .float()
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
+
 
 @torch.no_grad()
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     """Episodes as latents: encoded once per encoder and dataset, then read from the cache beside the episodes."""
     cfg, size = run.cfg, dit.PRESETS[run.cfg.preset]
     paths = data.list_episodes(root, split)
-    paths = paths[:cfg.overfit] if cfg.overfit and split != "tune" else paths
-    if cfg.stage == "moe" and cfg.expert.startswith("high"):       # they teach obedience, by true keys only; the low expert takes inferred ones, too
-        paths = [path for path in paths if data.read_episode(path).meta["action_source"] == "engine"]
+    paths = paths[: cfg.overfit] if cfg.overfit and split != "tune" else paths
+    if cfg.stage == "moe" and cfg.expert.startswith(
+        "high"
+    ):  # they teach obedience, by true keys only; the low expert takes inferred ones, too
+        paths = [
+            path for path in paths if data.read_episode(path).meta["action_source"] == "engine"
+        ]
     if not paths:
-        raise ValueError(f"no episodes of split {split!r} in {root}; move some there, or: python data.py make --preset {cfg.preset} --out {root}")
+        raise ValueError(
+            f"no episodes of split {split!r} in {root}; move some there, or: python data.py make --preset {cfg.preset} --out {root}"
+        )
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
-    for tensor in (*vae.encoder.parameters(), *vae.conv1.parameters(), vae.latent_mean, vae.latent_std):
+    for tensor in (
+        *vae.encoder.parameters(),
+        *vae.conv1.parameters(),
+        vae.latent_mean,
+        vae.latent_std,
+    ):
         digest.update(f"{tensor.double().sum().item():.6g}".encode())
     cache = root / f"latents-{split}-{digest.hexdigest()[:12]}.safetensors"
     if run.rank == 0 and not cache.exists():
         encoder, rows = copy.deepcopy(vae).to(run.dtype), []
         for path in tqdm(paths, desc=f"encoding {split}", disable=not sys.stderr.isatty()):
             episode = data.read_episode(path)
-            video = torch.from_numpy(np.array(episode.video)).permute(3, 0, 1, 2)[None].to(run.device, run.dtype) / 127.5 - 1
+            video = (
+                torch.from_numpy(np.array(episode.video))
+                .permute(3, 0, 1, 2)[None]
+                .to(run.device, run.dtype)
+                / 127.5
+                - 1
+            )
             c2w = torch.from_numpy(np.array(episode.c2w))
-            rows.append({"latents": encoder.encode(video)[0].half().cpu(), "c2w": c2w, "revisit": revisit_score(c2w),
-                         "keyboard": torch.from_numpy(np.array(episode.keyboard)), "mouse": torch.from_numpy(np.array(episode.mouse)),
-                         "text": data.embed_prompt(episode.text, size.text_dim, size.text_len).half()})
-        moe.write_weights(cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split})
+            rows.append(
+                {
+                    "latents": encoder.encode(video)[0].half().cpu(),
+                    "c2w": c2w,
+                    "revisit": revisit_score(c2w),
+                    "keyboard": torch.from_numpy(np.array(episode.keyboard)),
+                    "mouse": torch.from_numpy(np.array(episode.mouse)),
+                    "text": data.embed_prompt(episode.text, size.text_dim, size.text_len).half(),
+                }
+            )
+        moe.write_weights(
+            cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split}
+        )
     dist.barrier() if run.world > 1 else None
     return Clips(**moe.read_weights(cache)[0])
 
+
 def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
     """The episodes of a view, or of both in equal shares."""
-    parts = [load_clips(run, vae, root, split) for split in {"first": ["train"], "third": ["third"], "both": ["train", "third"]}[view]]
+    parts = [
+        load_clips(run, vae, root, split)
+        for split in {"first": ["train"], "third": ["third"], "both": ["train", "third"]}[view]
+    ]
     often = [torch.arange(max(len(p.latents) for p in parts)) % len(p.latents) for p in parts]
-    return Clips(*(torch.cat([getattr(p, f.name)[rows] for p, rows in zip(parts, often, strict=True)]) for f in dataclasses.fields(Clips)))
+    return Clips(
+        *(
+            torch.cat([getattr(p, f.name)[rows] for p, rows in zip(parts, often, strict=True)])
+            for f in dataclasses.fields(Clips)
+        )
+    )
 
-def revisit_score(c2w: Tensor) -> Tensor:                                      # (F, 4, 4) -> (T,)
+
+def revisit_score(c2w: Tensor) -> Tensor:  # (F, 4, 4) -> (T,)
     """For every possible first new latent: how well older memory covers the views to come, beyond what the past window does."""
-    poses = torch.cat((c2w[:1], c2w[WINDOW.stride::WINDOW.stride]))            # one camera per latent
-    seen = memory.overlap(poses, poses, points=64)                             # (T, T): query row, candidate column
+    poses = torch.cat((c2w[:1], c2w[WINDOW.stride :: WINDOW.stride]))  # one camera per latent
+    seen = memory.overlap(poses, poses, points=64)  # (T, T): query row, candidate column
     score = torch.zeros(len(seen))
     for start in range(WINDOW.past + 2, len(seen) - WINDOW.new + 1):
-        new, past = seen[start:start + WINDOW.new], start - WINDOW.past
+        new, past = seen[start : start + WINDOW.new], start - WINDOW.past
         score[start] = (new[:, 1:past].amax(1) - new[:, past:start].amax(1)).clamp(min=0).mean()
     return score
+
 
 def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     """The batch of a step: a share of the episodes, a window in each, and its memory."""
@@ -356,33 +650,69 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
     rows = torch.randint(E, (cfg.batch,), generator=g)
     i2v, off = (torch.rand(2, generator=g) < torch.tensor([cfg.p_i2v, cfg.p_memory_off])).tolist()
     uniform = torch.ones(cfg.batch, T)
-    uniform[:, :WINDOW.past + 1], uniform[:, T - WINDOW.new + 1:] = 0, 0       # a past of whole latents, a window inside the clip
+    uniform[:, : WINDOW.past + 1], uniform[:, T - WINDOW.new + 1 :] = (
+        0,
+        0,
+    )  # a past of whole latents, a window inside the clip
     often = torch.rand(cfg.batch, 1, generator=g) < cfg.revisit
-    start = torch.multinomial(torch.where(often, clips.revisit[rows] + 1e-6 * uniform, uniform), 1, generator=g)[:, 0]
+    start = torch.multinomial(
+        torch.where(often, clips.revisit[rows] + 1e-6 * uniform, uniform), 1, generator=g
+    )[:, 0]
     null = share(run, torch.rand(cfg.batch, generator=g) < cfg.p_null)
     rows, start = share(run, rows), share(run, torch.ones_like(start) if i2v else start)
     n_past, n_new = (1, WINDOW.first - 1) if i2v else (WINDOW.past, WINDOW.new)
-    index = None if i2v or off else memory.select_training(clips.c2w[rows], start, n_new, sink=cfg.sink, generator=g)
+    index = (
+        None
+        if i2v or off
+        else memory.select_training(clips.c2w[rows], start, n_new, sink=cfg.sink, generator=g)
+    )
     x0, context = memory.clip_context(
-        clips.latents[rows].float(), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows], clips.text[rows].float(),
-        start, n_new, n_past, index, cfg.encoding, VAES[cfg.preset].stride[1])
-    later = (torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)) * 2000 ** torch.rand(cfg.batch, generator=g)
-    context.times[:, context.memory.shape[2]:] += share(run, later.long())[:, None]      # an hour-long session asks for old memories too
+        clips.latents[rows].float(),
+        clips.c2w[rows],
+        clips.keyboard[rows].float(),
+        clips.mouse[rows],
+        clips.text[rows].float(),
+        start,
+        n_new,
+        n_past,
+        index,
+        cfg.encoding,
+        VAES[cfg.preset].stride[1],
+    )
+    later = (
+        torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)
+    ) * 2000 ** torch.rand(cfg.batch, generator=g)
+    context.times[:, context.memory.shape[2] :] += share(run, later.long())[
+        :, None
+    ]  # an hour-long session asks for old memories too
     return x0.to(run.device), context.mute(null).to(run.device)
+
 
 # ------------------------------------------------------------------------------------------------ stages: vae, lightvae
 def train_vae(run: Run) -> None:
     """Frames to latents of unit variance and back (losses in vae.py)."""
     cfg, light, root = run.cfg, run.cfg.stage == "lightvae", dataset(run)
-    videos = [np.array(data.read_episode(p).video) for split in ("train", "third") for p in data.list_episodes(root, split)]
+    videos = [
+        np.array(data.read_episode(p).video)
+        for split in ("train", "third")
+        for p in data.list_episodes(root, split)
+    ]
     torch.manual_seed(cfg.seed)
     teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
     fresh = vae_file.VAE(vae_file.pruned(teacher.cfg, cfg.rate) if light else VAES[cfg.preset])
-    model = (vae_file.from_weights(*moe.read_weights(cfg.init)).float() if cfg.init else fresh).to(run.device)
+    model = (vae_file.from_weights(*moe.read_weights(cfg.init)).float() if cfg.init else fresh).to(
+        run.device
+    )
     if (model.cfg.dim, model.cfg.dec_dim) != (fresh.cfg.dim, fresh.cfg.dec_dim):
-        raise ValueError(f"--init {cfg.init} has a decoder of width {model.cfg.dec_dim}, this run {fresh.cfg.dec_dim}: see --preset and --rate")
-    helper = vae_file.Projections(model.cfg, teacher.cfg) if light else vae_file.LatentNorm(model.cfg.z_dim)
-    if cfg.decoder_only:                                     # the statistics stay, too; 1e-5 is what LatentNorm adds
+        raise ValueError(
+            f"--init {cfg.init} has a decoder of width {model.cfg.dec_dim}, this run {fresh.cfg.dec_dim}: see --preset and --rate"
+        )
+    helper = (
+        vae_file.Projections(model.cfg, teacher.cfg)
+        if light
+        else vae_file.LatentNorm(model.cfg.z_dim)
+    )
+    if cfg.decoder_only:  # the statistics stay, too; 1e-5 is what LatentNorm adds
         helper.mean, helper.var = model.latent_mean.clone(), model.latent_std.square() - 1e-5
         nn.ModuleList((model.encoder, model.conv1)).requires_grad_(False)
     both = nn.ModuleList((model, helper.to(run.device)))
@@ -391,20 +721,31 @@ def train_vae(run: Run) -> None:
     restore(run, {"training": both}, ema, opts)
     low, progress = moe.twin(both, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
-        video, g = frame_batch(videos, cfg, run.step).to(run.device, run.dtype), generator(cfg, run.step)
-        helper.train(run.step < 0.9 * cfg.steps and not cfg.decoder_only)    # at last the decoder sees the very statistics that will be folded in
+        video, g = (
+            frame_batch(videos, cfg, run.step).to(run.device, run.dtype),
+            generator(cfg, run.step),
+        )
+        helper.train(
+            run.step < 0.9 * cfg.steps and not cfg.decoder_only
+        )  # at last the decoder sees the very statistics that will be folded in
         fast, fast_helper = moe.refresh(low, both)
-        loss, parts = (vae_file.light_loss(fast, teacher, fast_helper, video) if light
-                       else vae_file.vae_loss(fast, video, helper, generator=g))
+        loss, parts = (
+            vae_file.light_loss(fast, teacher, fast_helper, video)
+            if light
+            else vae_file.vae_loss(fast, video, helper, generator=g)
+        )
         moe.check_finite(loss, both, run.folder, video=video)
         loss.backward()
         moe.collect(low, both)
-        norm = moe.update(opts, both, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
+        norm = moe.update(
+            opts, both, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
+        )
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
         if run.stop or run.due(cfg.save_every):
             save(run, {"training": both}, ema, opts)
             export_vae(run, both, ema, videos)
+
 
 @torch.no_grad()
 def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np.ndarray]) -> None:
@@ -412,13 +753,26 @@ def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np
     model, helper = moe.averaged(both, ema)
     if isinstance(helper, vae_file.LatentNorm):
         helper.fold(model)
-    moe.write_weights(run.folder / "vae.safetensors", {k: v.bfloat16() for k, v in model.state_dict().items()},
-                      vae_file.metadata(model) | {"stage": run.cfg.stage, "step": run.step})
+    moe.write_weights(
+        run.folder / "vae.safetensors",
+        {k: v.bfloat16() for k, v in model.state_dict().items()},
+        vae_file.metadata(model) | {"stage": run.cfg.stage, "step": run.step},
+    )
     full = model if model.cfg.dim else load_vae(run.cfg, run.device)
-    truth = torch.from_numpy(np.stack([v[-33:] for v in videos[:6]])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    truth = (
+        torch.from_numpy(np.stack([v[-33:] for v in videos[:6]])).permute(0, 4, 1, 2, 3).float()
+        / 127.5
+        - 1
+    )
     again = model.eval().decode(full.encode(truth.to(run.device))).clamp(-1, 1).cpu()
-    strip = torch.cat((truth[:, :, ::8], again[:, :, ::8]), 2).permute(0, 3, 2, 4, 1)         # (N, H, 2·5, W, 3): truth | reconstruction
-    data.write_png(run.folder / "samples" / f"step_{run.step:06d}.png", (strip.flatten(2, 3).flatten(0, 1) + 1) / 2)
+    strip = torch.cat((truth[:, :, ::8], again[:, :, ::8]), 2).permute(
+        0, 3, 2, 4, 1
+    )  # (N, H, 2·5, W, 3): truth | reconstruction
+    data.write_png(
+        run.folder / "samples" / f"step_{run.step:06d}.png",
+        (strip.flatten(2, 3).flatten(0, 1) + 1) / 2,
+    )
+
 
 # ----------------------------------------------------------------------------------------------------- stages: base, moe
 def train_base(run: Run) -> None:
@@ -426,7 +780,11 @@ def train_base(run: Run) -> None:
     cfg = run.cfg
     root, decoder = dataset(run), load_vae(cfg, run.device)
     clips, held = seen_by(run.view, run, decoder, root), load_clips(run, decoder, root, "tune")
-    parts = {"high-first": (cfg.boundary, 1), "high-third": (cfg.boundary, 1), "low": (0, cfg.boundary)}         # of the σ axis
+    parts = {
+        "high-first": (cfg.boundary, 1),
+        "high-third": (cfg.boundary, 1),
+        "low": (0, cfg.boundary),
+    }  # of the σ axis
     low_sigma, high_sigma = parts.get(cfg.expert, (0, 1)) if cfg.stage == "moe" else (0, 1)
     model = start_model(run)
     opts, ema = moe.optimizers(model, cfg.lr, cfg.muon, cfg.decay), moe.average(model)
@@ -438,76 +796,134 @@ def train_base(run: Run) -> None:
     while run.step < cfg.steps and not run.stop:
         x0, context = draw(clips, run, run.step)
         g = generator(cfg, run.step + 500_000_000)
-        sigma = share(run, low_sigma + (high_sigma - low_sigma) * dit.sample_sigma(cfg.batch, cfg.shift, g)).to(run.device)
+        sigma = share(
+            run, low_sigma + (high_sigma - low_sigma) * dit.sample_sigma(cfg.batch, cfg.shift, g)
+        ).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
-        context = inject(errors, context, run, g)                                # imperfect past and memory     Eq. 2, 5
-        x_sigma = dit.add_noise(x0, noise, sigma)                                # x_σ = (1 − σ)·x0 + σ·ε
+        context = inject(errors, context, run, g)  # imperfect past and memory     Eq. 2, 5
+        x_sigma = dit.add_noise(x0, noise, sigma)  # x_σ = (1 − σ)·x0 + σ·ε
         losses, delta, refreshed = [], torch.empty_like(x0), moe.refresh(low, model)
         for rows in (slice(i, None, cfg.accum) for i in range(cfg.accum)):
-            part = dataclasses.replace(context, **{f.name: getattr(context, f.name)[rows] for f in dataclasses.fields(context)})
-            v_hat = refreshed(x_sigma[rows].to(run.dtype), sigma[rows], part.to(dtype=run.dtype)).float()
-            loss = (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()         # v = ε − x0            Eq. 3, 6
+            part = dataclasses.replace(
+                context,
+                **{f.name: getattr(context, f.name)[rows] for f in dataclasses.fields(context)},
+            )
+            v_hat = refreshed(
+                x_sigma[rows].to(run.dtype), sigma[rows], part.to(dtype=run.dtype)
+            ).float()
+            loss = (
+                (v_hat - dit.velocity(x0[rows], noise[rows])).square().mean()
+            )  # v = ε − x0            Eq. 3, 6
             moe.check_finite(loss, model, run.folder, x0=x0, noise=noise, sigma=sigma)
             (loss / cfg.accum).backward()
             moe.collect(low, model)
             losses.append(moe.gathered(loss.detach()[None]).mean())
-            delta[rows] = dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]     # δ = x̂0 − x0      Eq. 1, 4
+            delta[rows] = (
+                dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]
+            )  # δ = x̂0 − x0      Eq. 1, 4
         errors.push(moe.gathered(delta), moe.gathered(sigma), g)
-        norm = moe.update(opts, model, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
+        norm = moe.update(
+            opts, model, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
+        )
         run.step += 1
         progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
         if run.stop or run.due(cfg.save_every):
             save(run, {"diffusion_pytorch_model": model}, ema, opts, errors=errors.state_dict())
-        if cfg.sample_every and run.world == 1 and (cfg.stage == "base" or cfg.expert == "dense") and run.due(cfg.sample_every):
+        if (
+            cfg.sample_every
+            and run.world == 1
+            and (cfg.stage == "base" or cfg.expert == "dense")
+            and run.due(cfg.sample_every)
+        ):
             look(run, moe.averaged(model, ema), decoder, held)
 
-def inject(errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator) -> memory.Context:
+
+def inject(
+    errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator
+) -> memory.Context:
     """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
     clean = {"past": context.past, "memory": context.memory} if context.past.shape[2] > 1 else {}
-    return dataclasses.replace(context, **{             # drawn for the whole batch: every rank takes its rows
-        name: x + share(run, errors.perturb(x.new_zeros(run.cfg.batch, *x.shape[1:]), run.cfg.gamma, g))
-        for name, x in clean.items() if run.cfg.inject in ("both", name)})
+    return dataclasses.replace(
+        context,
+        **{  # drawn for the whole batch: every rank takes its rows
+            name: x
+            + share(run, errors.perturb(x.new_zeros(run.cfg.batch, *x.shape[1:]), run.cfg.gamma, g))
+            for name, x in clean.items()
+            if run.cfg.inject in ("both", name)
+        },
+    )
+
 
 def start_model(run: Run) -> nn.Module:
     """A fresh model of the preset, or the weights of --init, in float32 and sharded over the ranks."""
     torch.manual_seed(run.cfg.seed)
-    model = moe.start_from(run.cfg.init, network(run.cfg))[0].train() if run.cfg.init else moe.build(network(run.cfg))
+    model = (
+        moe.start_from(run.cfg.init, network(run.cfg))[0].train()
+        if run.cfg.init
+        else moe.build(network(run.cfg))
+    )
     return moe.shard(model.to(run.device), run.dtype)
+
 
 # -------------------------------------------------------------------------------------------------------- stage: distill
 def train_distill(run: Run) -> None:
     """Teacher, critic and student start as one base; the student learns on its own rollouts.                  Eq. 8"""
     cfg = run.cfg
     if not cfg.init:
-        raise ValueError("--stage distill needs --init <base run>; make one with: python train.py --stage base")
+        raise ValueError(
+            "--stage distill needs --init <base run>; make one with: python train.py --stage base"
+        )
     root, decoder = dataset(run), load_vae(cfg, run.device)
     clips, held = (load_clips(run, decoder, root, split) for split in ("train", "tune"))
     real = moe.twin(start_model(run), run.dtype).requires_grad_(False)
     student, fake = start_model(run), start_model(run)
-    how = dmd.DMDConfig(shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v)
-    opts, opts_fake = (moe.optimizers(m, lr, cfg.muon, cfg.decay, (0.0, 0.95)) for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic)))
+    how = dmd.DMDConfig(
+        shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v
+    )
+    opts, opts_fake = (
+        moe.optimizers(m, lr, cfg.muon, cfg.decay, (0.0, 0.95))
+        for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic))
+    )
     ema, models = moe.average(student), {"diffusion_pytorch_model": student, "critic": fake}
     restore(run, models, ema, opts + opts_fake)
-    low, low_fake, progress = moe.twin(student, run.dtype, cfg.checkpoint_activations), moe.twin(fake, run.dtype), Progress(run)
+    low, low_fake, progress = (
+        moe.twin(student, run.dtype, cfg.checkpoint_activations),
+        moe.twin(fake, run.dtype),
+        Progress(run),
+    )
     while run.step < cfg.steps and not run.stop:
-        g, cold = generator(cfg, run.step + 700_000_000), run.step < cfg.cold_start          # g: the same on every rank
+        g, cold = (
+            generator(cfg, run.step + 700_000_000),
+            run.step < cfg.cold_start,
+        )  # g: the same on every rank
         own = generator(cfg, run.step + 800_000_000 + 1_000_000 * run.rank)
         critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
-        student_in, fake_in = (in_dtype(moe.refresh(*pair), run) for pair in ((low, student), (low_fake, fake)))
+        student_in, fake_in = (
+            in_dtype(moe.refresh(*pair), run) for pair in ((low, student), (low_fake, fake))
+        )
         exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
         with torch.set_grad_enabled(students_turn):
-            if cold:                                                             # one segment, true past and memory
+            if cold:  # one segment, true past and memory
                 x0, context = draw(clips, run, run.step)
                 x0 = dmd.few_step(student_in, context, dmd.fresh(x0, own), exit_step, how, own)
-            else:                                                                # on its own outputs
-                x0, context = dmd.rollout(student_in, scene(clips, run, run.step), dmd.draw_segments(how, g), exit_step, how, own)
+            else:  # on its own outputs
+                x0, context = dmd.rollout(
+                    student_in,
+                    scene(clips, run, run.step),
+                    dmd.draw_segments(how, g),
+                    exit_step,
+                    how,
+                    own,
+                )
         numbers = {}
         if students_turn:
-            loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, own)         # Eq. 8
+            loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, own)  # Eq. 8
             moe.check_finite(loss, student, run.folder, x0=x0)
             loss.backward()
             moe.collect(low, student)
-            numbers["norm"] = moe.update(opts, student, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema)
+            numbers["norm"] = moe.update(
+                opts, student, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
+            )
         if critics_turn:
             loss = dmd.critic_loss(x0.detach(), context, fake_in, how, own)
             moe.check_finite(loss, fake, run.folder, x0=x0)
@@ -522,34 +938,94 @@ def train_distill(run: Run) -> None:
         if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
             look(run, moe.averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
-def in_dtype(model: nn.Module, run: Run) -> Callable:         # as dmd.py calls it: float32 outside, the run's precision inside
-    return lambda x, sigma, context: model(x.to(run.dtype), sigma, context.to(dtype=run.dtype)).float()
 
-def scene(clips: Clips, run: Run, step: int) -> dmd.Clip:         # where the rollouts of a step begin, and the ways they go
-    rows = share(run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)))
-    return dmd.Clip(clips.latents[rows, :, :1].float().to(run.device), clips.c2w[rows], clips.keyboard[rows].float(), clips.mouse[rows],
-                    clips.text[rows].float(), run.cfg.encoding, VAES[run.cfg.preset].stride[1], run.cfg.sink)
+def in_dtype(
+    model: nn.Module, run: Run
+) -> Callable:  # as dmd.py calls it: float32 outside, the run's precision inside
+    return lambda x, sigma, context: model(
+        x.to(run.dtype), sigma, context.to(dtype=run.dtype)
+    ).float()
+
+
+def scene(
+    clips: Clips, run: Run, step: int
+) -> dmd.Clip:  # where the rollouts of a step begin, and the ways they go
+    rows = share(
+        run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step))
+    )
+    return dmd.Clip(
+        clips.latents[rows, :, :1].float().to(run.device),
+        clips.c2w[rows],
+        clips.keyboard[rows].float(),
+        clips.mouse[rows],
+        clips.text[rows].float(),
+        run.cfg.encoding,
+        VAES[run.cfg.preset].stride[1],
+        run.cfg.sink,
+    )
+
 
 # ------------------------------------------------------------------------------------------------------- looking at a model
 @torch.no_grad()
-def look(run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8, method: str = "euler") -> None:
+def look(
+    run: Run, model: nn.Module, vae: nn.Module, held: Clips, steps: int = 8, method: str = "euler"
+) -> None:
     """Held-out revisits: reconstruction | model | without memory | with another clip's actions, as a picture, a film and numbers."""
-    sure = dataclasses.replace(run.cfg, batch=8, revisit=1.0, p_i2v=0.0, p_memory_off=0.0, p_null=0.0)
+    sure = dataclasses.replace(
+        run.cfg, batch=8, revisit=1.0, p_i2v=0.0, p_memory_off=0.0, p_null=0.0
+    )
     x0, context = draw(held, dataclasses.replace(run, cfg=sure), 0)
-    wrong = dataclasses.replace(context, **{k: getattr(context, k).roll(1, 0) for k in ("rays", "mouse", "keyboard")})
-    noise, sigmas, g = torch.randn(x0.shape, generator=generator(sure, 1)), dit.sigma_grid(steps, sure.shift), generator(sure, 2)
+    wrong = dataclasses.replace(
+        context, **{k: getattr(context, k).roll(1, 0) for k in ("rays", "mouse", "keyboard")}
+    )
+    noise, sigmas, g = (
+        torch.randn(x0.shape, generator=generator(sure, 1)),
+        dit.sigma_grid(steps, sure.shift),
+        generator(sure, 2),
+    )
     latents = {"truth": x0} | {
-        name: dit.sample(model, c.to(dtype=run.dtype), sigmas, noise.to(run.device, run.dtype), method, generator=g).float()
-        for name, c in {"model": context, "no memory": context.drop_memory(), "wrong actions": wrong}.items()}
-    frames = {name: vae.decode(torch.cat((context.past, z), 2), clamp=True)[:, :, -WINDOW.stride * WINDOW.new:]     # the past fills
-              .permute(0, 2, 3, 4, 1).cpu() / 2 + 0.5 for name, z in latents.items()}                # the decoder's history; (8, F, H, W, 3)
-    scores = {name: round(float(data.psnr(x, frames["truth"]).mean()), 2) for name, x in frames.items() if name != "truth"}
+        name: dit.sample(
+            model,
+            c.to(dtype=run.dtype),
+            sigmas,
+            noise.to(run.device, run.dtype),
+            method,
+            generator=g,
+        ).float()
+        for name, c in {
+            "model": context,
+            "no memory": context.drop_memory(),
+            "wrong actions": wrong,
+        }.items()
+    }
+    frames = {
+        name: vae.decode(torch.cat((context.past, z), 2), clamp=True)[
+            :, :, -WINDOW.stride * WINDOW.new :
+        ]  # the past fills
+        .permute(0, 2, 3, 4, 1)
+        .cpu()
+        / 2
+        + 0.5
+        for name, z in latents.items()
+    }  # the decoder's history; (8, F, H, W, 3)
+    scores = {
+        name: round(float(data.psnr(x, frames["truth"]).mean()), 2)
+        for name, x in frames.items()
+        if name != "truth"
+    }
     record(run, {"step": run.step} | {"psnr " + name: value for name, value in scores.items()})
-    print(f"step {run.step}: held-out revisits, dB to the reconstruction: " + " · ".join(f"{k} {v}" for k, v in scores.items()), flush=True)
-    strips = torch.stack([*frames.values()], 1)[:4, :, 7::8]                                                  # (4, kinds, 5, H, W, 3)
+    print(
+        f"step {run.step}: held-out revisits, dB to the reconstruction: "
+        + " · ".join(f"{k} {v}" for k, v in scores.items()),
+        flush=True,
+    )
+    strips = torch.stack([*frames.values()], 1)[:4, :, 7::8]  # (4, kinds, 5, H, W, 3)
     path = run.folder / "samples" / f"step_{run.step:06d}"
-    data.write_png(path.with_suffix(".png"), strips.flatten(0, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    data.write_png(
+        path.with_suffix(".png"), strips.flatten(0, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    )
     data.write_mp4(path.with_suffix(".mp4"), torch.cat([x[0] for x in frames.values()], 2))
+
 
 # ------------------------------------------------------------------------------------------------------------------- main
 def plot(runs: list[str]) -> None:
@@ -561,34 +1037,65 @@ def plot(runs: list[str]) -> None:
     logs = [Path(run) if run.endswith(".jsonl") else Path(run) / "log.jsonl" for run in runs]
     for log in logs:
         if not log.exists():
-            raise ValueError(f"no {log}; --plot takes folders of runs, such as runs/base-tiny, or their logs")
-        said = [x for x in map(json.loads, log.read_text().splitlines()) if x.keys() & {"loss", "critic"}]
+            raise ValueError(
+                f"no {log}; --plot takes folders of runs, such as runs/base-tiny, or their logs"
+            )
+        said = [
+            x
+            for x in map(json.loads, log.read_text().splitlines())
+            if x.keys() & {"loss", "critic"}
+        ]
         points = np.array([(x["step"], x.get("loss", x.get("critic"))) for x in said])
         n, name = min(10, len(points)), log.parent.name if log.stem == "log" else log.stem
-        plt.plot(points[n - 1:, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=name)
+        plt.plot(points[n - 1 :, 0], np.convolve(points[:, 1], np.ones(n) / n, "valid"), label=name)
     plt.xlabel("step"), plt.ylabel("loss"), plt.yscale("log"), plt.legend()
     plt.savefig(logs[0].parent / "loss.png", dpi=120)
     print(f"wrote {logs[0].parent / 'loss.png'}")
 
+
 def main(argv: list[str]) -> int:
     if argv[:1] in (["--plot"], ["--export"]):
         if len(argv) < 2 + (argv[0] == "--export"):
-            raise ValueError("--plot takes runs or their logs, --export RUN ... FILE takes runs and the file to write")
-        return (plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:-1], file=argv[-1])) or 0
+            raise ValueError(
+                "--plot takes runs or their logs, --export RUN ... FILE takes runs and the file to write"
+            )
+        return (
+            plot(argv[1:]) if argv[0] == "--plot" else moe.export(*argv[1:-1], file=argv[-1])
+        ) or 0
     cfg = parse(argv)
     if cfg.dry_run:
-        tokens = {"5b": 880, "14b": 880}.get(cfg.preset, 16) * (WINDOW.memory + WINDOW.past + WINDOW.new)        # per latent, latents
-        print(f"{cfg.preset}:", moe.memory_table(network(cfg), cfg.batch // cfg.accum, tokens, cfg.muon > 0, cfg.checkpoint_activations))
+        tokens = {"5b": 880, "14b": 880}.get(cfg.preset, 16) * (
+            WINDOW.memory + WINDOW.past + WINDOW.new
+        )  # per latent, latents
+        print(
+            f"{cfg.preset}:",
+            moe.memory_table(
+                network(cfg),
+                cfg.batch // cfg.accum,
+                tokens,
+                cfg.muon > 0,
+                cfg.checkpoint_activations,
+            ),
+        )
         return 0
     run = setup(cfg)
     if run.rank == 0:
-        print(f"stage {cfg.stage} · preset {cfg.preset} · {run.device} · {run.dtype} · {run.world} rank(s) · {run.folder}", flush=True)
+        print(
+            f"stage {cfg.stage} · preset {cfg.preset} · {run.device} · {run.dtype} · {run.world} rank(s) · {run.folder}",
+            flush=True,
+        )
     try:
-        {"vae": train_vae, "lightvae": train_vae, "distill": train_distill}.get(cfg.stage, train_base)(run)
+        {"vae": train_vae, "lightvae": train_vae, "distill": train_distill}.get(
+            cfg.stage, train_base
+        )(run)
     finally:
         dist.destroy_process_group() if dist.is_initialized() else None
     if run.rank == 0:
-        print(f"stopped at step {run.step}; the same command resumes it" if run.stop else f"done: {run.folder} at step {run.step}")
+        print(
+            f"stopped at step {run.step}; the same command resumes it"
+            if run.stop
+            else f"done: {run.folder} at step {run.step}"
+        )
     return 130 if run.stop else 0
 
 

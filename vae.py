@@ -35,38 +35,129 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[int, Tensor]               # slot of a causal layer -> (B, C, 1|2, H, W): the last frames it read
+State = dict[int, Tensor]  # slot of a causal layer -> (B, C, 1|2, H, W): the last frames it read
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    dim: int = 24                       # encoder width at full resolution; 0 = no encoder, as in a pruned decoder
-    dec_dim: int = 32                   # decoder width at full resolution
-    z_dim: int = 16                     # latent channels
-    dim_mult: tuple[int, ...] = (1, 2, 2)         # width of each resolution, full to low
-    temporal: tuple[bool, ...] = (True, True)     # does this halving of space halve time too? full to low
-    res_blocks: int = 1                 # per encoder stage; the decoder has one more
-    patch: int = 2                      # pixels folded into channels before anything else
-    mean: tuple[float, ...] = ()        # of mu, per channel; empty = 0
-    std: tuple[float, ...] = ()         # of mu, per channel; empty = 1
+    dim: int = 24  # encoder width at full resolution; 0 = no encoder, as in a pruned decoder
+    dec_dim: int = 32  # decoder width at full resolution
+    z_dim: int = 16  # latent channels
+    dim_mult: tuple[int, ...] = (1, 2, 2)  # width of each resolution, full to low
+    temporal: tuple[bool, ...] = (
+        True,
+        True,
+    )  # does this halving of space halve time too? full to low
+    res_blocks: int = 1  # per encoder stage; the decoder has one more
+    patch: int = 2  # pixels folded into channels before anything else
+    mean: tuple[float, ...] = ()  # of mu, per channel; empty = 0
+    std: tuple[float, ...] = ()  # of mu, per channel; empty = 1
 
     @property
-    def stride(self) -> tuple[int, int, int]:     # frames, rows, columns per latent
+    def stride(self) -> tuple[int, int, int]:  # frames, rows, columns per latent
         space = self.patch * 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal), space, space
 
 
 WAN_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    -0.2289,
+    -0.0052,
+    -0.1323,
+    -0.2339,
+    -0.2799,
+    0.0174,
+    0.1838,
+    0.1557,
+    -0.1382,
+    0.0542,
+    0.2813,
+    0.0891,
+    0.1570,
+    -0.0098,
+    0.0375,
+    -0.1825,
+    -0.2246,
+    -0.1207,
+    -0.0698,
+    0.5109,
+    0.2665,
+    -0.2108,
+    -0.2158,
+    0.2502,
+    -0.2055,
+    -0.0322,
+    0.1109,
+    0.1567,
+    -0.0729,
+    0.0899,
+    -0.2799,
+    -0.1230,
+    -0.0313,
+    -0.1649,
+    0.0117,
+    0.0723,
+    -0.2839,
+    -0.2083,
+    -0.0520,
+    0.3748,
+    0.0152,
+    0.1957,
+    0.1433,
+    -0.2944,
+    0.3573,
+    -0.0548,
+    -0.1681,
+    -0.0667,
 )
 WAN_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    0.4765,
+    1.0364,
+    0.4514,
+    1.1677,
+    0.5313,
+    0.4990,
+    0.4818,
+    0.5013,
+    0.8158,
+    1.0344,
+    0.5894,
+    1.0901,
+    0.6885,
+    0.6165,
+    0.8454,
+    0.4978,
+    0.5759,
+    0.3523,
+    0.7135,
+    0.6804,
+    0.5833,
+    1.4146,
+    0.8986,
+    0.5659,
+    0.7069,
+    0.5338,
+    0.4889,
+    0.4917,
+    0.4069,
+    0.4999,
+    0.6866,
+    0.4093,
+    0.5709,
+    0.6065,
+    0.6415,
+    0.4944,
+    0.5726,
+    1.2042,
+    0.5458,
+    1.6887,
+    0.3971,
+    1.0600,
+    0.3943,
+    0.5537,
+    0.5444,
+    0.4089,
+    0.7468,
+    0.7744,
 )
 RELEASED = dict(z_dim=48, dim_mult=(1, 2, 4, 4), temporal=(False, True, True), res_blocks=2)
 PRESETS = {
@@ -80,53 +171,70 @@ PRESETS = {
 def pruned(cfg: VAEConfig, rate: float, encoder: bool = False) -> VAEConfig:
     """The config of a decoder (released files: also of an encoder) with (1 − rate) of the channels."""
     if not 0 <= rate < 1:
-        raise ValueError(f"pruning rate must be in [0, 1), got {rate}; the published ones are 0.5 and 0.75")
-    return replace(cfg, dec_dim=max(1, round(cfg.dec_dim * (1 - rate))),
-                   dim=max(1, round(cfg.dim * (1 - rate))) if encoder else 0)
+        raise ValueError(
+            f"pruning rate must be in [0, 1), got {rate}; the published ones are 0.5 and 0.75"
+        )
+    return replace(
+        cfg,
+        dec_dim=max(1, round(cfg.dec_dim * (1 - rate))),
+        dim=max(1, round(cfg.dim * (1 - rate))) if encoder else 0,
+    )
 
 
 # ----------------------------------------------------------------------------------------------- pure maths
-def patchify(video: Tensor, p: int) -> Tensor:                    # (B, 3, F, H, W) -> (B, 3·p·p, F, H/p, W/p)
+def patchify(video: Tensor, p: int) -> Tensor:  # (B, 3, F, H, W) -> (B, 3·p·p, F, H/p, W/p)
     B, C, T, H, W = video.shape
-    x = video.reshape(B, C, T, H // p, p, W // p, p)              # b c f h q w r
-    x = x.permute(0, 2, 3, 5, 1, 6, 4).reshape(B, T, H // p, W // p, -1)     # channel = (c, column r, row q)
-    return x.permute(0, 4, 1, 2, 3)                               # channels-last in memory from here on
+    x = video.reshape(B, C, T, H // p, p, W // p, p)  # b c f h q w r
+    x = x.permute(0, 2, 3, 5, 1, 6, 4).reshape(
+        B, T, H // p, W // p, -1
+    )  # channel = (c, column r, row q)
+    return x.permute(0, 4, 1, 2, 3)  # channels-last in memory from here on
 
 
-def unpatchify(x: Tensor, p: int) -> Tensor:                      # (B, 3·p·p, F, h, w) -> (B, 3, F, h·p, w·p)
+def unpatchify(x: Tensor, p: int) -> Tensor:  # (B, 3·p·p, F, h, w) -> (B, 3, F, h·p, w·p)
     B, C, T, h, w = x.shape
-    x = x.reshape(B, C // (p * p), p, p, T, h, w)                 # b c r q f h w
+    x = x.reshape(B, C // (p * p), p, p, T, h, w)  # b c r q f h w
     return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(B, C // (p * p), T, h * p, w * p)
 
 
-def frames_as_batch(x: Tensor) -> Tensor:                         # (B, C, T, H, W) -> (B·T, C, H, W), channels last
+def frames_as_batch(x: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B·T, C, H, W), channels last
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def batch_as_frames(x: Tensor, B: int) -> Tensor:                 # (B·T, C, H, W) -> (B, C, T, H, W), no copy
+def batch_as_frames(x: Tensor, B: int) -> Tensor:  # (B·T, C, H, W) -> (B, C, T, H, W), no copy
     return x.unflatten(0, (B, -1)).transpose(1, 2)
 
 
-def avg_down(x: Tensor, out: int, ft: int, fs: int) -> Tensor:    # (B, C, T, H, W) -> (B, out, ⌈T/ft⌉, …)
-    if fs > 1:                                                    # a group always holds whole fs × fs squares
+def avg_down(
+    x: Tensor, out: int, ft: int, fs: int
+) -> Tensor:  # (B, C, T, H, W) -> (B, out, ⌈T/ft⌉, …)
+    if fs > 1:  # a group always holds whole fs × fs squares
         x = batch_as_frames(F.avg_pool2d(frames_as_batch(x), fs), x.shape[0])
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0)).permute(0, 2, 3, 4, 1)        # zero frames in FRONT
-    x = x.unflatten(1, (-1, ft)).permute(0, 1, 3, 4, 5, 2)        # B T h w C ft
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0)).permute(0, 2, 3, 4, 1)  # zero frames in FRONT
+    x = x.unflatten(1, (-1, ft)).permute(0, 1, 3, 4, 5, 2)  # B T h w C ft
     return x.reshape(*x.shape[:4], out, -1).mean(-1).permute(0, 4, 1, 2, 3)
 
 
-def dup_up_plain(x: Tensor, out: int, ft: int, fs: int) -> Tensor:        # the form to read
+def dup_up_plain(x: Tensor, out: int, ft: int, fs: int) -> Tensor:  # the form to read
     B, C, T, H, W = x.shape
     x = x.repeat_interleave(out * ft * fs * fs // C, dim=1).reshape(B, out, ft, fs, fs, T, H, W)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, out, T * ft, H * fs, W * fs)
 
 
-def dup_up(x: Tensor, out: int, ft: int, fs: int, first: bool) -> Tensor:     # -> (B, out, ft·T, fs·H, fs·W)
-    if out == x.shape[1]:                                         # repeats stay in their channel: nearest ×
-        x = x.permute(0, 2, 3, 4, 1).repeat_interleave(ft, dim=1).permute(0, 4, 1, 2, 3)     # stays channels-last
-        x = x[:, :, ft - 1 if first else 0:]
-        return batch_as_frames(F.interpolate(frames_as_batch(x), scale_factor=fs, mode="nearest"), x.shape[0])
-    return dup_up_plain(x, out, ft, fs)[:, :, ft - 1 if first else 0:]    # first chunk: ft·T − (ft−1) frames
+def dup_up(
+    x: Tensor, out: int, ft: int, fs: int, first: bool
+) -> Tensor:  # -> (B, out, ft·T, fs·H, fs·W)
+    if out == x.shape[1]:  # repeats stay in their channel: nearest ×
+        x = (
+            x.permute(0, 2, 3, 4, 1).repeat_interleave(ft, dim=1).permute(0, 4, 1, 2, 3)
+        )  # stays channels-last
+        x = x[:, :, ft - 1 if first else 0 :]
+        return batch_as_frames(
+            F.interpolate(frames_as_batch(x), scale_factor=fs, mode="nearest"), x.shape[0]
+        )
+    return dup_up_plain(x, out, ft, fs)[
+        :, :, ft - 1 if first else 0 :
+    ]  # first chunk: ft·T − (ft−1) frames
 
 
 def norm_silu_plain(x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:
@@ -142,7 +250,9 @@ class NormSiLU(torch.autograd.Function):
     def forward(ctx, x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:
         B, C, T, H, W = x.shape
         P, gamma = past.shape[2], gamma.to(x.dtype)
-        r = torch.linalg.vector_norm(x, dim=1, keepdim=True).float()      # summed in float32 whatever x is
+        r = torch.linalg.vector_norm(
+            x, dim=1, keepdim=True
+        ).float()  # summed in float32 whatever x is
         r = r.square_().mul_(1 / C).add_(1e-6).rsqrt_().to(x.dtype)
         out = x.new_empty(B, P + T, H, W, C).permute(0, 4, 1, 2, 3)
         out[:, :, :P] = past
@@ -153,12 +263,16 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
         x, r, gamma = ctx.saved_tensors
-        y = x * r                                                 # y = x / rms
-        g = torch.ops.aten.silu_backward(g[:, :, -x.shape[2]:], y * gamma)
+        y = x * r  # y = x / rms
+        g = torch.ops.aten.silu_backward(g[:, :, -x.shape[2] :], y * gamma)
         gy = g * y
         d_gamma = gy.sum((0, 2, 3, 4)).reshape(gamma.shape)
         m = (gy.permute(0, 2, 3, 4, 1) @ (gamma.flatten() / x.shape[1])).unsqueeze(1)
-        return g.mul_(gamma).sub_(y.mul_(m)).mul_(r), d_gamma, None       # dx = (γg − y·mean(γg·y)) / rms
+        return (
+            g.mul_(gamma).sub_(y.mul_(m)).mul_(r),
+            d_gamma,
+            None,
+        )  # dx = (γg − y·mean(γg·y)) / rms
 
 
 norm_silu = NormSiLU.apply
@@ -171,17 +285,25 @@ class Stream:
     def __init__(self, state: State | None = None):
         self.past, self.next, self.first = state or {}, {}, not state
 
-    def front(self, slot: int, x: Tensor, n: int, channels: int) -> Tensor:       # the n frames before x
+    def front(self, slot: int, x: Tensor, n: int, channels: int) -> Tensor:  # the n frames before x
         zeros = x.new_zeros(x.shape[0], n, *x.shape[3:], channels).permute(0, 4, 1, 2, 3)
         return self.past.get(slot, zeros)
 
-    def keep(self, slot: int, x: Tensor, n: int) -> None:         # copied: a view would keep the whole chunk alive,
-        tail = x[:, :, -n:].detach()                              # as training does anyway
-        self.next[slot] = tail if torch.is_grad_enabled() else tail.clone(memory_format=torch.channels_last_3d)
+    def keep(
+        self, slot: int, x: Tensor, n: int
+    ) -> None:  # copied: a view would keep the whole chunk alive,
+        tail = x[:, :, -n:].detach()  # as training does anyway
+        self.next[slot] = (
+            tail if torch.is_grad_enabled() else tail.clone(memory_format=torch.channels_last_3d)
+        )
 
 
-def conv3d_as_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:      # (B, C, 2+T, …) -> (B, out, T, …)
-    taps = torch.cat([x[:, :, k:x.shape[2] - 2 + k] for k in range(3)], 1)        # three frames stacked as channels
+def conv3d_as_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:  # (B, C, 2+T, …) -> (B, out, T, …)
+    taps = torch.cat(
+        [x[:, :, k : x.shape[2] - 2 + k] for k in range(3)], 1
+    )  # three frames stacked as channels
     y = F.conv2d(frames_as_batch(taps), weight.transpose(1, 2).flatten(1, 2), bias, padding=1)
     return batch_as_frames(y, x.shape[0])
 
@@ -189,33 +311,46 @@ def conv3d_as_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:      # 
 class CausalConv3d(nn.Conv3d):
     """y[t] depends on x[t−2], x[t−1], x[t]: zeros in space, past frames (zeros at the start) in time."""
 
-    slot = -1                                                     # its key in the stream state, set by the VAE
+    slot = -1  # its key in the stream state, set by the VAE
 
-    def forward(self, x: Tensor, stream: Stream, gamma: Tensor | None = None) -> Tensor:      # γ: conv(silu n(x))
+    def forward(
+        self, x: Tensor, stream: Stream, gamma: Tensor | None = None
+    ) -> Tensor:  # γ: conv(silu n(x))
         n = self.kernel_size[0] - 1
         if n:
             past = stream.front(self.slot, x, n, self.in_channels)
             x = torch.cat([past, x], 2) if gamma is None else norm_silu(x, gamma, past)
             stream.keep(self.slot, x, n)
-        if self.kernel_size == (3, 3, 3) and x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
-            return conv3d_as_conv2d(x, self.weight, self.bias)    # only there: up to 7 times faster
+        if (
+            self.kernel_size == (3, 3, 3)
+            and x.is_cpu
+            and x.dtype == self.weight.dtype == torch.float32
+        ):
+            return conv3d_as_conv2d(x, self.weight, self.bias)  # only there: up to 7 times faster
         return F.conv3d(x, self.weight, self.bias, padding=(0, *self.padding[1:]))
 
 
-def rms_gain(dim: int, axes: int) -> nn.ParameterDict:            # γ of an RMS norm, under its released name
+def rms_gain(dim: int, axes: int) -> nn.ParameterDict:  # γ of an RMS norm, under its released name
     return nn.ParameterDict({"gamma": torch.ones(dim, *[1] * axes)})
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, dim: int, out: int):
         super().__init__()
-        self.residual = nn.ModuleDict({                           # released indices; 1, 4 SiLU, 5 dropout of 0
-            "0": rms_gain(dim, 3), "2": CausalConv3d(dim, out, 3, padding=1),
-            "3": rms_gain(out, 3), "6": CausalConv3d(out, out, 3, padding=1)})
-        nn.init.zeros_(self.residual["6"].weight)                 # starts as its shortcut: +1 dB after a minute
+        self.residual = nn.ModuleDict(
+            {  # released indices; 1, 4 SiLU, 5 dropout of 0
+                "0": rms_gain(dim, 3),
+                "2": CausalConv3d(dim, out, 3, padding=1),
+                "3": rms_gain(out, 3),
+                "6": CausalConv3d(out, out, 3, padding=1),
+            }
+        )
+        nn.init.zeros_(self.residual["6"].weight)  # starts as its shortcut: +1 dB after a minute
         self.shortcut = CausalConv3d(dim, out, 1) if dim != out else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:       # (B, dim, T, H, W) -> (B, out, T, H, W)
+    def forward(
+        self, x: Tensor, stream: Stream
+    ) -> Tensor:  # (B, dim, T, H, W) -> (B, out, T, H, W)
         r = self.residual
         h = r["2"](x, stream, r["0"].gamma)
         h = r["6"](h, stream, r["3"].gamma)
@@ -230,10 +365,10 @@ class Attention(nn.Module):
         self.norm = rms_gain(dim, 2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(self.proj.weight)                          # starts as the identity
+        nn.init.zeros_(self.proj.weight)  # starts as the identity
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:       # (B, C, T, H, W) -> same
-        f = frames_as_batch(x).permute(0, 2, 3, 1)                # (B·T, H, W, C)
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # (B, C, T, H, W) -> same
+        f = frames_as_batch(x).permute(0, 2, 3, 1)  # (B·T, H, W, C)
         n = f * torch.rsqrt(f.float().square().mean(-1, keepdim=True) + 1e-6).to(f.dtype)
         n = (n * self.norm.gamma.flatten().to(f.dtype)).flatten(1, 2)
         q, k, v = F.linear(n, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, -1)
@@ -250,14 +385,20 @@ class Down(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, stride=2)})
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:       # -> (B, C, T|⌈T/2⌉, H/2, W/2)
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # -> (B, C, T|⌈T/2⌉, H/2, W/2)
         y = batch_as_frames(self.resample["1"](F.pad(frames_as_batch(x), (0, 1, 0, 1))), x.shape[0])
         if self.time_conv is None:
             return y
         c, slot = self.time_conv, self.time_conv.slot
-        seen = y if stream.first else torch.cat([stream.past[slot], y], 2)      # windows (0,1,2), (2,3,4)
+        seen = (
+            y if stream.first else torch.cat([stream.past[slot], y], 2)
+        )  # windows (0,1,2), (2,3,4)
         stream.keep(slot, y, 1)
-        new = F.conv3d(seen, c.weight, c.bias, stride=(2, 1, 1)) if seen.shape[2] > 2 else seen[:, :, :0]
+        new = (
+            F.conv3d(seen, c.weight, c.bias, stride=(2, 1, 1))
+            if seen.shape[2] > 2
+            else seen[:, :, :0]
+        )
         return torch.cat([y[:, :, :1], new], 2) if stream.first else new
 
 
@@ -269,21 +410,29 @@ class Up(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, padding=1)})
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:       # -> (B, C, T|2T|2T−1, 2H, 2W)
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # -> (B, C, T|2T|2T−1, 2H, 2W)
         B = x.shape[0]
         if self.time_conv is not None:
-            x = self.time_conv(x, stream).unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)     # B T 2 H W C
-            x = x.flatten(1, 2).permute(0, 4, 1, 2, 3)[:, :, 1 if stream.first else 0:]     # interleaved
+            x = (
+                self.time_conv(x, stream).unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)
+            )  # B T 2 H W C
+            x = x.flatten(1, 2).permute(0, 4, 1, 2, 3)[
+                :, :, 1 if stream.first else 0 :
+            ]  # interleaved
         x = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
         return batch_as_frames(self.resample["1"](x), B)
 
 
 class EncoderStage(nn.Module):
-    def __init__(self, dim: int, out: int, blocks: int, temporal: bool | None):       # None: no resampling
+    def __init__(
+        self, dim: int, out: int, blocks: int, temporal: bool | None
+    ):  # None: no resampling
         super().__init__()
         self.out, self.ft, self.fs = out, 2 if temporal else 1, 1 if temporal is None else 2
         layers = [ResidualBlock(dim if i == 0 else out, out) for i in range(blocks)]
-        self.downsamples = nn.ModuleList(layers + ([] if temporal is None else [Down(out, temporal)]))
+        self.downsamples = nn.ModuleList(
+            layers + ([] if temporal is None else [Down(out, temporal)])
+        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         short = avg_down(x, self.out, self.ft, self.fs)
@@ -310,16 +459,28 @@ class Encoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         widths = [cfg.dim] + [cfg.dim * m for m in cfg.dim_mult]
-        self.conv1 = CausalConv3d(3 * cfg.patch ** 2, widths[0], 3, padding=1)
+        self.conv1 = CausalConv3d(3 * cfg.patch**2, widths[0], 3, padding=1)
         self.downsamples = nn.ModuleList(
             EncoderStage(a, b, cfg.res_blocks, t)
-            for a, b, t in zip(widths, widths[1:], [*cfg.temporal, None], strict=False))
+            for a, b, t in zip(widths, widths[1:], [*cfg.temporal, None], strict=False)
+        )
         self.middle = nn.ModuleList(
-            [ResidualBlock(widths[-1], widths[-1]), Attention(widths[-1]), ResidualBlock(widths[-1], widths[-1])])
-        self.head = nn.ModuleDict({"0": rms_gain(widths[-1], 3),
-                                   "2": CausalConv3d(widths[-1], 2 * cfg.z_dim, 3, padding=1)})
+            [
+                ResidualBlock(widths[-1], widths[-1]),
+                Attention(widths[-1]),
+                ResidualBlock(widths[-1], widths[-1]),
+            ]
+        )
+        self.head = nn.ModuleDict(
+            {
+                "0": rms_gain(widths[-1], 3),
+                "2": CausalConv3d(widths[-1], 2 * cfg.z_dim, 3, padding=1),
+            }
+        )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:       # (B, 12, F, H/2, W/2) -> (B, 2·z, T, h, w)
+    def forward(
+        self, x: Tensor, stream: Stream
+    ) -> Tensor:  # (B, 12, F, H/2, W/2) -> (B, 2·z, T, h, w)
         x = self.conv1(x, stream)
         for layer in [*self.downsamples, *self.middle]:
             x = layer(x, stream)
@@ -332,25 +493,39 @@ class Decoder(nn.Module):
         widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
         self.conv1 = CausalConv3d(cfg.z_dim, widths[0], 3, padding=1)
         self.middle = nn.ModuleList(
-            [ResidualBlock(widths[0], widths[0]), Attention(widths[0]), ResidualBlock(widths[0], widths[0])])
+            [
+                ResidualBlock(widths[0], widths[0]),
+                Attention(widths[0]),
+                ResidualBlock(widths[0], widths[0]),
+            ]
+        )
         self.upsamples = nn.ModuleList(
             DecoderStage(a, b, cfg.res_blocks + 1, t)
-            for a, b, t in zip(widths, widths[1:], [*cfg.temporal[::-1], None], strict=False))
-        self.head = nn.ModuleDict({"0": rms_gain(widths[-1], 3),
-                                   "2": CausalConv3d(widths[-1], 3 * cfg.patch ** 2, 3, padding=1)})
+            for a, b, t in zip(widths, widths[1:], [*cfg.temporal[::-1], None], strict=False)
+        )
+        self.head = nn.ModuleDict(
+            {
+                "0": rms_gain(widths[-1], 3),
+                "2": CausalConv3d(widths[-1], 3 * cfg.patch**2, 3, padding=1),
+            }
+        )
 
-    def features(self, z: Tensor, stream: Stream) -> list[Tensor]:    # after the middle and first up block
+    def features(
+        self, z: Tensor, stream: Stream
+    ) -> list[Tensor]:  # after the middle and first up block
         x = self.conv1(z, stream)
         for layer in self.middle:
             x = layer(x, stream)
         return [x, self.upsamples[0](x, stream)]
 
-    def finish(self, x: Tensor, stream: Stream) -> Tensor:        # first up block -> patchified pixels
+    def finish(self, x: Tensor, stream: Stream) -> Tensor:  # first up block -> patchified pixels
         for stage in self.upsamples[1:]:
             x = stage(x, stream)
         return self.head["2"](x, stream, self.head["0"].gamma)
 
-    def forward(self, z: Tensor, stream: Stream) -> Tensor:       # (B, z, T, h, w) -> (B, 12, F, H/2, W/2)
+    def forward(
+        self, z: Tensor, stream: Stream
+    ) -> Tensor:  # (B, z, T, h, w) -> (B, 12, F, H/2, W/2)
         return self.finish(self.features(z, stream)[-1], stream)
 
 
@@ -365,8 +540,12 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1) if cfg.dim else None
         self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, 1)
         self.decoder = Decoder(cfg)
-        for part in filter(None, (self.encoder, self.decoder)):   # number the layers that remember: 32 when released
-            layers = [m for m in part.modules() if isinstance(m, CausalConv3d) and m.kernel_size[0] > 1]
+        for part in filter(
+            None, (self.encoder, self.decoder)
+        ):  # number the layers that remember: 32 when released
+            layers = [
+                m for m in part.modules() if isinstance(m, CausalConv3d) and m.kernel_size[0] > 1
+            ]
             for slot, layer in enumerate(layers):
                 layer.slot = slot
         self.set_statistics(cfg.mean, cfg.std)
@@ -374,33 +553,49 @@ class VAE(nn.Module):
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Mean and std of mu, per channel; they travel in the config, not among the released weight names."""
         if (mean or std) and not len(mean) == len(std) == self.cfg.z_dim:
-            raise ValueError(f"mean and std need {self.cfg.z_dim} numbers each, got {len(mean)} and {len(std)}")
-        self.cfg, z, device = replace(self.cfg, mean=tuple(mean), std=tuple(std)), self.cfg.z_dim, self.conv2.weight.device
-        self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * z, device=device), persistent=False)
-        self.register_buffer("latent_std", torch.tensor(std or [1.0] * z, device=device), persistent=False)
+            raise ValueError(
+                f"mean and std need {self.cfg.z_dim} numbers each, got {len(mean)} and {len(std)}"
+            )
+        self.cfg, z, device = (
+            replace(self.cfg, mean=tuple(mean), std=tuple(std)),
+            self.cfg.z_dim,
+            self.conv2.weight.device,
+        )
+        self.register_buffer(
+            "latent_mean", torch.tensor(mean or [0.0] * z, device=device), persistent=False
+        )
+        self.register_buffer(
+            "latent_std", torch.tensor(std or [1.0] * z, device=device), persistent=False
+        )
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:     # (z,1,1,1) mean, 1/std in like's dtype
+    def _statistics(
+        self, like: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (z,1,1,1) mean, 1/std in like's dtype
         mean, std = self.latent_mean.to(like.dtype), self.latent_std.to(like.dtype)
         return mean.view(-1, 1, 1, 1), (1 / std).view(-1, 1, 1, 1)
 
-    def moments(self, video: Tensor, stream: Stream | None = None) -> Tensor:     # -> mu (B, z, T, h, w)
+    def moments(
+        self, video: Tensor, stream: Stream | None = None
+    ) -> Tensor:  # -> mu (B, z, T, h, w)
         x = self.encoder(patchify(video, self.cfg.patch), stream or Stream())
-        return F.conv3d(x, self.conv1.weight, self.conv1.bias)[:, :self.cfg.z_dim]    # the rest: log variance
+        return F.conv3d(x, self.conv1.weight, self.conv1.bias)[
+            :, : self.cfg.z_dim
+        ]  # the rest: log variance
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
         """(B, 3, F, H, W) in [−1, 1] -> z (B, C, T, h, w). `chunk` latents at a time: less memory, same result."""
         self._check_video(video)
         pieces, out, state = [video], [], None
-        if chunk and video.shape[2] > 1:                          # frame 0 alone, then groups of 4, as released
+        if chunk and video.shape[2] > 1:  # frame 0 alone, then groups of 4, as released
             pieces = [video[:, :, :1], *video[:, :, 1:].split(self.cfg.stride[0] * chunk, dim=2)]
         for piece in pieces:
             stream = Stream(state)
             out.append(self.moments(piece, stream))
             state = stream.next
         mean, inv_std = self._statistics(out[0])
-        return (torch.cat(out, 2) - mean) * inv_std               # z = (mu − mean) · (1/std)
+        return (torch.cat(out, 2) - mean) * inv_std  # z = (mu − mean) · (1/std)
 
-    def unwhiten(self, z: Tensor) -> Tensor:                      # for the decoder: conv2(z · std + mean)
+    def unwhiten(self, z: Tensor) -> Tensor:  # for the decoder: conv2(z · std + mean)
         mean, inv_std = self._statistics(z)
         z = F.conv3d(z / inv_std + mean, self.conv2.weight, self.conv2.bias)
         return z.contiguous(memory_format=torch.channels_last_3d)
@@ -409,7 +604,9 @@ class VAE(nn.Module):
         """z (B, C, T, h, w) of a fresh video -> its frames (B, 3, 1 + 4·(T−1), H, W)."""
         return self.decode_stream(z, None, clamp)[0]
 
-    def decode_stream(self, z: Tensor, state: State | None = None, clamp: bool = False) -> tuple[Tensor, State]:
+    def decode_stream(
+        self, z: Tensor, state: State | None = None, clamp: bool = False
+    ) -> tuple[Tensor, State]:
         """The next latents of a video and what the decoder remembers -> their frames and the new memory.
 
         state None starts a video: T latents give 1 + 4·(T−1) frames; later ones 4·T. `state` is not changed and does
@@ -427,22 +624,30 @@ class VAE(nn.Module):
 
     def _check_video(self, video: Tensor) -> None:
         if self.encoder is None:
-            raise ValueError("a pruned decoder has no encoder; encode with the full VAE, its latents fit")
+            raise ValueError(
+                "a pruned decoder has no encoder; encode with the full VAE, its latents fit"
+            )
         ft, fs, _ = self.cfg.stride
         if video.dim() != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be (B, 3, F, H, W), got {tuple(video.shape)}")
         frames, H, W = video.shape[2:]
         if frames < 1 or (frames - 1) % ft:
-            raise ValueError(f"video must have 1 + {ft}·k frames, got {frames}; cut it to {max(0, frames - 1) // ft * ft + 1}")
+            raise ValueError(
+                f"video must have 1 + {ft}·k frames, got {frames}; cut it to {max(0, frames - 1) // ft * ft + 1}"
+            )
         if H % fs or W % fs:
             raise ValueError(f"height and width must be multiples of {fs}, got {H}x{W}")
 
     def _check_latents(self, z: Tensor, state: State | None) -> None:
         if z.dim() != 5 or z.shape[1] != self.cfg.z_dim or z.shape[2] < 1:
-            raise ValueError(f"latents must be (B, {self.cfg.z_dim}, T >= 1, h, w), got {tuple(z.shape)}")
-        fits = (z.shape[0], self.decoder.conv1.out_channels, *z.shape[3:])        # batch, width, size
+            raise ValueError(
+                f"latents must be (B, {self.cfg.z_dim}, T >= 1, h, w), got {tuple(z.shape)}"
+            )
+        fits = (z.shape[0], self.decoder.conv1.out_channels, *z.shape[3:])  # batch, width, size
         if state and (state[1].shape[0], state[1].shape[1], *state[1].shape[3:]) != fits:
-            raise ValueError(f"decoder state is not of batch, width and size {fits}; start a new video with state=None")
+            raise ValueError(
+                f"decoder state is not of batch, width and size {fits}; start a new video with state=None"
+            )
 
 
 class LatentNorm(nn.Module):
@@ -455,18 +660,22 @@ class LatentNorm(nn.Module):
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def forward(self, mu: Tensor) -> Tensor:                      # (B, C, T, h, w) -> same, float32
+    def forward(self, mu: Tensor) -> Tensor:  # (B, C, T, h, w) -> same, float32
         mu = mu.float()
         if not self.training:
-            return (mu - self.mean.view(-1, 1, 1, 1)) * torch.rsqrt(self.var + 1e-5).view(-1, 1, 1, 1)
-        self.steps += 1                                           # a plain average first, then a moving one
-        return F.batch_norm(mu, self.mean, self.var, training=True, momentum=max(self.momentum, 1 / int(self.steps)))
+            return (mu - self.mean.view(-1, 1, 1, 1)) * torch.rsqrt(self.var + 1e-5).view(
+                -1, 1, 1, 1
+            )
+        self.steps += 1  # a plain average first, then a moving one
+        return F.batch_norm(
+            mu, self.mean, self.var, training=True, momentum=max(self.momentum, 1 / int(self.steps))
+        )
 
     @torch.no_grad()
     def fold(self, vae: VAE) -> None:
         """Mean and std go into the VAE, conv2 undoes them: encode becomes norm(mu), decode stays as trained."""
         std, w, b = torch.sqrt(self.var + 1e-5), vae.conv2.weight, vae.conv2.bias
-        b.add_(w.flatten(1) @ vae.latent_mean)                    # W·(z·s₀ + m₀) + b = W′·(z·s + m) + b′, W′ = W·s₀/s
+        b.add_(w.flatten(1) @ vae.latent_mean)  # W·(z·s₀ + m₀) + b = W′·(z·s + m) + b′, W′ = W·s₀/s
         w.mul_((vae.latent_std / std).view(1, -1, 1, 1, 1))
         b.sub_(w.flatten(1) @ self.mean)
         vae.set_statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
@@ -475,7 +684,7 @@ class LatentNorm(nn.Module):
 # ---------------------------------------------------------------------------------------------- losses
 def structure(a: Tensor, b: Tensor) -> Tensor:
     """Mean |∇a − ∇b| at full, half and quarter size: edges must be where they are, and as sharp."""
-    d, total = (a - b).float().flatten(1, 2), 0.0                 # colours and frames as channels
+    d, total = (a - b).float().flatten(1, 2), 0.0  # colours and frames as channels
     for level in range(3):
         d = F.avg_pool2d(d, 2) if level else d
         total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
@@ -485,16 +694,24 @@ def structure(a: Tensor, b: Tensor) -> Tensor:
 def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     error = (x_hat - video).float()
     l1, edges = error.abs().mean(), structure(x_hat, video)
-    psnr = -10 * (error.detach().square().mean() / 4).log10()     # the range of a pixel is 2
+    psnr = -10 * (error.detach().square().mean() / 4).log10()  # the range of a pixel is 2
     return l1 + weight * edges, {"l1": l1.detach(), "structure": edges.detach(), "psnr": psnr}
 
 
-def vae_loss(vae: VAE, video: Tensor, norm: LatentNorm, generator: torch.Generator | None = None,
-             noise: float = 0.05, weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+def vae_loss(
+    vae: VAE,
+    video: Tensor,
+    norm: LatentNorm,
+    generator: torch.Generator | None = None,
+    noise: float = 0.05,
+    weight: float = 0.5,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Encoder and decoder together on video (B, 3, F, H, W) -> L1 + weight · structure, its parts."""
     vae._check_video(video)
-    z = norm(vae.moments(video))                                  # whitened by the batch's own statistics
-    z = z + noise * torch.randn(z.shape, generator=generator).to(z.device)    # neighbours of z mean the same picture
+    z = norm(vae.moments(video))  # whitened by the batch's own statistics
+    z = z + noise * torch.randn(z.shape, generator=generator).to(
+        z.device
+    )  # neighbours of z mean the same picture
     return picture_loss(vae.decode(z.to(video.dtype)), video, weight)
 
 
@@ -505,11 +722,18 @@ class Projections(nn.Module):
         super().__init__()
         s, t = student.dec_dim * student.dim_mult[-1], teacher.dec_dim * teacher.dim_mult[-1]
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(s, t, 1), nn.SiLU(), nn.Conv3d(t, t, 1)) for _ in range(2))
+            nn.Sequential(nn.Conv3d(s, t, 1), nn.SiLU(), nn.Conv3d(t, t, 1)) for _ in range(2)
+        )
 
 
-def light_loss(student: VAE, teacher: VAE, projections: Projections, video: Tensor, z: Tensor | None = None,
-               weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+def light_loss(
+    student: VAE,
+    teacher: VAE,
+    projections: Projections,
+    video: Tensor,
+    z: Tensor | None = None,
+    weight: float = 0.5,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The pruned decoder redraws video (B, 3, F, H, W) from the full encoder's latents (z, or encoded here).
 
     Features after the middle and the first up block must project onto the full decoder's (error over variance).
@@ -520,8 +744,10 @@ def light_loss(student: VAE, teacher: VAE, projections: Projections, video: Tens
     stream = Stream()
     features = student.decoder.features(student.unwhiten(z), stream)
     x_hat = unpatchify(student.decoder.finish(features[-1], stream), student.cfg.patch)
-    match = sum((head(f) - t).float().square().mean() / t.float().var()
-                for head, f, t in zip(projections.heads, features, target, strict=True))
+    match = sum(
+        (head(f) - t).float().square().mean() / t.float().var()
+        for head, f, t in zip(projections.heads, features, target, strict=True)
+    )
     loss, parts = picture_loss(x_hat, video, weight)
     return loss + 0.1 * match, parts | {"features": match.detach()}
 
@@ -532,14 +758,23 @@ def metadata(vae: VAE) -> dict[str, dict]:
     return {"vae": asdict(vae.cfg)}
 
 
-RENAMES = (                                                       # MG-LightVAE's diffusers-style names -> ours
-    (r"^post_quant_conv", "conv2"), (r"^quant_conv", "conv1"), (r"conv_in", "conv1"), (r"conv_out", "head.2"),
-    (r"norm_out", "head.0"), (r"mid_block.attentions.0", "middle.1"), (r"mid_block.resnets.0", "middle.0"),
-    (r"mid_block.resnets.1", "middle.2"), (r"(down|up)_blocks.(\d).resnets", r"\1samples.\2.\1samples"),
+RENAMES = (  # MG-LightVAE's diffusers-style names -> ours
+    (r"^post_quant_conv", "conv2"),
+    (r"^quant_conv", "conv1"),
+    (r"conv_in", "conv1"),
+    (r"conv_out", "head.2"),
+    (r"norm_out", "head.0"),
+    (r"mid_block.attentions.0", "middle.1"),
+    (r"mid_block.resnets.0", "middle.0"),
+    (r"mid_block.resnets.1", "middle.2"),
+    (r"(down|up)_blocks.(\d).resnets", r"\1samples.\2.\1samples"),
     (r"down_blocks.(\d).downsampler", r"downsamples.\1.downsamples.2"),
     (r"up_blocks.(\d).upsampler", r"upsamples.\1.upsamples.3"),
-    (r"(\d).norm1", r"\1.residual.0"), (r"(\d).conv1", r"\1.residual.2"), (r"(\d).norm2", r"\1.residual.3"),
-    (r"(\d).conv2", r"\1.residual.6"), (r"conv_shortcut", "shortcut"),
+    (r"(\d).norm1", r"\1.residual.0"),
+    (r"(\d).conv1", r"\1.residual.2"),
+    (r"(\d).norm2", r"\1.residual.3"),
+    (r"(\d).conv2", r"\1.residual.6"),
+    (r"conv_shortcut", "shortcut"),
 )
 
 
@@ -552,27 +787,45 @@ def released_name(key: str) -> str:
 
 def from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
     """A float32 VAE from the content of a file: ours (config in its metadata), Wan2.2_VAE.pth or MG-LightVAE*.pth."""
-    for nest in ("state_dict", "gen_model", "generator"):         # MG-LightVAE keeps its network two levels down
+    for nest in (
+        "state_dict",
+        "gen_model",
+        "generator",
+    ):  # MG-LightVAE keeps its network two levels down
         tensors = tensors.get(nest, tensors)
-    tensors = {released_name(k): v for k, v in tensors.items()
-               if isinstance(v, Tensor) and not k.startswith("dynamic_feature_projection_heads.")}
+    tensors = {
+        released_name(k): v
+        for k, v in tensors.items()
+        if isinstance(v, Tensor) and not k.startswith("dynamic_feature_projection_heads.")
+    }
     if config := (metadata or {}).get("vae"):
         cfg = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    else:                                                         # released: only the base widths can differ
-        dim, width = (len(tensors.get(f"{side}.conv1.weight", ())) for side in ("encoder", "decoder"))
-        cfg = replace(PRESETS["wan2.2"], dim=dim, dec_dim=max(1, width // PRESETS["wan2.2"].dim_mult[-1]))
+    else:  # released: only the base widths can differ
+        dim, width = (
+            len(tensors.get(f"{side}.conv1.weight", ())) for side in ("encoder", "decoder")
+        )
+        cfg = replace(
+            PRESETS["wan2.2"], dim=dim, dec_dim=max(1, width // PRESETS["wan2.2"].dim_mult[-1])
+        )
     with torch.device("meta"):
         vae = VAE(cfg)
     want = vae.state_dict()
-    wrong = [f"{k} missing" for k in want if k not in tensors] + [f"{k} unknown" for k in tensors if k not in want]
-    wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(want[k].shape)}"
-              for k in want if k in tensors and tensors[k].shape != want[k].shape]
+    wrong = [f"{k} missing" for k in want if k not in tensors] + [
+        f"{k} unknown" for k in tensors if k not in want
+    ]
+    wrong += [
+        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(want[k].shape)}"
+        for k in want
+        if k in tensors and tensors[k].shape != want[k].shape
+    ]
     if wrong:
-        raise ValueError(f"{len(wrong)} tensors do not fit this VAE: {'; '.join(wrong[:3])}; expected Wan2.2_VAE.pth, "
-                         "MG-LightVAE.pth or a vae.safetensors, undamaged: download or train it again")
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit this VAE: {'; '.join(wrong[:3])}; expected Wan2.2_VAE.pth, "
+            "MG-LightVAE.pth or a vae.safetensors, undamaged: download or train it again"
+        )
     vae = vae.to_empty(device="cpu")
     vae.load_state_dict(tensors, strict=True)
-    vae.set_statistics(cfg.mean, cfg.std)                         # these are not among the released weights
+    vae.set_statistics(cfg.mean, cfg.std)  # these are not among the released weights
     return vae
 
 
@@ -588,12 +841,19 @@ def demo() -> None:
                 video, state = full.decode_stream(piece, state)
                 frames.append(video)
             same = torch.equal(torch.cat(frames, 2), whole)
-            print(f"  decoded in pieces of {str(sizes):<15} {'bit-equal to whole' if same else 'DIFFERS'}")
+            print(
+                f"  decoded in pieces of {str(sizes):<15} {'bit-equal to whole' if same else 'DIFFERS'}"
+            )
         for rate in (0.0, 0.5, 0.75):
             vae, start = VAE(pruned(full.cfg, rate)), time.perf_counter()
             vae.decode(z)
-            count, ms = sum(p.numel() for p in vae.decoder.parameters()), 1e3 * (time.perf_counter() - start)
-            print(f"decoder pruned by {rate:4.0%}: width {vae.cfg.dec_dim}, {count:7,} parameters, {ms:5.1f} ms")
+            count, ms = (
+                sum(p.numel() for p in vae.decoder.parameters()),
+                1e3 * (time.perf_counter() - start),
+            )
+            print(
+                f"decoder pruned by {rate:4.0%}: width {vae.cfg.dec_dim}, {count:7,} parameters, {ms:5.1f} ms"
+            )
 
 
 if __name__ == "__main__":

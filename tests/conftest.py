@@ -1,13 +1,16 @@
 """What every test file shares: one thread, no network, no leftovers."""
+
 import os
 import socket
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep: spinning ones starve a busy machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # waiting threads sleep: spinning ones starve a busy machine
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)                              # small tensors: a second thread costs more than it gives
+torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
 _connect = socket.socket.connect
 
 

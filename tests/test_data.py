@@ -1,4 +1,5 @@
 """What data.py promises: the quadruplet stays together, bad data is named, killed runs resume, foreign clips read alike."""
+
 import json
 import os
 import queue
@@ -38,7 +39,11 @@ def episode(dataset: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def walks() -> list[dict]:
-    return [world.simulate(world.make_scene(i), i, 241, behaviour) for i in range(6) for behaviour in ("rl", "loop")]
+    return [
+        world.simulate(world.make_scene(i), i, 241, behaviour)
+        for i in range(6)
+        for behaviour in ("rl", "loop")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +52,41 @@ def bumps() -> list[dict]:
 
 
 def infer(run: dict, noise: float = 0.0, **options: object) -> data.Labels:
-    player = run["player"] + np.pad(noise * np.random.default_rng(0).standard_normal((len(run["player"]), 3)), ((0, 0), (0, 2)))
+    player = run["player"] + np.pad(
+        noise * np.random.default_rng(0).standard_normal((len(run["player"]), 3)), ((0, 0), (0, 2))
+    )
     return data.infer_wsad(player[:, :3], player[:, 4], player[:, 3], memory.STEP, **options)
 
 
 def mean(runs: list[dict], key: str, noise: float = 0.0) -> float:
-    return float(np.nanmean([data.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key] for run in runs]))
+    return float(
+        np.nanmean(
+            [
+                data.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key]
+                for run in runs
+            ]
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------- video, pose, action, prompt
 def test_every_sample_has_video_pose_action_prompt(dataset: Path) -> None:
     clips = data.ClipDataset(data.list_episodes(dataset, "train"), frames=17)
     item = clips[5]
-    shapes = {"video": (3, 17, 64, 64), "c2w": (17, 4, 4), "K": (17, 4), "keyboard": (17, 6), "mouse": (17, 2), "valid": (17,), "frames": (17,)}
+    shapes = {
+        "video": (3, 17, 64, 64),
+        "c2w": (17, 4, 4),
+        "K": (17, 4),
+        "keyboard": (17, 6),
+        "mouse": (17, 2),
+        "valid": (17,),
+        "frames": (17,),
+    }
     assert {name: tuple(item[name].shape) for name in shapes} == shapes and len(clips) == 12
-    assert item["video"].dtype == torch.float32 and -1 <= item["video"].min() < item["video"].max() <= 1
+    assert (
+        item["video"].dtype == torch.float32
+        and -1 <= item["video"].min() < item["video"].max() <= 1
+    )
     assert item["frames"][0] % 4 == 0 and item["keyboard"].max() <= 1 and "walls" in item["text"]
     with pytest.raises(ValueError, match="4k\\+1"):
         data.ClipDataset(clips.episodes, frames=16)
@@ -69,8 +94,10 @@ def test_every_sample_has_video_pose_action_prompt(dataset: Path) -> None:
 
 def test_a_latent_sees_the_actions_that_made_it(dataset: Path) -> None:
     e = data.read_episode(data.list_episodes(dataset, "train")[0])
-    windows = memory.action_windows(torch.as_tensor(e.mouse)[None], 5, 1)[0, 0]                # latent 5: frames 17 .. 20
-    assert torch.equal(windows, torch.as_tensor(e.mouse[8:20]))                                # 4i−12 .. 4i−1
+    windows = memory.action_windows(torch.as_tensor(e.mouse)[None], 5, 1)[
+        0, 0
+    ]  # latent 5: frames 17 .. 20
+    assert torch.equal(windows, torch.as_tensor(e.mouse[8:20]))  # 4i−12 .. 4i−1
     pose = tuple(map(float, e.player[16]))
     for t in range(16, 20):
         pose = memory.step_pose(pose, e.keyboard[t].tolist(), e.mouse[t].tolist())
@@ -82,15 +109,24 @@ def test_a_frame_drawn_again_from_its_stored_camera_is_identical(dataset: Path) 
         e = data.read_episode(data.list_episodes(dataset, split)[0])
         again = data.true_frames(e.meta, e.c2w[7:11], 64, 64, e.player[7:11])
         assert np.array_equal(again, e.video[7:11])
-    assert not np.array_equal(data.true_frames(e.meta, e.c2w[7:11], 64, 64), e.video[7:11])    # the figure is really there
+    assert not np.array_equal(
+        data.true_frames(e.meta, e.c2w[7:11], 64, 64), e.video[7:11]
+    )  # the figure is really there
 
 
 def test_two_workers_load_what_one_loads(dataset: Path) -> None:
     clips = data.ClipDataset(data.list_episodes(dataset, "train"), frames=17)
     one, two = (list(DataLoader(clips, batch_size=4, num_workers=n)) for n in (0, 2))
-    assert len(one) == 3 and all(torch.equal(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in ("video", "c2w", "mouse", "frames"))
+    assert len(one) == 3 and all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(one, two, strict=True)
+        for k in ("video", "c2w", "mouse", "frames")
+    )
     clips.epoch = 1
-    assert not torch.equal(torch.stack([clips[i]["frames"] for i in range(12)]), torch.cat([batch["frames"] for batch in one]))
+    assert not torch.equal(
+        torch.stack([clips[i]["frames"] for i in range(12)]),
+        torch.cat([batch["frames"] for batch in one]),
+    )
 
 
 def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
@@ -105,23 +141,33 @@ def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ making a dataset
 def hashes(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): data._sha256(p) for p in sorted(root.rglob("*")) if p.is_file() and "/." not in str(p)}
+    return {
+        str(p.relative_to(root)): data._sha256(p)
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and "/." not in str(p)
+    }
 
 
 def test_a_killed_run_resumes_to_the_same_dataset(dataset: Path, tmp_path: Path) -> None:
-    code = ("import sys, data; from dataclasses import replace\nif __name__ == '__main__':\n"
-            "    data.make_dataset(sys.argv[1], cfg=replace(data.PRESETS['micro'], frames=41, train=3, third=1, tune=1, test=1), workers=2)\n")
+    code = (
+        "import sys, data; from dataclasses import replace\nif __name__ == '__main__':\n"
+        "    data.make_dataset(sys.argv[1], cfg=replace(data.PRESETS['micro'], frames=41, train=3, third=1, tune=1, test=1), workers=2)\n"
+    )
     (tmp_path / "go.py").write_text(code)
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    go = subprocess.Popen([sys.executable, str(tmp_path / "go.py"), str(out)], env=environment, stderr=subprocess.DEVNULL)
+    go = subprocess.Popen(
+        [sys.executable, str(tmp_path / "go.py"), str(out)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 40
     while not list(out.glob("*/*/_DONE")) and time.monotonic() < deadline:
         time.sleep(0.02)
     go.send_signal(signal.SIGKILL)
     go.wait()
     data.make_dataset(out, cfg=SMALL, workers=1)
-    assert hashes(out) == hashes(dataset)                                                      # and two workers made what one makes
+    assert hashes(out) == hashes(dataset)  # and two workers made what one makes
 
 
 def test_a_half_written_episode_is_never_listed(dataset: Path, episode: Path) -> None:
@@ -136,7 +182,10 @@ def test_a_half_written_episode_is_never_listed(dataset: Path, episode: Path) ->
 def test_splits_share_no_scene(dataset: Path) -> None:
     seeds = [data.read_episode(p).meta["scene"]["seed"] for p in data.list_episodes(dataset)]
     assert len(set(seeds)) == len(seeds) == 6
-    assert data.read_episode(data.list_episodes(dataset, "test")[0]).meta["scene"]["seed"] in world.SPLITS["test"]
+    assert (
+        data.read_episode(data.list_episodes(dataset, "test")[0]).meta["scene"]["seed"]
+        in world.SPLITS["test"]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
@@ -150,22 +199,34 @@ def test_a_bad_folder_is_named_precisely(episode: Path, capsys: pytest.CaptureFi
     bent, lost = c2w.copy(), c2w.copy()
     bent[3, :3, :3] *= 1.1
     lost[5, 0, 3] = np.nan
-    cases = {"not a rotation": bent, "NaN or infinite at frame 5": lost, "w2c, invert it": np.linalg.inv(c2w),
-             "expected (41, 4, 4), found (40, 4, 4)": c2w[:40]}
+    cases = {
+        "not a rotation": bent,
+        "NaN or infinite at frame 5": lost,
+        "w2c, invert it": np.linalg.inv(c2w),
+        "expected (41, 4, 4), found (40, 4, 4)": c2w[:40],
+    }
     for text, bad in cases.items():
         spoil(episode, "pose/video.npz", data=bad.astype(np.float32))
         with pytest.raises(ValueError) as error:
             data.read_episode(episode)
-        assert text in str(error.value) and str(episode) in str(error.value) and "pose/video.npz" in str(error.value)
+        assert (
+            text in str(error.value)
+            and str(episode) in str(error.value)
+            and "pose/video.npz" in str(error.value)
+        )
     assert data.check(episode.parent) == 1 and "pose/video.npz" in capsys.readouterr().out
 
 
-def test_truncated_tampered_and_missing_files_are_found(episode: Path, capsys: pytest.CaptureFixture) -> None:
+def test_truncated_tampered_and_missing_files_are_found(
+    episode: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert data.check(episode.parent) == 0
     frames = episode / "rgb/video.npy"
     whole = frames.read_bytes()
     frames.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert data.inspect(episode)[1] == [] and data.inspect(episode, hashes=True)[1] == ["rgb/video.npy: changed since it was written"]
+    assert data.inspect(episode)[1] == [] and data.inspect(episode, hashes=True)[1] == [
+        "rgb/video.npy: changed since it was written"
+    ]
     frames.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         data.read_episode(episode)
@@ -182,9 +243,16 @@ def test_truncated_tampered_and_missing_files_are_found(episode: Path, capsys: p
 
 def test_nothing_unusable_is_written(episode: Path, tmp_path: Path) -> None:
     good = data.read_episode(episode)
-    cut = {name: getattr(good, name)[:40] for name in ("video", "c2w", "K", "keyboard", "mouse", "valid", "contact", "player")}
-    for bad, text in ((replace(good, **cut), "expected 4k\\+1 frames, found 40"), (replace(good, video=good.video[:, :60]), "multiples of 16"),
-                      (replace(good, K=good.K / 64), "focal lengths"), (replace(good, keyboard=good.keyboard + 1), "expected 0 or 1")):
+    cut = {
+        name: getattr(good, name)[:40]
+        for name in ("video", "c2w", "K", "keyboard", "mouse", "valid", "contact", "player")
+    }
+    for bad, text in (
+        (replace(good, **cut), "expected 4k\\+1 frames, found 40"),
+        (replace(good, video=good.video[:, :60]), "multiples of 16"),
+        (replace(good, K=good.K / 64), "focal lengths"),
+        (replace(good, keyboard=good.keyboard + 1), "expected 0 or 1"),
+    ):
         with pytest.raises(ValueError, match=text):
             data.write_episode(tmp_path / "bad", bad)
     assert not (tmp_path / "bad").exists()
@@ -202,10 +270,18 @@ def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
     video, far = np.array(good.video), good.player.copy()
     far[20:, 0] += 1
     spun = good.player + np.array([0, 0, 0, 0, 40]) * (np.arange(41) > 9)[:, None]
-    bad = {"teleport": replace(good, player=far), "spin": replace(good, player=spun),
-           "frozen": replace(good, video=np.repeat(video[:1], 41, 0)), "too dark": replace(good, video=video // 64),
-           "blurred": replace(good, video=np.broadcast_to(video.mean((2,), keepdims=True).astype(np.uint8), video.shape)),
-           "no contrast": replace(good, video=(video // 64 + 120).astype(np.uint8)), "labels": replace(good, valid=np.zeros(41, bool))}
+    bad = {
+        "teleport": replace(good, player=far),
+        "spin": replace(good, player=spun),
+        "frozen": replace(good, video=np.repeat(video[:1], 41, 0)),
+        "too dark": replace(good, video=video // 64),
+        "blurred": replace(
+            good,
+            video=np.broadcast_to(video.mean((2,), keepdims=True).astype(np.uint8), video.shape),
+        ),
+        "no contrast": replace(good, video=(video // 64 + 120).astype(np.uint8)),
+        "labels": replace(good, valid=np.zeros(41, bool)),
+    }
     for text, clip in bad.items():
         assert any(reason.startswith(text) for reason in data.filters(clip)), text
     assert not [p for p in data.list_episodes(dataset) if data.filters(data.read_episode(p))]
@@ -214,9 +290,16 @@ def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
 def test_captions_name_the_kind_the_colours_and_the_motion() -> None:
     scene = world.make_scene(2, "maze")
     run = world.simulate(scene, 0, 121, "rl")
-    levels = data.caption(data.scene_caption(scene), run["keyboard"], run["mouse"], run["player"], "maze")["simple"]
-    assert levels["tag"] == "maze" and "maze" in levels["scene"] and levels["scene"].endswith("walls")
-    assert levels["motion"].startswith("The camera walks") and levels["full"] == f"{levels['scene']}. {levels['motion']}"
+    levels = data.caption(
+        data.scene_caption(scene), run["keyboard"], run["mouse"], run["player"], "maze"
+    )["simple"]
+    assert (
+        levels["tag"] == "maze" and "maze" in levels["scene"] and levels["scene"].endswith("walls")
+    )
+    assert (
+        levels["motion"].startswith("The camera walks")
+        and levels["full"] == f"{levels['scene']}. {levels['motion']}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- keys from positions
@@ -229,9 +312,11 @@ def test_known_inertia_is_undone(walks: list[dict]) -> None:
     for run in walks[:4]:
         player, d = run["player"].copy(), np.diff(run["player"][:, [0, 2]], axis=0)
         for t in range(1, len(d)):
-            d[t] = 0.5 * d[t] + 0.5 * d[t - 1]                                                 # v_t = k·u_t + (1−k)·v_{t−1}
+            d[t] = 0.5 * d[t] + 0.5 * d[t - 1]  # v_t = k·u_t + (1−k)·v_{t−1}
         player[1:, [0, 2]] = player[0, [0, 2]] + np.cumsum(d, 0)
-        labels = data.infer_wsad(player[:, :3], player[:, 4], player[:, 3], memory.STEP, inertia=0.5)
+        labels = data.infer_wsad(
+            player[:, :3], player[:, 4], player[:, 3], memory.STEP, inertia=0.5
+        )
         assert data.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
 
 
@@ -240,7 +325,9 @@ def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
     for run in bumps:
         labels, contact = infer(run), run["contact"][:-1]
         true = run["keyboard"][:-1, :4].astype(bool)
-        moved = np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * memory.STEP     # a full stop looks like no key
+        moved = (
+            np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * memory.STEP
+        )  # a full stop looks like no key
         miss = contact & moved & (labels.keyboard[:-1, :4] != true).any(1)
         wrong, flagged = wrong + miss.sum(), flagged + (miss & ~labels.valid[:-1]).sum()
     assert wrong > 100 and flagged / wrong >= 0.95
@@ -252,10 +339,16 @@ def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror() -> None:
     player = memory.integrate((0, -1.6, 0, 0, 150), keyboard, mouse).numpy()
     wrapped = (player[:, 4] + 180) % 360 - 180
     labels = data.infer_wsad(player[:, :3], wrapped, player[:, 3], memory.STEP)
-    assert (labels.keyboard[:-1] == keyboard.numpy()).all() and np.allclose(labels.mouse[:-1], mouse, atol=1e-5) and labels.valid[:-1].all()
+    assert (
+        (labels.keyboard[:-1] == keyboard.numpy()).all()
+        and np.allclose(labels.mouse[:-1], mouse, atol=1e-5)
+        and labels.valid[:-1].all()
+    )
     mirror = data.infer_wsad(player[:, :3] * [-1, 1, 1], -player[:, 4], player[:, 3], memory.STEP)
     assert (mirror.keyboard[:, [0, 1, 3, 2]] == labels.keyboard[:, :4]).all()
-    assert data.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()     # unknown scale: v0 from the data
+    assert (
+        data.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
+    )  # unknown scale: v0 from the data
 
 
 # --------------------------------------------------------------------------------------------------------------- recorder
@@ -266,9 +359,11 @@ def test_each_recording_layer_runs_alone(tmp_path: Path) -> None:
     for _ in range(20):
         keys.put(((1, 0, 0, 0, 0, 0), (0.0, 0.1)))
     keys.put(None)
-    data.game_layer(game, keys, states, screen)                                                # no agent, no recorder
+    data.game_layer(game, keys, states, screen)  # no agent, no recorder
     kinds = [kind for kind, _, _ in list(screen.queue)]
-    assert kinds.count("frame") == states.qsize() == 20 and kinds.count("state") == 75         # 60 Hz for 20/16 s
+    assert (
+        kinds.count("frame") == states.qsize() == 20 and kinds.count("state") == 75
+    )  # 60 Hz for 20/16 s
     states.put(None)
     data.agent_layer(world.NavMesh(scene), np.random.default_rng(0), states, keys)
     assert keys.qsize() == 20
@@ -293,17 +388,27 @@ def test_recorded_frames_get_the_pose_of_their_time(tmp_path: Path) -> None:
     e = data.align(closed[0], scene)
     true = np.array([c2w for c2w in data.true_frames(e.meta, e.c2w, 64, 64)])
     assert data.psnr(true, e.video).median() > 30
-    stamps, at = np.array([s for s, _, _ in closed[0]["frame"]]), np.array([t for _, t, _ in closed[0]["frame"]])
+    stamps, at = (
+        np.array([s for s, _, _ in closed[0]["frame"]]),
+        np.array([t for _, t, _ in closed[0]["frame"]]),
+    )
     offset = np.median([stamp - time for stamp, time, _ in closed[0]["state"]])
     fitted = np.polyval(np.polyfit(np.arange(len(at)), stamps, 1), np.arange(len(at))) - offset
-    assert np.abs(fitted - at).max() < 0.5 / 16 and np.abs(fitted - at).max() < 0.008          # half a frame; in fact within the jitter
+    assert (
+        np.abs(fitted - at).max() < 0.5 / 16 and np.abs(fitted - at).max() < 0.008
+    )  # half a frame; in fact within the jitter
 
 
 def test_a_crashed_layer_closes_its_segment_and_the_next_one_is_valid() -> None:
-    scene, closed, (keys, states, screen, segments) = world.make_scene(7), [], (queue.Queue() for _ in range(4))
+    scene, closed, (keys, states, screen, segments) = (
+        world.make_scene(7),
+        [],
+        (queue.Queue() for _ in range(4)),
+    )
 
     class Faulty(world.World):
         """A game that crashes once, at its 20th tick."""
+
         crashed = False
 
         def tick(self, *action: tuple) -> dict:
@@ -314,8 +419,11 @@ def test_a_crashed_layer_closes_its_segment_and_the_next_one_is_valid() -> None:
 
     game = Faulty(scene, size=64)
     states.put(game.pose)
-    layers = ((data.game_layer, game, keys, states, screen), (data.capture_layer, screen, segments, closed, 2, 33),
-              (data.agent_layer, world.NavMesh(scene), np.random.default_rng(0), states, keys))
+    layers = (
+        (data.game_layer, game, keys, states, screen),
+        (data.capture_layer, screen, segments, closed, 2, 33),
+        (data.agent_layer, world.NavMesh(scene), np.random.default_rng(0), states, keys),
+    )
     threads = [data.supervise(screen, *layer) for layer in layers]
     threads[1].join(timeout=20)
     keys.put(None)
@@ -334,7 +442,12 @@ def known() -> dict:
     t = np.arange(9)
     pose5 = np.stack([0.12 * np.sin(t / 3), -1.6 + 0 * t, 0.12 * t, 0 * t + 2.0, 3.0 * t], 1)
     frames = (rng.random((9, 32, 48, 3)) * 40 + np.linspace(40, 200, 48)[:, None]).astype(np.uint8)
-    return {"pose5": pose5, "c2w": data.poses_to_c2w(pose5), "frames": frames, "K": np.array([40.0, 41.0, 24.5, 15.5])}
+    return {
+        "pose5": pose5,
+        "c2w": data.poses_to_c2w(pose5),
+        "frames": frames,
+        "K": np.array([40.0, 41.0, 24.5, 15.5]),
+    }
 
 
 def images(folder: Path, frames: np.ndarray, name: str = "{:06d}.png") -> Path:
@@ -348,14 +461,18 @@ def quaternions(c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """w2c as x y z w and t."""
     R, t = np.linalg.inv(c2w)[:, :3, :3], np.linalg.inv(c2w)[:, :3, 3]
     w = np.sqrt(1 + R.trace(axis1=1, axis2=2)) / 2
-    v = np.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], 1) / (4 * w[:, None])
+    v = np.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], 1) / (
+        4 * w[:, None]
+    )
     return np.concatenate([v, w[:, None]], 1), t
 
 
 def store_re10k(k: dict, root: Path) -> Path:
     images(root / "0123456789abcdef", k["frames"])
     share = k["K"] / [48, 32, 48, 32]
-    rows = [[i * 33366, *share, 0, 0, *np.linalg.inv(c2w)[:3].ravel()] for i, c2w in enumerate(k["c2w"])]
+    rows = [
+        [i * 33366, *share, 0, 0, *np.linalg.inv(c2w)[:3].ravel()] for i, c2w in enumerate(k["c2w"])
+    ]
     file = root / "0123456789abcdef.txt"
     file.write_text("https://video\n" + "\n".join(" ".join(map(str, row)) for row in rows))
     return file
@@ -364,9 +481,16 @@ def store_re10k(k: dict, root: Path) -> Path:
 def store_dl3dv(k: dict, root: Path) -> Path:
     images(root / "images_4", k["frames"], "frame_{:05d}.png")
     world_gl = np.linalg.inv(data.Z_UP_TO_Y_DOWN) @ k["c2w"] @ np.diag([1, -1, -1, 1])
-    frames = [{"file_path": f"images/frame_{i:05d}.png", "transform_matrix": m.tolist()} for i, m in enumerate(world_gl)]
+    frames = [
+        {"file_path": f"images/frame_{i:05d}.png", "transform_matrix": m.tolist()}
+        for i, m in enumerate(world_gl)
+    ]
     fx, fy, cx, cy = (k["K"] * 4).tolist()
-    (root / "transforms.json").write_text(json.dumps({"fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "w": 192, "h": 128, "frames": frames[::-1]}))
+    (root / "transforms.json").write_text(
+        json.dumps(
+            {"fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "w": 192, "h": 128, "frames": frames[::-1]}
+        )
+    )
     return root
 
 
@@ -374,7 +498,13 @@ def store_omniworld(k: dict, root: Path) -> Path:
     images(root / "color", k["frames"])
     q, t = quaternions(k["c2w"])
     (root / "camera").mkdir()
-    camera = {"quats": q[:, [3, 0, 1, 2]].tolist(), "trans": t.tolist(), "focals": [40.0] * 9, "cx": 24.5, "cy": 15.5}
+    camera = {
+        "quats": q[:, [3, 0, 1, 2]].tolist(),
+        "trans": t.tolist(),
+        "focals": [40.0] * 9,
+        "cx": 24.5,
+        "cy": 15.5,
+    }
     (root / "camera/split_0.json").write_text(json.dumps(camera))
     (root / "split_info.json").write_text(json.dumps({"split": [list(range(9))]}))
     return root
@@ -407,21 +537,29 @@ def store_vipe(k: dict, root: Path) -> Path:
     return root / "pose/walk.npz"
 
 
-STORES = {"re10k": store_re10k, "dl3dv": store_dl3dv, "omniworld": store_omniworld, "spatialvid": store_spatialvid, "sekai": store_sekai,
-          "vipe": store_vipe}
+STORES = {
+    "re10k": store_re10k,
+    "dl3dv": store_dl3dv,
+    "omniworld": store_omniworld,
+    "spatialvid": store_spatialvid,
+    "sekai": store_sekai,
+    "vipe": store_vipe,
+}
 
 
 @pytest.mark.parametrize("name", STORES)
 def test_all_readers_agree_on_one_trajectory(name: str, known: dict, tmp_path: Path) -> None:
     path = STORES[name](known, tmp_path)
     e = data.READERS[name](path)
-    filled = name in ("spatialvid", "vipe")                                                    # every second pose is interpolated
+    filled = name in ("spatialvid", "vipe")  # every second pose is interpolated
     assert np.abs(e.c2w - known["c2w"]).max() < (1e-2 if filled else 1e-5)
     assert np.abs(e.c2w[::2] - known["c2w"][::2]).max() < 1e-5
     K = known["K"] * [1, 1, 1, 1] if name != "omniworld" else np.array([40.0, 40.0, 24.5, 15.5])
     assert np.abs(e.K - K).max() < 1e-4 and len(e.video) == 9
-    small = data.READERS[name](path, (16, 16))                                                 # centre crop 32x32, then half the size
-    assert small.video.shape == (9, 16, 16, 3) and np.allclose(small.K[0], [K[0] / 2, K[1] / 2, (K[2] - 8) / 2, K[3] / 2], atol=1e-4)
+    small = data.READERS[name](path, (16, 16))  # centre crop 32x32, then half the size
+    assert small.video.shape == (9, 16, 16, 3) and np.allclose(
+        small.K[0], [K[0] / 2, K[1] / 2, (K[2] - 8) / 2, K[3] / 2], atol=1e-4
+    )
     assert data.problems(small) == [] and data.write_episode(tmp_path / "stored", small)
 
 
@@ -430,18 +568,33 @@ def test_minecraft_entries_are_shifted_to_the_frames_they_left(tmp_path: Path, k
     keyboard[:4, 0], keyboard[4:, 3], mouse[:, 1], mouse[2, 0] = 1, 1, 0.1, 0.2
     player = memory.integrate((5, -1.6, 5, 0, 30), keyboard, mouse).numpy()[:9]
     entries = {"0": {"ws": 0, "ad": 0, "scs": 0, "pitch_delta": 0, "yaw_delta": 0}}
-    for t in range(8):                                                                         # entry t+1 made frame t+1 by our action t
-        entries[str(t + 1)] = {"ws": int(keyboard[t, 0]), "ad": 2 * int(keyboard[t, 3]), "scs": 0, "pitch_delta": -float(mouse[t, 0]),
-                               "yaw_delta": float(mouse[t, 1])}
+    for t in range(8):  # entry t+1 made frame t+1 by our action t
+        entries[str(t + 1)] = {
+            "ws": int(keyboard[t, 0]),
+            "ad": 2 * int(keyboard[t, 3]),
+            "scs": 0,
+            "pitch_delta": -float(mouse[t, 0]),
+            "yaw_delta": float(mouse[t, 1]),
+        }
     for t, row in enumerate(entries.values()):
-        row |= {"pos": (player[t, :3] * [-1, -1, 1]).tolist(), "pitch": -player[t, 3], "yaw": player[t, 4]}
+        row |= {
+            "pos": (player[t, :3] * [-1, -1, 1]).tolist(),
+            "pitch": -player[t, 3],
+            "yaw": player[t, 4],
+        }
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata/seed_1_part_1.json").write_text(json.dumps({"actions": entries}))
     data.write_mp4(tmp_path / "video/seed_1_part_1.mp4", known["frames"])
     e = data.read_gf_minecraft(tmp_path / "metadata/seed_1_part_1.json")
-    assert np.allclose(e.player, player, atol=1e-4) and np.array_equal(e.keyboard[:8], keyboard[:8]) and np.allclose(e.mouse[:8], mouse[:8])
+    assert (
+        np.allclose(e.player, player, atol=1e-4)
+        and np.array_equal(e.keyboard[:8], keyboard[:8])
+        and np.allclose(e.mouse[:8], mouse[:8])
+    )
     inferred = data.infer_wsad(e.player[:, :3], e.player[:, 4], e.player[:, 3], memory.STEP)
-    assert np.array_equal(inferred.keyboard[:8], e.keyboard[:8])                               # the stored action explains the next pose
+    assert np.array_equal(
+        inferred.keyboard[:8], e.keyboard[:8]
+    )  # the stored action explains the next pose
 
 
 def test_worldmem_bins_and_its_first_height(tmp_path: Path, known: dict) -> None:
@@ -452,7 +605,13 @@ def test_worldmem_bins_and_its_first_height(tmp_path: Path, known: dict) -> None
     np.savez(tmp_path / "000001.npz", actions=acts, poses=poses)
     data.write_mp4(tmp_path / "000001.mp4", known["frames"])
     e = data.read_worldmem(tmp_path / "000001.npz")
-    assert e.player[0, 1] == -4 and e.keyboard[2, 0] and e.keyboard[3, 3] and e.mouse[4].tolist() == [1, 0] and e.mouse[5].tolist() == [0, 1]
+    assert (
+        e.player[0, 1] == -4
+        and e.keyboard[2, 0]
+        and e.keyboard[3, 3]
+        and e.mouse[4].tolist() == [1, 0]
+        and e.mouse[5].tolist() == [0, 1]
+    )
 
 
 def test_our_episodes_are_vipe_scenes(dataset: Path, tmp_path: Path) -> None:
@@ -460,7 +619,7 @@ def test_our_episodes_are_vipe_scenes(dataset: Path, tmp_path: Path) -> None:
     e = data.read_episode(path)
     assert np.array_equal(data.read_vipe(path / "pose/video.npz").c2w, e.c2w)
     bare = Path(shutil.copytree(path, tmp_path / "bare"))
-    np.savez(bare / "pose/video.npz", data=e.c2w)                                              # no inds: one pose per frame
+    np.savez(bare / "pose/video.npz", data=e.c2w)  # no inds: one pose per frame
     assert np.abs(data.read_vipe(bare / "pose/video.npz").c2w - e.c2w).max() < 1e-6
     (bare / "intrinsics/video_camera.txt").write_text("0: MEI\n")
     with pytest.raises(ValueError, match="PINHOLE"):
@@ -482,7 +641,11 @@ def test_readers_say_what_is_missing(tmp_path: Path, known: dict) -> None:
 # ------------------------------------------------------------------------------------------- prompts, metrics, keys, view
 def test_umt5_matches_official() -> None:
     golden = load_file(ROOT / "tests/golden/umt5.safetensors")
-    weights = {key.removeprefix("weights."): value.float() for key, value in golden.items() if key.startswith("weights.")}
+    weights = {
+        key.removeprefix("weights."): value.float()
+        for key, value in golden.items()
+        if key.startswith("weights.")
+    }
     out = data.umt5(weights, golden["ids"], golden["mask"])
     assert (out[:, :23] - golden["out"]).abs().max() < 1e-5 and not out[:, 23:].any()
 
@@ -490,20 +653,31 @@ def test_umt5_matches_official() -> None:
 def test_a_cached_prompt_needs_neither_weights_nor_tokeniser(tmp_path: Path) -> None:
     name = data.hashlib.sha256(b"a street").hexdigest()[:16]
     data.save_file({"embedding": torch.ones(512, 8)}, tmp_path / f"umt5-{name}.safetensors")
-    assert data.encode_umt5("  a \n street", tmp_path, lambda: pytest.fail("weights were loaded"), tmp_path).shape == (512, 8)
+    assert data.encode_umt5(
+        "  a \n street", tmp_path, lambda: pytest.fail("weights were loaded"), tmp_path
+    ).shape == (512, 8)
 
 
 def test_words_have_fixed_vectors() -> None:
     a, b = data.embed_prompt("A maze, red walls", 64, 16), data.embed_prompt("red maze", 64, 16)
-    assert a.shape == (16, 64) and torch.equal(a[1], b[1]) and torch.equal(a[2], b[0]) and not a[4:].any()
-    assert abs(data.embed_prompt("street", 4096, 1).std() - 1) < 0.05 and data.embed_prompt("", 8, 4).shape == (4, 8)
+    assert (
+        a.shape == (16, 64)
+        and torch.equal(a[1], b[1])
+        and torch.equal(a[2], b[0])
+        and not a[4:].any()
+    )
+    assert abs(data.embed_prompt("street", 4096, 1).std() - 1) < 0.05 and data.embed_prompt(
+        "", 8, 4
+    ).shape == (4, 8)
     assert abs(float(a[0] @ a[1]) / 64) < 0.4
 
 
 def test_psnr_and_ssim_know_their_limits() -> None:
     x = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 0.5
     assert data.psnr(x, x).tolist() == [50, 50] and torch.allclose(data.ssim(x, x), torch.ones(2))
-    assert torch.allclose(data.psnr(x, x + 0.1), torch.full((2,), 20.0), atol=1e-3)             # 10 log10(1 / 0.01)
+    assert torch.allclose(
+        data.psnr(x, x + 0.1), torch.full((2,), 20.0), atol=1e-3
+    )  # 10 log10(1 / 0.01)
     assert data.ssim(x, x.flip(1)).max() < 0.2
     mask, y = torch.zeros(2, 32, 32), x.clone()
     mask[:, :16], y[:, 16:] = 1, 0
@@ -515,27 +689,59 @@ def test_keys_become_actions_and_come_back() -> None:
     keyboard, mouse = data.actions_from_keys(["w+l", "_", "a+i"])
     assert keyboard.tolist() == [[1, 0, 0, 0, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
     assert torch.allclose(mouse, torch.tensor([[0, 0.1], [0, 0], [0.1, 0]]))
-    assert [data.keys_from_action(k, m) for k, m in zip(keyboard, mouse, strict=True)] == ["w+l", "_", "a+i"]
+    assert [data.keys_from_action(k, m) for k, m in zip(keyboard, mouse, strict=True)] == [
+        "w+l",
+        "_",
+        "a+i",
+    ]
     with pytest.raises(ValueError, match="unknown key 'x'.*use w a s d"):
         data.parse_keys("w+x")
 
 
 def test_view_writes_a_film_of_three_panels(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "view.mp4"
-    assert data.run(data.parser().parse_args(["view", str(data.list_episodes(dataset, "third")[0]), "--out", str(out)])) is None
+    assert (
+        data.run(
+            data.parser().parse_args(
+                ["view", str(data.list_episodes(dataset, "third")[0]), "--out", str(out)]
+            )
+        )
+        is None
+    )
     frames, native = data.read_video(out)
-    assert len(frames) == 41 and native == (256, 768) and frames[:, :, :256].std() > 5 and frames[:, :, 512:].std() > 5
+    assert (
+        len(frames) == 41
+        and native == (256, 768)
+        and frames[:, :, :256].std() > 5
+        and frames[:, :, 512:].std() > 5
+    )
     with pytest.raises(ValueError, match="nearest legal size: 64x48"):
         data.write_mp4(tmp_path / "odd.mp4", np.zeros((2, 47, 63, 3), np.uint8))
 
 
-def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(tmp_path: Path, known: dict) -> None:
+def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(
+    tmp_path: Path, known: dict
+) -> None:
     file = store_re10k(known, tmp_path)
-    call = lambda *words: subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
-    assert call("ingest", "--format", "re10k", file, "--size", "32", "--out", tmp_path / "in").returncode == 0
+    call = lambda *words: subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), *map(str, words)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        call(
+            "ingest", "--format", "re10k", file, "--size", "32", "--out", tmp_path / "in"
+        ).returncode
+        == 0
+    )
     assert data.read_episode(tmp_path / "in/0123456789abcdef").video.shape == (9, 32, 32, 3)
     (tmp_path / "in/0123456789abcdef/player/video.npz").unlink()
     done = call("check", tmp_path / "in")
     assert done.returncode == 2 and "player/video.npz" in done.stdout
     done = call("view", tmp_path / "nowhere")
-    assert done.returncode == 2 and "python data.py make" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "python data.py make" in done.stderr
+        and "Traceback" not in done.stderr
+    )

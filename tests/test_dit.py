@@ -24,12 +24,30 @@ from dit import DiT, DiTConfig, attention, random_context, sample, sigma_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = dit.PRESETS["micro"]
-GOLDEN_CONFIG = DiTConfig(                       # tests/golden/meta.json in our names
-    dim=64, heads=2, layers=2, ffn=128, in_dim=48, text_dim=64, text_len=16, freq_dim=256, ray_channels=1536,
-    sigma_theta=0.0, action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4,
-    rays_at_input=False)
-CASES = ("first_segment", "later_segment_with_memory", "later_segment_without_memory",
-         "perturbed_rope_sigma_0.3")
+GOLDEN_CONFIG = DiTConfig(  # tests/golden/meta.json in our names
+    dim=64,
+    heads=2,
+    layers=2,
+    ffn=128,
+    in_dim=48,
+    text_dim=64,
+    text_len=16,
+    freq_dim=256,
+    ray_channels=1536,
+    sigma_theta=0.0,
+    action_blocks=(0,),
+    action_hidden=16,
+    action_width=64,
+    action_heads=4,
+    action_rope=4,
+    rays_at_input=False,
+)
+CASES = (
+    "first_segment",
+    "later_segment_with_memory",
+    "later_segment_without_memory",
+    "perturbed_rope_sigma_0.3",
+)
 
 
 def loud(cfg: DiTConfig, seed: int = 0) -> DiT:
@@ -53,7 +71,8 @@ def rel(ours: Tensor, golden: Tensor) -> float:
 
 # ---- the plain form: one timestep per token, every token through every block, loops instead of batches -----
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:          # (B, L, heads, head_dim)
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, L, heads, head_dim)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
@@ -62,8 +81,8 @@ def plain_rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def plain_rope(x: Tensor, angles: Tensor) -> Tensor:                     # (B, L, heads, d), (..., heads, d/2)
-    turn = torch.polar(torch.ones_like(angles), angles)                  # complex128
+def plain_rope(x: Tensor, angles: Tensor) -> Tensor:  # (B, L, heads, d), (..., heads, d/2)
+    turn = torch.polar(torch.ones_like(angles), angles)  # complex128
     turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn
     return torch.view_as_real(turned).flatten(-2).to(x)
 
@@ -82,14 +101,18 @@ def plain_actions(m: dit.ActionModule, x: Tensor, c: SimpleNamespace, cfg: DiTCo
         here = x[:, :, s]
         qkv = m.t_qkv(m.mouse_mlp(torch.cat([here, c.mouse.flatten(2)], -1)))
         q2, k2, v2 = qkv.view(B, T, 3, cfg.action_heads, d).unbind(2)
-        y = plain_attention(plain_rope(plain_rms(q2), angles), plain_rope(plain_rms(k2), angles), v2)
+        y = plain_attention(
+            plain_rope(plain_rms(q2), angles), plain_rope(plain_rms(k2), angles), v2
+        )
         here = here + m.proj_mouse(y.flatten(2))
         q = plain_rope(plain_rms(m.mouse_attn_q(here).view(B, T, cfg.action_heads, d)), angles)
         out.append(here + m.proj_keyboard(plain_attention(q, k, v).flatten(2)))
     return torch.stack(out, 2)
 
 
-def plain_block(b: dit.Block, x: Tensor, e0: Tensor, rays: Tensor, text: Tensor, angles: Tensor, c, cfg):
+def plain_block(
+    b: dit.Block, x: Tensor, e0: Tensor, rays: Tensor, text: Tensor, angles: Tensor, c, cfg
+):
     D, T = x.shape[-1], c.times.shape[1]
     split = lambda y: y.unflatten(-1, (cfg.heads, -1))
     norm = lambda y: F.layer_norm(y, (D,), eps=1e-6)
@@ -112,14 +135,18 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
     cfg, N = m.cfg, x_sigma.shape[2]
     latents = torch.cat([c.memory, c.past, x_sigma], 2)
     B, T, h, w = len(latents), latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
-    x = m.patch_embedding(latents).flatten(2).mT                                             # (B, L, D)
+    x = m.patch_embedding(latents).flatten(2).mT  # (B, L, D)
     t = torch.zeros(B, T, dtype=torch.float64)
     t[:, -N:] = 1000 * sigma.double()[:, None]
     half = cfg.freq_dim // 2
-    angle = t.repeat_interleave(h * w, 1)[..., None] * 10000 ** (-torch.arange(half).double() / half)
-    e = m.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).float())                  # per token
+    angle = t.repeat_interleave(h * w, 1)[..., None] * 10000 ** (
+        -torch.arange(half).double() / half
+    )
+    e = m.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).float())  # per token
     e0 = m.time_projection(e).unflatten(-1, (6, -1))
-    cells = F.pixel_unshuffle(c.rays.transpose(1, 2).flatten(0, 1), 2).flatten(2).mT         # (B·T, h·w, R·4)
+    cells = (
+        F.pixel_unshuffle(c.rays.transpose(1, 2).flatten(0, 1), 2).flatten(2).mT
+    )  # (B·T, h·w, R·4)
     p = m.patch_embedding_wancamctrl(cells.reshape(B, T * h * w, -1))
     rays = p + m.c2ws_hidden_states_layer2(F.silu(m.c2ws_hidden_states_layer1(p)))
     x = x + rays if cfg.rays_at_input else x
@@ -134,7 +161,7 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
             for j in range(n):
                 angles[..., head, first + j] = axis.double() * theta ** (-j / n)
             first += n
-    angles = angles.flatten(1, 3)                                        # (B, L, heads, pairs)
+    angles = angles.flatten(1, 3)  # (B, L, heads, pairs)
     for block in m.blocks:
         x = plain_block(block, x, e0, rays, text, angles, c, cfg)
     shift, scale = (m.head.modulation[:, None] + e[:, :, None]).unbind(2)
@@ -144,6 +171,7 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
 
 
 # ---- identities --------------------------------------------------------------------------------------------
+
 
 def test_velocity_recovers_the_clean_latent():
     g = torch.Generator().manual_seed(0)
@@ -164,9 +192,11 @@ def test_the_shift_of_five_spends_forty_percent_of_the_draws_above_0_875():
 
 def test_patchify_round_trips():
     x = torch.randn(2, 3, 4, 6, 8)
-    tokens = dit.patchify(x, (1, 2, 2))                                  # channel, row, column
+    tokens = dit.patchify(x, (1, 2, 2))  # channel, row, column
     assert tokens.shape == (2, 4, 12, 12)
-    channel_last = tokens.unflatten(-1, (3, 4)).mT.flatten(-2)           # row, column, channel, like the head
+    channel_last = tokens.unflatten(-1, (3, 4)).mT.flatten(
+        -2
+    )  # row, column, channel, like the head
     assert torch.equal(dit.unpatchify(channel_last, 6, 8, (1, 2, 2)), x)
 
 
@@ -194,8 +224,8 @@ def test_a_batch_equals_its_samples_one_by_one():
     model = loud(MICRO)
     x, sigma, c = inputs(MICRO, B=3)
     c.times = c.times + torch.tensor([[0], [7], [900]])
-    alone = [SimpleNamespace(**{k: v[i:i + 1] for k, v in vars(c).items()}) for i in range(3)]
-    one_by_one = [model(x[i:i + 1], sigma[i:i + 1], alone[i]) for i in range(3)]
+    alone = [SimpleNamespace(**{k: v[i : i + 1] for k, v in vars(c).items()}) for i in range(3)]
+    one_by_one = [model(x[i : i + 1], sigma[i : i + 1], alone[i]) for i in range(3)]
     assert torch.allclose(model(x, sigma, c), torch.cat(one_by_one), atol=1e-5)
 
 
@@ -219,9 +249,11 @@ def test_memory_is_read_but_never_predicted():
 
 def test_zero_initialised_action_modules_change_nothing():
     torch.manual_seed(0)
-    model = DiT(replace(MICRO, rays_at_input=False))                     # as released: cameras enter through silent layers alone
+    model = DiT(
+        replace(MICRO, rays_at_input=False)
+    )  # as released: cameras enter through silent layers alone
     x, sigma, c = inputs(MICRO)
-    assert not model(x, sigma, c).any()                                  # the output layer starts silent too
+    assert not model(x, sigma, c).any()  # the output layer starts silent too
     nn.init.normal_(model.head.head.weight)
     v = model(x, sigma, c)
     c.mouse, c.keyboard, c.rays = c.mouse + 1, -torch.ones_like(c.keyboard), c.rays.flip(1)
@@ -245,14 +277,15 @@ def test_the_action_norm_weights_are_loaded_and_ignored_unless_switched_on():
 
 # ---- positions ---------------------------------------------------------------------------------------------
 
+
 def test_perturbed_rope_has_the_released_angles():
-    angles = dit.rope_angles(torch.tensor([[0, 1]]), 2, 2, dit.PRESETS["5b"])[0, 1]          # latent 1
-    first, last = angles[2, 0], angles[2, 23]                            # row 1, column 0
+    angles = dit.rope_angles(torch.tensor([[0, 1]]), 2, 2, dit.PRESETS["5b"])[0, 1]  # latent 1
+    first, last = angles[2, 0], angles[2, 23]  # row 1, column 0
     golden = {(0, 1): 0.7078694702, (0, 21): 0.0007063449, (0, 23): 0.6963187592}
     golden |= {(23, 1): 0.6405875924, (23, 21): 8.67259e-05, (23, 23): 0.627145017}
     for (head, pair), value in golden.items():
         assert math.isclose((first if head == 0 else last)[pair], value, rel_tol=1e-6)
-    assert first[0] == first[22] == 1 and not first[43:].any()           # pair 0 of an axis: 1 radian a step
+    assert first[0] == first[22] == 1 and not first[43:].any()  # pair 0 of an axis: 1 radian a step
 
 
 def test_without_perturbation_all_heads_share_one_clock():
@@ -282,8 +315,11 @@ def test_a_rotation_keeps_lengths_and_turns_pairs():
 
 # ---- attention and norms -----------------------------------------------------------------------------------
 
+
 def naive_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    return torch.cat([plain_attention(q[[i]], k[[i], :n], v[[i], :n]) for i, n in enumerate(lengths)])
+    return torch.cat(
+        [plain_attention(q[[i]], k[[i], :n], v[[i], :n]) for i, n in enumerate(lengths)]
+    )
 
 
 @pytest.mark.parametrize("backend", ["softmax", "sdpa", "flash", ""])
@@ -296,8 +332,11 @@ def test_ragged_attention_equals_naive_attention(backend: str, monkeypatch: pyte
         real = torch.full((3,), 9) if lengths is None else lengths
         ours, naive = attention(q, k, v, lengths, backend), naive_ragged(q, k, v, real)
         assert torch.allclose(ours, naive, atol=1e-6)
-        for a, b in zip(torch.autograd.grad(ours.sin().sum(), (q, k, v)),
-                        torch.autograd.grad(naive.sin().sum(), (q, k, v)), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(ours.sin().sum(), (q, k, v)),
+            torch.autograd.grad(naive.sin().sum(), (q, k, v)),
+            strict=True,
+        ):
             assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -317,8 +356,10 @@ def test_flash_attn_is_named_once_when_absent_and_when_broken(tmp_path, monkeypa
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
     assert dit.load_flash.__wrapped__() is None
-    assert ("flash-attn is installed but does not load (undefined symbol: _ZN3c10): built for another torch. "
-            "Using SDPA.") in capsys.readouterr().out
+    assert (
+        "flash-attn is installed but does not load (undefined symbol: _ZN3c10): built for another torch. "
+        "Using SDPA."
+    ) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -328,35 +369,58 @@ def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
     x.requires_grad_()
     ours, torchs = dit.rms(x, weight), F.rms_norm(x, (32,), weight, 1e-6)
     assert rel(ours, torchs) < tolerance
-    assert rel(*(torch.autograd.grad(y.float().sin().sum(), x)[0] for y in (ours, torchs))) < 2 * tolerance
+    assert (
+        rel(*(torch.autograd.grad(y.float().sin().sum(), x)[0] for y in (ours, torchs)))
+        < 2 * tolerance
+    )
 
 
 # ---- against the release -----------------------------------------------------------------------------------
 
+
 def released_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Every name and shape of the released checkpoint."""
     D, A, hidden, window = c.dim, c.action_width, c.action_hidden, c.action_window
-    out = {"patch_embedding.weight": (D, c.in_dim, 1, 2, 2), "patch_embedding.bias": (D,),
-           "head.modulation": (1, 2, D)}
+    out = {
+        "patch_embedding.weight": (D, c.in_dim, 1, 2, 2),
+        "patch_embedding.bias": (D,),
+        "head.modulation": (1, 2, D),
+    }
 
     def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> None:
         out[f"{name}.weight"] = (n_out, n_in)
         out.update({f"{name}.bias": (n_out,)} if bias else {})
 
     for name, n_in, n_out in (
-            ("patch_embedding_wancamctrl", 4 * c.ray_channels, D), ("c2ws_hidden_states_layer1", D, D),
-            ("c2ws_hidden_states_layer2", D, D),
-            ("text_embedding.0", c.text_dim, D), ("text_embedding.2", D, D),
-            ("time_embedding.0", c.freq_dim, D), ("time_embedding.2", D, D), ("time_projection.1", D, 6 * D),
-            ("head.head", D, 4 * c.in_dim)):
+        ("patch_embedding_wancamctrl", 4 * c.ray_channels, D),
+        ("c2ws_hidden_states_layer1", D, D),
+        ("c2ws_hidden_states_layer2", D, D),
+        ("text_embedding.0", c.text_dim, D),
+        ("text_embedding.2", D, D),
+        ("time_embedding.0", c.freq_dim, D),
+        ("time_embedding.2", D, D),
+        ("time_projection.1", D, 6 * D),
+        ("head.head", D, 4 * c.in_dim),
+    ):
         linear(name, n_in, n_out)
     for b in (f"blocks.{i}." for i in range(c.layers)):
         out |= {f"{b}modulation": (1, 6, D), f"{b}norm3.weight": (D,), f"{b}norm3.bias": (D,)}
         for kind in ("self_attn", "cross_attn"):
             out |= {f"{b}{kind}.norm_q.weight": (D,), f"{b}{kind}.norm_k.weight": (D,)}
-        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-                     "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o",
-                     "cam_injector_layer1", "cam_injector_layer2", "cam_scale_layer", "cam_shift_layer"):
+        for name in (
+            "self_attn.q",
+            "self_attn.k",
+            "self_attn.v",
+            "self_attn.o",
+            "cross_attn.q",
+            "cross_attn.k",
+            "cross_attn.v",
+            "cross_attn.o",
+            "cam_injector_layer1",
+            "cam_injector_layer2",
+            "cam_scale_layer",
+            "cam_shift_layer",
+        ):
             linear(b + name, D, D)
         linear(f"{b}ffn.0", D, c.ffn)
         linear(f"{b}ffn.2", c.ffn, D)
@@ -366,10 +430,17 @@ def released_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{a}mouse_mlp.0", D + 2 * window, A)
         linear(f"{a}mouse_mlp.2", A, A)
         out |= {f"{a}mouse_mlp.3.weight": (A,), f"{a}mouse_mlp.3.bias": (A,)}
-        out |= {f"{a}{n}_norm.weight": (A // c.action_heads,)
-                for n in ("img_attn_q", "img_attn_k", "key_attn_q", "key_attn_k")}
-        for name, n_in, n_out in (("t_qkv", A, 3 * A), ("proj_mouse", A, D), ("mouse_attn_q", D, A),
-                                  ("keyboard_attn_kv", hidden * window, 2 * A), ("proj_keyboard", A, D)):
+        out |= {
+            f"{a}{n}_norm.weight": (A // c.action_heads,)
+            for n in ("img_attn_q", "img_attn_k", "key_attn_q", "key_attn_k")
+        }
+        for name, n_in, n_out in (
+            ("t_qkv", A, 3 * A),
+            ("proj_mouse", A, D),
+            ("mouse_attn_q", D, A),
+            ("keyboard_attn_kv", hidden * window, 2 * A),
+            ("proj_keyboard", A, D),
+        ):
             linear(a + name, n_in, n_out, bias=False)
     return out
 
@@ -388,15 +459,26 @@ def test_5b_has_exactly_the_1356_released_tensors():
 def test_every_preset_is_the_same_network_in_another_size(preset: str):
     with torch.device("meta"):
         model = DiT(dit.PRESETS[preset])
-    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == released_shapes(model.cfg)
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == released_shapes(
+        model.cfg
+    )
     if preset == "tiny":
         assert sum(p.numel() for p in model.parameters()) <= 7_950_000
 
 
-@pytest.mark.parametrize("steps, s, sigmas, integers, rounded", [
-    (3, 5, [0.99979985, 0.9088428, 0.71397942, 0], [999, 908, 713], [1000, 908, 712]),
-    (4, 5, [0.99979985, 0.93726546, 0.83305538, 0.62468737, 0], [999, 937, 833, 624], [1000, 936, 832, 624]),
-])
+@pytest.mark.parametrize(
+    "steps, s, sigmas, integers, rounded",
+    [
+        (3, 5, [0.99979985, 0.9088428, 0.71397942, 0], [999, 908, 713], [1000, 908, 712]),
+        (
+            4,
+            5,
+            [0.99979985, 0.93726546, 0.83305538, 0.62468737, 0],
+            [999, 937, 833, 624],
+            [1000, 936, 832, 624],
+        ),
+    ],
+)
 def test_sigma_grids_and_timesteps_are_the_released_ones(steps, s, sigmas, integers, rounded):
     grid = sigma_grid(steps, s)
     assert grid.dtype == torch.float32 and grid[-1] == 0
@@ -407,12 +489,16 @@ def test_sigma_grids_and_timesteps_are_the_released_ones(steps, s, sigmas, integ
 
 
 def test_the_fifty_timesteps_of_the_base_model_are_the_released_ones():
-    integers, rounded = ([int(t) for t in line.split()] for line in (
-        "999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843 "
-        "833 821 809 796 783 768 753 737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172 92",
-        "1000 996 992 988 984 976 972 968 964 956 952 944 940 936 928 920 912 904 896 888 880 872 864 856 "
-        "844 832 820 808 796 784 768 752 736 720 700 680 660 636 612 584 556 520 488 448 404 356 302 241 172 "
-        "92"))
+    integers, rounded = (
+        [int(t) for t in line.split()]
+        for line in (
+            "999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843 "
+            "833 821 809 796 783 768 753 737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172 92",
+            "1000 996 992 988 984 976 972 968 964 956 952 944 940 936 928 920 912 904 896 888 880 872 864 856 "
+            "844 832 820 808 796 784 768 752 736 720 700 680 660 636 612 584 556 520 488 448 404 356 302 241 172 "
+            "92",
+        )
+    )
     grid = sigma_grid(50)[:-1]
     assert dit.timestep(grid, "integer").tolist() == integers
     assert dit.timestep(grid, "bf16").tolist() == rounded
@@ -420,8 +506,11 @@ def test_the_fifty_timesteps_of_the_base_model_are_the_released_ones():
 
 @pytest.mark.parametrize("steps, s", [(3, 5), (4, 3), (50, 5)])
 def test_unipc_matches_official(steps: int, s: int):
-    golden = {k.split(".", 1)[1]: v for k, v in load_file(GOLDEN / "unipc.safetensors").items()
-              if k.startswith(f"n{steps}_shift{s}.")}
+    golden = {
+        k.split(".", 1)[1]: v
+        for k, v in load_file(GOLDEN / "unipc.safetensors").items()
+        if k.startswith(f"n{steps}_shift{s}.")
+    }
     grid = sigma_grid(steps, float(s))
     assert torch.allclose(grid, golden["sigmas"], atol=1e-7)
     assert torch.equal(dit.timestep(grid[:-1], "integer").float(), golden["timesteps"])
@@ -433,12 +522,15 @@ def test_unipc_matches_official(steps: int, s: int):
     ours = torch.stack(list(dit.unipc(v, golden["x0"], grid)))
     assert (ours - golden["trajectory"]).abs().max() < 1e-5
     euler = torch.stack(list(dit.euler(v, golden["x0"], grid)))
-    assert rel(euler[-1], golden["trajectory"][-1]) > 5e-4               # another sampler is visibly another
+    assert rel(euler[-1], golden["trajectory"][-1]) > 5e-4  # another sampler is visibly another
 
 
 def golden_model(**changes) -> DiT:
-    weights = {k.removeprefix("weights."): v.float() for k, v in load_file(GOLDEN / "dit.safetensors").items()
-               if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v.float()
+        for k, v in load_file(GOLDEN / "dit.safetensors").items()
+        if k.startswith("weights.")
+    }
     model = DiT(replace(GOLDEN_CONFIG, **changes)).requires_grad_(False)
     model.load_state_dict(weights, strict=True)
     return model
@@ -446,17 +538,24 @@ def golden_model(**changes) -> DiT:
 
 def golden_case(case: str) -> tuple[Tensor, Tensor, SimpleNamespace, Tensor]:
     """x_sigma, sigma, context and output of one stored forward."""
-    g = {k.removeprefix(case + "."): v for k, v in load_file(GOLDEN / "dit.safetensors").items()
-         if k.startswith(case + ".")}
-    P = int((g["timestep"][0] == 0).sum()) // 2                          # two tokens per latent
+    g = {
+        k.removeprefix(case + "."): v
+        for k, v in load_file(GOLDEN / "dit.safetensors").items()
+        if k.startswith(case + ".")
+    }
+    P = int((g["timestep"][0] == 0).sum()) // 2  # two tokens per latent
     bank, new = g.get("memory", g["x"][:, :, :0]), range(*g["latent_range"].tolist())
     M = bank.shape[2]
     mouse, keyboard = (memory.released_windows(g[name]) for name in ("mouse", "keyboard"))
     context = SimpleNamespace(
-        past=g["x"][:, :, :P], memory=bank, rays=g["plucker"].float(), text=g["context"][None],
+        past=g["x"][:, :, :P],
+        memory=bank,
+        rays=g["plucker"].float(),
+        text=g["context"][None],
         times=torch.tensor([[*g.get("memory_latent_idx", torch.tensor([])).long().tolist(), *new]]),
         mouse=torch.cat([torch.ones(1, M, 12, 2), mouse], 1),
-        keyboard=torch.cat([-torch.ones(1, M, 12, 6), keyboard], 1))
+        keyboard=torch.cat([-torch.ones(1, M, 12, 6), keyboard], 1),
+    )
     return g["x"][:, :, P:], g["timestep"].max()[None].double() / 1000, context, g["out"]
 
 
@@ -465,7 +564,7 @@ def test_matches_official_on_golden_weights(case: str):
     model = golden_model(sigma_theta=0.3 if "perturbed" in case else 0.0)
     x, sigma, context, out = golden_case(case)
     assert rel(model(x, sigma, context, return_past=True), out) < 2e-6
-    assert rel(model(x, sigma, context, model.prepare(context)), out[:, :, -x.shape[2]:]) < 2e-6
+    assert rel(model(x, sigma, context, model.prepare(context)), out[:, :, -x.shape[2] :]) < 2e-6
 
 
 @pytest.mark.gpu
@@ -491,20 +590,30 @@ def rollout_context(g: dict, k: int, history: Tensor) -> memory.Context:
     c2w, past, bank = memory.from_released(g["extrinsics"])[None], history[:, :, -P:], None
     if k > 0:
         queries = [frames.stop - 1 - 8 * slot for slot in range(5)]
-        scores = memory.overlap(c2w[0, queries], c2w[0, 1:frames.start], "released")
+        scores = memory.overlap(c2w[0, queries], c2w[0, 1 : frames.start], "released")
         chosen = g[f"segment{k}.selected_before_sink"] - 1
         assert (scores.amax(1) - g[f"segment{k}.overlap"]).abs().max() < 2e-3
         assert (scores.amax(1) - scores.gather(1, chosen[:, None])[:, 0]).abs().max() < 2e-3
-        picked = torch.tensor([window.latent_of(int(f)) for f in chosen[:4] + 1] + [1])  # the sink comes last
+        picked = torch.tensor(
+            [window.latent_of(int(f)) for f in chosen[:4] + 1] + [1]
+        )  # the sink comes last
         assert torch.equal(picked, g[f"segment{k}.memory_latents_idx"])
         cameras = torch.cat([memory.segment_cameras(c2w, int(i), 1) for i in picked], 1)
         bank = memory.Memory(history[:, :, picked], picked[None], cameras)
     context = memory.make_context(
-        past, torch.arange(first, end)[None], memory.segment_cameras(c2w, first, end - first),
+        past,
+        torch.arange(first, end)[None],
+        memory.segment_cameras(c2w, first, end - first),
         *(memory.released_windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
-        g["context"][None], bank, encoding="released", stride=16)
+        g["context"][None],
+        bank,
+        encoding="released",
+        stride=16,
+    )
     assert g[f"segment{k}.latent_range"].tolist() == [first, end]
-    assert torch.allclose(context.rays[0, ::97, :, 1, 2], g[f"segment{k}.plucker_sample"], atol=2e-6)
+    assert torch.allclose(
+        context.rays[0, ::97, :, 1, 2], g[f"segment{k}.plucker_sample"], atol=2e-6
+    )
     return context
 
 
@@ -513,13 +622,14 @@ def test_a_rollout_of_four_segments_matches_official():
     model, history = golden_model(timestep="integer"), g["image_latent"]
     for k in range(4):
         context = rollout_context(g, k, history)
-        noise = g[f"segment{k}.noise"][:, :, context.past.shape[2]:]
+        noise = g[f"segment{k}.noise"][:, :, context.past.shape[2] :]
         history = torch.cat([history, sample(model, context, sigma_grid(3), noise, "unipc")], 2)
         ours = history if k == 0 else history[:, :, -10:]
         assert rel(ours, g[f"segment{k}.latents"]) < 5e-6
 
 
 # ---- samplers ----------------------------------------------------------------------------------------------
+
 
 class Straight:
     """A world of one clean latent: v = (x − x0)/σ. Every sampler must arrive at it, however few its steps."""
@@ -559,8 +669,12 @@ def test_guidance_extrapolates_from_the_null_branch():
 def test_renoising_repeats_with_its_generator_and_the_model_need_not_prepare():
     noise = torch.randn(1, 2, 2, 2, 2)
     bent = lambda x, sigma, context, prepared=None: x.sin()
-    a, b, c = (sample(bent, None, sigma_grid(3), noise, "renoise", generator=torch.Generator().manual_seed(s))
-               for s in (0, 0, 1))
+    a, b, c = (
+        sample(
+            bent, None, sigma_grid(3), noise, "renoise", generator=torch.Generator().manual_seed(s)
+        )
+        for s in (0, 0, 1)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -577,29 +691,50 @@ def test_unipc_is_ten_times_closer_than_euler_in_as_many_steps():
 
 def test_a_newer_context_takes_over_at_its_step_and_the_noise_goes_on():
     slow, fast = SimpleNamespace(scale=0.5), SimpleNamespace(scale=1.0)
-    x0, noise, grid, asked = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 2, 2, 2), sigma_grid(3), []
+    x0, noise, grid, asked = (
+        torch.randn(1, 2, 2, 2, 2),
+        torch.randn(1, 2, 2, 2, 2),
+        sigma_grid(3),
+        [],
+    )
     world, late = Straight(x0), Straight(x0)
-    half = noise + (float(grid[1]) - float(grid[0])) * world(noise, grid[:1], slow)              # step 0 by hand, in the old context
+    half = noise + (float(grid[1]) - float(grid[0])) * world(
+        noise, grid[:1], slow
+    )  # step 0 by hand, in the old context
     right = sample(world, fast, grid[1:], half)
-    assert torch.equal(sample(late, slow, grid, noise, revise=lambda k: asked.append(k) or (fast if k == 1 else None)), right)
+    assert torch.equal(
+        sample(
+            late, slow, grid, noise, revise=lambda k: asked.append(k) or (fast if k == 1 else None)
+        ),
+        right,
+    )
     assert asked == [1, 2] and late.prepared == 2
-    assert torch.equal(sample(world, slow, grid, noise, revise=lambda k: None), sample(world, slow, grid, noise))
+    assert torch.equal(
+        sample(world, slow, grid, noise, revise=lambda k: None), sample(world, slow, grid, noise)
+    )
 
 
 # ---- approximate: keys and values of clean tokens stay as the first step left them --------------------------
 
-@pytest.mark.parametrize("action_blocks", [(0,), (0, 1)])                # a last block without and with actions
+
+@pytest.mark.parametrize("action_blocks", [(0,), (0, 1)])  # a last block without and with actions
 @pytest.mark.parametrize("rays_at_input", [True, False])
-def test_reused_keys_and_values_are_exact_until_the_noise_changes(action_blocks: tuple, rays_at_input: bool):
+def test_reused_keys_and_values_are_exact_until_the_noise_changes(
+    action_blocks: tuple, rays_at_input: bool
+):
     model = loud(replace(MICRO, action_blocks=action_blocks, rays_at_input=rays_at_input))
     x, sigma, c = inputs(MICRO)
     exact, later = model(x, sigma, c), model(0.5 * x, 0.5 * sigma, c)
     model.reuse = True
     prepared = model.prepare(c)
-    assert torch.equal(model(x, sigma, c, prepared), exact)                          # the first step computes everything
-    assert rel(model(x, sigma, c, prepared), exact) < 2e-6                           # the same noise again: the same keys and values
-    assert 1e-6 < rel(model(0.5 * x, 0.5 * sigma, c, prepared), later) < 0.5         # another noise: near, not equal
-    assert torch.equal(model(x, sigma, c), exact)                                    # nothing is kept without prepare
+    assert torch.equal(model(x, sigma, c, prepared), exact)  # the first step computes everything
+    assert (
+        rel(model(x, sigma, c, prepared), exact) < 2e-6
+    )  # the same noise again: the same keys and values
+    assert (
+        1e-6 < rel(model(0.5 * x, 0.5 * sigma, c, prepared), later) < 0.5
+    )  # another noise: near, not equal
+    assert torch.equal(model(x, sigma, c), exact)  # nothing is kept without prepare
     with pytest.raises(ValueError, match="leave return_past out"):
         model(x, sigma, c, prepared, return_past=True)
 
@@ -615,11 +750,14 @@ def test_reuse_computes_less_and_starts_afresh_with_a_newer_context():
         flops.append(count.get_total_flops())
     assert flops[1] == flops[2] < 0.75 * flops[0]
     other = SimpleNamespace(**vars(c) | {"keyboard": 1 - c.keyboard})
-    late = sample(model, c, torch.tensor([0.9, 0.9, 0.0]), x, revise=lambda k: other)      # a step that goes nowhere
+    late = sample(
+        model, c, torch.tensor([0.9, 0.9, 0.0]), x, revise=lambda k: other
+    )  # a step that goes nowhere
     assert torch.equal(late, sample(model, other, torch.tensor([0.9, 0.0]), x))
 
 
 # ---- precision, training, bad input ------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("fp32_stream", [False, True])
 def test_bf16_weights_stay_near_float32(fp32_stream: bool):
@@ -637,7 +775,7 @@ def test_a_block_compiles_into_one_graph(reuse: bool):
     model.reuse = reuse
     v, prepared = model(x, sigma, c), model.prepare(c)
     for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True)                   # traced only: no compiler needed
+        block.compile(backend="eager", fullgraph=True)  # traced only: no compiler needed
     for _ in range(2):
         assert torch.allclose(model(x, sigma, c, prepared), v, atol=1e-6)
 
@@ -658,7 +796,7 @@ def test_the_loss_falls_and_every_parameter_learns():
     noise, losses = torch.randn_like(x0), []
     for _ in range(40):
         v = model(dit.add_noise(x0, noise, sigma), sigma, c)
-        loss = (v - dit.velocity(x0, noise)).square().mean()             # Eq. 3, 6
+        loss = (v - dit.velocity(x0, noise)).square().mean()  # Eq. 3, 6
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -668,19 +806,25 @@ def test_the_loss_falls_and_every_parameter_learns():
     # ignored as released; and a shift of all keys by one vector moves no softmax
     ignored = ("img_attn_q", "img_attn_k", "key_attn_q", "key_attn_k")
     assert {name for name in silent if not name.endswith("attn.k.bias")} == {
-        f"blocks.0.action_model.{name}_norm.weight" for name in ignored}
+        f"blocks.0.action_model.{name}_norm.weight" for name in ignored
+    }
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 16, 4, 4, 4)), "x_sigma must be"),
-    (dict(x=torch.zeros(2, 16, 3, 4)), "x_sigma must be"),
-    (dict(sigma=torch.zeros(1)), "sigma must be"), (dict(rays=torch.zeros(2, 59, 7, 4, 4)), "rays must be"),
-    (dict(times=torch.zeros(1, 7)), "times must be"), (dict(mouse=torch.zeros(2, 7, 4, 2)), "mouse must be"),
-    (dict(keyboard=torch.zeros(2, 6, 12, 6)), "keyboard must be"),
-    (dict(text=torch.zeros(2, 5, 8)), "at most 4 rows"),
-    (dict(text=torch.zeros(1, 3, 8)), "text must be"),
-    (dict(memory=torch.zeros(2, 16, 2, 8, 8)), "memory must be"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 16, 4, 4, 4)), "x_sigma must be"),
+        (dict(x=torch.zeros(2, 16, 3, 4)), "x_sigma must be"),
+        (dict(sigma=torch.zeros(1)), "sigma must be"),
+        (dict(rays=torch.zeros(2, 59, 7, 4, 4)), "rays must be"),
+        (dict(times=torch.zeros(1, 7)), "times must be"),
+        (dict(mouse=torch.zeros(2, 7, 4, 2)), "mouse must be"),
+        (dict(keyboard=torch.zeros(2, 6, 12, 6)), "keyboard must be"),
+        (dict(text=torch.zeros(2, 5, 8)), "at most 4 rows"),
+        (dict(text=torch.zeros(1, 3, 8)), "text must be"),
+        (dict(memory=torch.zeros(2, 16, 2, 8, 8)), "memory must be"),
+    ],
+)
 def test_wrong_shapes_are_named(change: dict, message: str):
     model = loud(MICRO)
     x, sigma, c = inputs(MICRO)
@@ -694,29 +838,31 @@ def test_wrong_words_are_answered_with_the_right_ones():
     x, sigma, c = inputs(MICRO, size=3)
     q = torch.zeros(1, 2, 4, 8)
     for call, message in (
-            (lambda: model(x, sigma, c), "must divide into 2x2 patches, got 3x3"),
-            (lambda: sample(model, c, sigma_grid(3), x, "heun"), "euler, unipc, renoise, got 'heun'"),
-            (lambda: sigma_grid(0), "at least 1, got 0"),
-            (lambda: dit.timestep(sigma, "half"), "exact, integer, bf16, got 'half'"),
-            (lambda: attention(q, q, q, backend="xformers"), "got 'xformers'"),
-            (lambda: attention(q, q[:, :, :1], q[:, :, :1]), r"must be \(1, 2, 4, 8\)")):
+        (lambda: model(x, sigma, c), "must divide into 2x2 patches, got 3x3"),
+        (lambda: sample(model, c, sigma_grid(3), x, "heun"), "euler, unipc, renoise, got 'heun'"),
+        (lambda: sigma_grid(0), "at least 1, got 0"),
+        (lambda: dit.timestep(sigma, "half"), "exact, integer, bf16, got 'half'"),
+        (lambda: attention(q, q, q, backend="xformers"), "got 'xformers'"),
+        (lambda: attention(q, q[:, :, :1], q[:, :, :1]), r"must be \(1, 2, 4, 8\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-@pytest.mark.slow   # speed needs repetitions
+@pytest.mark.slow  # speed needs repetitions
 def test_the_fast_form_trains_in_less_cpu_time_than_the_plain_form():
     model = loud(dit.PRESETS["tiny"]).requires_grad_(True)
     x, sigma, c = inputs(model.cfg, B=8, memory=5, past=4, new=10, size=8)
     seconds = {}
     for form in (plain_forward, DiT.forward) * 3:
-        start = time.process_time()                                      # not disturbed by other programs
+        start = time.process_time()  # not disturbed by other programs
         form(model, x, sigma, c)[:, :, -10:].square().mean().backward()
         seconds[form] = min(seconds.get(form, math.inf), time.process_time() - start)
     assert seconds[DiT.forward] < 0.9 * seconds[plain_forward]
 
 
 # ---- many ranks --------------------------------------------------------------------------------------------
+
 
 class Threads:
     """A process group of threads: all-to-all through a shared table, so that ranks cost no processes."""
@@ -725,11 +871,13 @@ class Threads:
         self.ranks, self.table, self.me = ranks, {}, threading.local()
         self.barrier = threading.Barrier(ranks, timeout=60)
 
-    def all_to_all_single(self, out: Tensor, flat: Tensor, n_out: list[int], n_in: list[int], group) -> None:
+    def all_to_all_single(
+        self, out: Tensor, flat: Tensor, n_out: list[int], n_in: list[int], group
+    ) -> None:
         self.table[self.me.rank] = flat.split(n_in)
         self.barrier.wait()
         arrived = [self.table[rank][self.me.rank] for rank in range(self.ranks)]
-        assert [len(piece) for piece in arrived] == n_out                # both sides agree on every size
+        assert [len(piece) for piece in arrived] == n_out  # both sides agree on every size
         out.copy_(torch.cat(arrived))
         self.barrier.wait()
 
@@ -742,15 +890,19 @@ class Threads:
             return list(pool.map(as_rank, range(self.ranks)))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])                          # of 4 places and 2 heads
-def test_ranks_that_share_places_compute_what_one_computes(ranks: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])  # of 4 places and 2 heads
+def test_ranks_that_share_places_compute_what_one_computes(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(dist, "get_rank", lambda group: group.me.rank)
     monkeypatch.setattr(dist, "get_world_size", lambda group: group.ranks)
     monkeypatch.setattr(dist, "all_to_all_single", lambda *a: a[-1].all_to_all_single(*a))
     model = loud(replace(MICRO, action_blocks=(0,)))
     x, sigma, c = inputs(MICRO)
     alone = model(x, sigma, c, return_past=True)
-    for v in Threads(ranks).run(lambda group: model(x, sigma, c, model.prepare(c, group), return_past=True)):
+    for v in Threads(ranks).run(
+        lambda group: model(x, sigma, c, model.prepare(c, group), return_past=True)
+    ):
         assert rel(v, alone) < 2e-6
     model.reuse = True
     alone = sample(model, c, sigma_grid(2), x)
@@ -771,11 +923,13 @@ def rank_main(rank: int, port: int, expected: dict[str, Tensor], path: str) -> N
     dist.destroy_process_group()
 
 
-@pytest.mark.slow   # two processes import torch first
+@pytest.mark.slow  # two processes import torch first
 def test_two_gloo_processes_compute_what_one_computes(tmp_path: Path):
     x, sigma, c = inputs(MICRO)
-    expected = {str(dtype): loud(MICRO).to(dtype)(x, sigma, c, return_past=True)
-                for dtype in (torch.float32, torch.bfloat16)}
+    expected = {
+        str(dtype): loud(MICRO).to(dtype)(x, sigma, c, return_past=True)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -16,7 +16,9 @@ from dmd import Clip, DMDConfig, few_step, generator_loss, rollout
 MICRO = dit.PRESETS["micro"]
 CFG = DMDConfig()
 NOISE = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-normal = lambda n, d, seed: torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+normal = lambda n, d, seed: torch.randn(
+    n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+)
 
 
 def seeded(seed=0):
@@ -27,7 +29,7 @@ def network(seed=0):
     torch.manual_seed(seed)
     model = dit.DiT(MICRO)
     with torch.no_grad():
-        for p in model.parameters():                                 # a fresh network predicts zero
+        for p in model.parameters():  # a fresh network predicts zero
             p.add_(0.05 * torch.randn_like(p))
     return model
 
@@ -39,10 +41,17 @@ def clip(segments=1, B=2, **changes):
     keyboard[..., 0] = 1
     mouse = torch.zeros(B, F, 2)
     mouse[..., 1] = 0.2
-    poses = [memory.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)]
+    poses = [
+        memory.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)
+    ]
     c2w = memory.pose_to_c2w(torch.stack(poses))
-    fields = {"image": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g), "c2w": c2w.float(), "keyboard": keyboard,
-              "mouse": mouse, "text": torch.randn(B, 2, MICRO.text_dim, generator=g)}
+    fields = {
+        "image": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g),
+        "c2w": c2w.float(),
+        "keyboard": keyboard,
+        "mouse": mouse,
+        "text": torch.randn(B, 2, MICRO.text_dim, generator=g),
+    }
     return Clip(**fields | changes)
 
 
@@ -54,8 +63,15 @@ class Spy:
 
     def __call__(self, x_sigma, sigma, context):
         v = self.model(x_sigma, sigma, context)
-        self.calls.append({"x": x_sigma.detach().clone(), "sigma": sigma.clone(), "context": context,
-                           "graph": v.requires_grad, "x0": dit.x0_from_v(x_sigma, v, sigma).detach()})
+        self.calls.append(
+            {
+                "x": x_sigma.detach().clone(),
+                "sigma": sigma.clone(),
+                "context": context,
+                "graph": v.requires_grad,
+                "x0": dit.x0_from_v(x_sigma, v, sigma).detach(),
+            }
+        )
         return v
 
 
@@ -64,6 +80,7 @@ def grads(model):
 
 
 # ---- identity and limits
+
 
 def test_gradient_vanishes_when_fake_equals_real():
     x0, context = rollout(network(), clip(), 1, 0, CFG, seeded())
@@ -79,13 +96,19 @@ def test_gradient_is_the_difference_of_clean_estimates_over_the_teachers_error()
     generator_loss(x0, context, real, fake, CFG, seeded(1)).backward()
     x_real, x_fake = real.calls[0]["x0"], fake.calls[0]["x0"]
     error = (x0.detach() - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
-    torch.testing.assert_close(x0.grad, (x_fake - x_real) / error / x0.numel())       # ∂L/∂x = g / numel
+    torch.testing.assert_close(x0.grad, (x_fake - x_real) / error / x0.numel())  # ∂L/∂x = g / numel
 
 
 def test_a_perfect_student_gives_no_nan():
     x0 = torch.randn(2, 3, 1, 1, 1, requires_grad=True)
-    generator_loss(x0, None, lambda x, s, c: (x - x0.detach()) / s.view(-1, 1, 1, 1, 1),
-                   lambda x, s, c: x, CFG, seeded()).backward()      # the teacher's error is zero
+    generator_loss(
+        x0,
+        None,
+        lambda x, s, c: (x - x0.detach()) / s.view(-1, 1, 1, 1, 1),
+        lambda x, s, c: x,
+        CFG,
+        seeded(),
+    ).backward()  # the teacher's error is zero
     assert x0.grad.isfinite().all()
 
 
@@ -110,12 +133,15 @@ def test_the_toy_teacher_is_exact():
     noise = torch.randn(200_000, 3, generator=g)
     sigma = torch.full((200_000,), 0.6)
     x_sigma = dit.add_noise(x0, noise, sigma)
-    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - dit.velocity(x0, noise)
+    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - dit.velocity(
+        x0, noise
+    )
     assert residual.mean(0).abs().max() < 0.02
     assert (residual.T @ x_sigma / len(x_sigma)).abs().max() < 0.02
 
 
 # ---- behaviour
+
 
 def test_student_moves_toward_the_teacher_on_a_gaussian():
     teacher = dmd.toy_teacher()
@@ -156,12 +182,13 @@ def test_a_critic_learns_what_the_student_makes():
 
 # ---- the rollout
 
+
 @pytest.mark.parametrize("exit_step", [0, 1, 2])
 def test_only_the_last_segment_has_gradient(exit_step):
     student = Spy(network())
     x0, _ = rollout(student, clip(3), 3, exit_step, CFG, seeded())
     graphs = [call["graph"] for call in student.calls]
-    assert len(graphs) == 2 * CFG.steps + exit_step + 1              # earlier segments always finish
+    assert len(graphs) == 2 * CFG.steps + exit_step + 1  # earlier segments always finish
     assert graphs == [False] * (len(graphs) - 1) + [True] and x0.requires_grad
 
 
@@ -175,9 +202,9 @@ def test_a_rollout_without_grad_has_no_graph():
 def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from_its_own_pool():
     student, world = Spy(network()), clip(3)
     x0, context = rollout(student, world, 3, None, CFG, seeded())
-    made = [student.calls[i]["x0"] for i in (2, 5, 8)]               # the last step of each segment
+    made = [student.calls[i]["x0"] for i in (2, 5, 8)]  # the last step of each segment
     assert torch.equal(x0.detach(), made[2]) and x0.shape[2] == 10
-    pool = torch.cat([world.image, made[0], made[1]], 2)             # 25 latents: what it has lived
+    pool = torch.cat([world.image, made[0], made[1]], 2)  # 25 latents: what it has lived
     first, _, P = memory.Window().segment(2)
     assert torch.equal(context.past, pool[:, :, first : first + P])
     for b in range(2):
@@ -189,16 +216,31 @@ def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from
 def test_the_first_segment_is_image_to_video_without_memory():
     world = clip()
     x0, context = rollout(network(), world, 1, None, CFG, seeded())
-    assert x0.shape[2] == 14 and context.memory.shape[2] == 0 and torch.equal(context.past, world.image)
+    assert (
+        x0.shape[2] == 14
+        and context.memory.shape[2] == 0
+        and torch.equal(context.past, world.image)
+    )
 
 
 def test_the_context_is_the_one_that_play_and_training_build():
     """A rollout's context equals clip_context on the latents it made: one convention everywhere."""
     student, world = Spy(network()), clip(2)
     _, context = rollout(student, world, 2, None, CFG, seeded())
-    lived = torch.cat([world.image, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2)
-    _, same = memory.clip_context(lived, world.c2w, world.keyboard, world.mouse, world.text,
-                                  torch.tensor([15, 15]), 10, 4, context.times[:, :5])
+    lived = torch.cat(
+        [world.image, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2
+    )
+    _, same = memory.clip_context(
+        lived,
+        world.c2w,
+        world.keyboard,
+        world.mouse,
+        world.text,
+        torch.tensor([15, 15]),
+        10,
+        4,
+        context.times[:, :5],
+    )
     for name in ("past", "memory", "times", "rays", "mouse", "keyboard"):
         assert torch.equal(getattr(context, name), getattr(same, name)), name
 
@@ -208,7 +250,9 @@ def test_the_finished_rollout_is_the_sampler_the_student_is_played_with():
     x0, context = rollout(student, world, 1, None, CFG, seeded())
     g = seeded()
     noise = torch.randn(x0.shape, generator=g)
-    played = dit.sample(student, context, dit.sigma_grid(CFG.steps, CFG.shift), noise, "renoise", generator=g)
+    played = dit.sample(
+        student, context, dit.sigma_grid(CFG.steps, CFG.shift), noise, "renoise", generator=g
+    )
     torch.testing.assert_close(x0.detach(), played, rtol=0, atol=1e-5)
 
 
@@ -237,7 +281,9 @@ def test_guidance_asks_the_teacher_twice_and_without_memory():
     x0, context = rollout(network(), clip(2), 2, 0, CFG, seeded())
     generator_loss(x0, context, real, network(2), replace(CFG, guidance=4.0), seeded(1))
     with_memory, null = (call["context"] for call in real.calls)
-    assert with_memory.memory.shape[2] == 5 and null.memory.shape[2] == 0 and (null.mouse == 1).all()
+    assert (
+        with_memory.memory.shape[2] == 5 and null.memory.shape[2] == 0 and (null.mouse == 1).all()
+    )
 
 
 def test_a_seed_fixes_a_rollout():
@@ -247,6 +293,7 @@ def test_a_seed_fixes_a_rollout():
 
 
 # ---- what an iteration draws
+
 
 def test_turns_count_critic_updates_per_student_update_or_the_reverse():
     for ratio, critic, student in ((5, 30, 6), (3, 30, 10), (1, 30, 30), (-5, 6, 30)):
@@ -265,11 +312,14 @@ def test_a_fifth_of_the_rollouts_is_masked_and_the_rest_is_uniform():
 
 
 def test_a_clip_too_short_for_the_rollout_says_how_long_it_must_be():
-    with pytest.raises(ValueError, match="3 segments need cameras and actions of 137 frames .* the clip has 97"):
+    with pytest.raises(
+        ValueError, match="3 segments need cameras and actions of 137 frames .* the clip has 97"
+    ):
         rollout(network(), clip(2), 3, None, CFG, seeded())
 
 
 # ---- how far apart pictures and sets of pictures are
+
 
 def test_gmsd_does_not_see_a_change_of_brightness_and_sees_noise() -> None:
     grey = 0.3 + 0.4 * NOISE
@@ -285,21 +335,33 @@ def test_haarpsi_equals_a_plain_sum_of_its_definition() -> None:
 
     def haar(y: np.ndarray, k: int, down: bool) -> np.ndarray:
         kernel = np.ones((k, k)) / k
-        kernel[k // 2:] *= -1
+        kernel[k // 2 :] *= -1
         kernel, padded = kernel if down else kernel.T, np.pad(y, (k // 2 - 1, k // 2))
-        return np.abs([[(padded[i:i + k, j:j + k] * kernel).sum() for j in range(32)] for i in range(32)])
+        return np.abs(
+            [[(padded[i : i + k, j : j + k] * kernel).sum() for j in range(32)] for i in range(32)]
+        )
 
     like = lambda p, q: (2 * p * q + 30) / (p * p + q * q + 30)
     s = [sum(like(haar(a[0], k, d), haar(b[0], k, d)) for k in (2, 4)) / 2 for d in (True, False)]
     w = [np.maximum(haar(a[0], 8, d), haar(b[0], 8, d)) for d in (True, False)]
     mean4 = lambda x: np.pad(np.abs(x[:-1, :-1] + x[1:, :-1] + x[:-1, 1:] + x[1:, 1:]) / 4, (0, 1))
-    s, w = [*s, (like(mean4(a[1]), mean4(b[1])) + like(mean4(a[2]), mean4(b[2]))) / 2], [*w, (w[0] + w[1]) / 2]
-    x = sum((q / (1 + np.exp(-4.2 * p))).sum() for p, q in zip(s, w, strict=True)) / sum(q.sum() for q in w)
-    assert float(dmd.haarpsi(NOISE[:1], NOISE[1:2])) == pytest.approx((math.log(x / (1 - x)) / 4.2) ** 2, abs=1e-4)
+    s, w = (
+        [*s, (like(mean4(a[1]), mean4(b[1])) + like(mean4(a[2]), mean4(b[2]))) / 2],
+        [*w, (w[0] + w[1]) / 2],
+    )
+    x = sum((q / (1 + np.exp(-4.2 * p))).sum() for p, q in zip(s, w, strict=True)) / sum(
+        q.sum() for q in w
+    )
+    assert float(dmd.haarpsi(NOISE[:1], NOISE[1:2])) == pytest.approx(
+        (math.log(x / (1 - x)) / 4.2) ** 2, abs=1e-4
+    )
 
 
 def test_frechet_of_two_normal_laws_is_its_closed_form() -> None:
-    a, b = normal(20_000, 3, 0), 2 * normal(20_000, 3, 1) + torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    a, b = (
+        normal(20_000, 3, 0),
+        2 * normal(20_000, 3, 1) + torch.tensor([1.0, 0, 0], dtype=torch.float64),
+    )
     assert dmd.frechet(a, b) == pytest.approx(1 + 3 * (1 + 4 - 2 * 2), rel=0.05)
     assert abs(dmd.frechet(a, a)) < 1e-8
 
@@ -312,12 +374,16 @@ def test_mmd_is_unbiased() -> None:
 
 def test_a_collapsed_set_is_precise_and_recalls_little():
     true = normal(400, 2, 0)
-    assert dmd.share_inside(normal(400, 2, 1), true) > 0.9 and dmd.share_inside(true, normal(400, 2, 1)) > 0.9
-    one = 0.05 * normal(400, 2, 2)                                       # all near one picture of the truth
+    assert (
+        dmd.share_inside(normal(400, 2, 1), true) > 0.9
+        and dmd.share_inside(true, normal(400, 2, 1)) > 0.9
+    )
+    one = 0.05 * normal(400, 2, 2)  # all near one picture of the truth
     assert dmd.share_inside(one, true) > 0.9 and dmd.share_inside(true, one) < 0.2
 
 
 # ---- what old frames could show
+
 
 def test_the_greedy_oracle_covers_at_least_as_much_as_any_choice() -> None:
     seen = torch.from_numpy(np.random.default_rng(0).random((9, 16, 16)) < 0.2)
@@ -328,29 +394,50 @@ def test_the_greedy_oracle_covers_at_least_as_much_as_any_choice() -> None:
 
 
 def test_a_donors_frames_are_adopted_only_by_a_copy_of_them():
-    true, donor, mask = torch.zeros(3, 8, 8, 3), torch.ones(3, 8, 8, 3), torch.ones(3, 8, 8, dtype=torch.bool)
-    assert dmd.adoption(donor, true, donor, mask) == 1 and dmd.adoption(true, true, donor, mask) == 0
+    true, donor, mask = (
+        torch.zeros(3, 8, 8, 3),
+        torch.ones(3, 8, 8, 3),
+        torch.ones(3, 8, 8, dtype=torch.bool),
+    )
+    assert (
+        dmd.adoption(donor, true, donor, mask) == 1 and dmd.adoption(true, true, donor, mask) == 0
+    )
     half = true.clone()
-    half[:, 4:] = 1.0                                                    # the donor below, the truth above
+    half[:, 4:] = 1.0  # the donor below, the truth above
     mask[:, :4] = False
-    assert dmd.adoption(half, true, donor, mask) == 1 and dmd.adoption(half, true, donor, ~mask) == 0
+    assert (
+        dmd.adoption(half, true, donor, mask) == 1 and dmd.adoption(half, true, donor, ~mask) == 0
+    )
 
 
 # ---- which keys were held?
 
+
 def test_balanced_accuracy_of_a_constant_answer_is_one_half():
     held = (torch.rand(200, 6, generator=seeded()) < 0.1).float()
-    assert torch.allclose(dmd.balanced_accuracy(torch.full((200, 6), -1.0), held), torch.tensor(0.5))
+    assert torch.allclose(
+        dmd.balanced_accuracy(torch.full((200, 6), -1.0), held), torch.tensor(0.5)
+    )
     assert torch.allclose(dmd.balanced_accuracy(2 * held - 1, held), torch.tensor(1.0))
     assert dmd.balanced_accuracy(torch.randn(200, 6, generator=seeded(1)), held).mean() < 0.7
 
 
 def test_pairs_are_frames_between_which_nothing_changed():
-    keyboard, mouse, contact = torch.zeros(12, 6), torch.zeros(12, 2), torch.zeros(12, dtype=torch.bool)
-    keyboard[:5, 0], mouse[5:, 1], contact[11] = 1, 0.3, True            # forward, then turning right, at last against a wall
+    keyboard, mouse, contact = (
+        torch.zeros(12, 6),
+        torch.zeros(12, 2),
+        torch.zeros(12, dtype=torch.bool),
+    )
+    keyboard[:5, 0], mouse[5:, 1], contact[11] = (
+        1,
+        0.3,
+        True,
+    )  # forward, then turning right, at last against a wall
     frames = torch.arange(13.0)[:, None, None, None].expand(-1, 8, 8, 3) / 13
     before, after, held = dmd.pairs(frames, keyboard, mouse, contact)
-    assert (before[:, 0, 0, 0] * 13).round().tolist() == [0, 1, 5, 6, 7] and torch.allclose(after - before, torch.tensor(4 / 13))
+    assert (before[:, 0, 0, 0] * 13).round().tolist() == [0, 1, 5, 6, 7] and torch.allclose(
+        after - before, torch.tensor(4 / 13)
+    )
     assert held.argmax(1).tolist() == [0, 0, 5, 5, 5] and (held.sum(1) == 1).all()
 
 
@@ -358,10 +445,18 @@ def test_a_reader_learns_which_way_pictures_moved():
     g = seeded()
     wide = F.interpolate(torch.rand(240, 3, 16, 18, generator=g), scale_factor=4)
     right = torch.arange(240) % 2
-    after = torch.stack([x[..., 4 + 3 * (2 * r - 1) :][..., :64] for x, r in zip(wide, right.tolist(), strict=True)])
+    after = torch.stack(
+        [x[..., 4 + 3 * (2 * r - 1) :][..., :64] for x, r in zip(wide, right.tolist(), strict=True)]
+    )
     held = torch.zeros(240, 6)
-    held[:, 5], held[:, 4] = right.float(), 1.0 - right                  # turning right moves the picture to the left
+    held[:, 5], held[:, 4] = (
+        right.float(),
+        1.0 - right,
+    )  # turning right moves the picture to the left
     reader = dmd.learn_keys(wide[:160, ..., 4:68], after[:160], held[:160], steps=40)
     assert sum(p.numel() for p in reader.parameters()) < 110_000
     with torch.no_grad():
-        assert dmd.balanced_accuracy(reader(wide[160:, ..., 4:68], after[160:]), held[160:])[4:].min() > 0.9
+        assert (
+            dmd.balanced_accuracy(reader(wide[160:, ..., 4:68], after[160:]), held[160:])[4:].min()
+            > 0.9
+        )

@@ -9,7 +9,9 @@ import torch
 import error_buffer
 from error_buffer import ErrorBuffer, ErrorConfig
 
-ALWAYS = ErrorConfig(warmup=0, probability=1.0, jitter=0.0, dtype="float32", capacity=8, per_push=99)
+ALWAYS = ErrorConfig(
+    warmup=0, probability=1.0, jitter=0.0, dtype="float32", capacity=8, per_push=99
+)
 
 
 def seeded(seed=0):
@@ -21,7 +23,7 @@ def residual(seed, B=2, T=3, sigma=0.5):
 
 
 def frames(delta):
-    return delta.transpose(1, 2).flatten(0, 1)                       # (B·T, C, h, w)
+    return delta.transpose(1, 2).flatten(0, 1)  # (B·T, C, h, w)
 
 
 def is_among(frame, candidates):
@@ -30,6 +32,7 @@ def is_among(frame, candidates):
 
 # ---- identity
 
+
 def test_a_pushed_error_comes_back():
     buffer = ErrorBuffer(ALWAYS)
     delta, sigma = residual(0)
@@ -37,7 +40,7 @@ def test_a_pushed_error_comes_back():
     x = torch.zeros(5, 4, 4, 2, 2)
     injected = frames(buffer.perturb(x, generator=seeded()))
     assert len(buffer) == 6 and all(is_among(f, frames(delta)) for f in injected)
-    assert len({f.sum().item() for f in injected}) > 1           # one draw per latent frame, not per call
+    assert len({f.sum().item() for f in injected}) > 1  # one draw per latent frame, not per call
 
 
 def test_the_residual_is_sigma_times_the_velocity_error():
@@ -58,7 +61,7 @@ def test_saving_and_restoring_is_exact():
     twin.load_state_dict(torch.load(file, weights_only=True))
     x = residual(9)[0]
     assert torch.equal(buffer.perturb(x, generator=seeded()), twin.perturb(x, generator=seeded()))
-    for b in (buffer, twin):                                         # and so does everything that follows
+    for b in (buffer, twin):  # and so does everything that follows
         b.push(*residual(7), seeded(7))
     assert torch.equal(buffer.entries, twin.entries) and buffer.pushes == twin.pushes == 5
 
@@ -70,6 +73,7 @@ def test_an_unused_buffer_can_be_saved():
 
 
 # ---- limits
+
 
 def test_an_empty_buffer_changes_nothing():
     x = residual(0)[0]
@@ -99,6 +103,7 @@ def test_memory_with_no_frames_passes_through():
 
 
 # ---- behaviour
+
 
 def test_a_full_buffer_forgets():
     buffer = ErrorBuffer(ALWAYS)
@@ -143,6 +148,7 @@ def test_a_seed_fixes_both_what_is_kept_and_what_is_drawn():
         for i in range(6):
             buffer.push(*residual(i), g)
         return buffer.perturb(residual(9)[0], generator=g)
+
     assert torch.equal(run(), run())
 
 
@@ -152,7 +158,11 @@ def test_no_graph_is_kept_and_the_input_is_not_written():
     buffer.push(delta.requires_grad_(), sigma)
     x = residual(1)[0]
     kept = x.clone()
-    assert not buffer.perturb(x).requires_grad and not buffer.entries.requires_grad and torch.equal(x, kept)
+    assert (
+        not buffer.perturb(x).requires_grad
+        and not buffer.entries.requires_grad
+        and torch.equal(x, kept)
+    )
 
 
 def test_half_precision_latents_stay_half_precision():
@@ -167,11 +177,11 @@ def test_buckets_keep_noise_levels_apart():
     for i, sigma in enumerate((0.99, 0.5, 0.02)):
         for _ in range(5):
             buffer.push(torch.full((1, 4, 1, 2, 2), float(i + 1)), torch.tensor([sigma]), seeded(i))
-    assert len(buffer) == 6                                          # capacity counts per shelf
+    assert len(buffer) == 6  # capacity counts per shelf
     x = torch.zeros(20, 4, 1, 2, 2)
     assert buffer.perturb(x, sigma=0.5, generator=seeded()).unique().tolist() == [2.0]
-    assert buffer.perturb(x, generator=seeded()).unique().tolist() == [1.0, 2.0, 3.0]   # the union
-    assert torch.equal(buffer.perturb(x, sigma=0.3), x)              # nothing was made at this level
+    assert buffer.perturb(x, generator=seeded()).unique().tolist() == [1.0, 2.0, 3.0]  # the union
+    assert torch.equal(buffer.perturb(x, sigma=0.3), x)  # nothing was made at this level
 
 
 def test_every_noise_level_has_a_bucket_and_the_noisiest_is_the_first():
@@ -183,9 +193,16 @@ def test_every_noise_level_has_a_bucket_and_the_noisiest_is_the_first():
 
 # ---- bad input
 
-@pytest.mark.parametrize("change, word", [
-    ({"replacement": "fifo"}, "replacement"), ({"dtype": "int8"}, "dtype"), ({"capacity": 0}, "capacity"),
-    ({"probability": 2.0}, "probability")])
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"replacement": "fifo"}, "replacement"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"capacity": 0}, "capacity"),
+        ({"probability": 2.0}, "probability"),
+    ],
+)
 def test_a_wrong_config_names_the_field(change, word):
     with pytest.raises(ValueError, match=word):
         ErrorConfig(**change)
@@ -206,6 +223,7 @@ def test_wrong_shapes_and_diverged_steps_are_refused():
 
 # ---- how fast errors grow
 
+
 def test_theil_sen_ignores_an_outlier() -> None:
     y = [2.0 * x for x in range(20)]
     y[7] = 1000.0
@@ -215,15 +233,23 @@ def test_theil_sen_ignores_an_outlier() -> None:
 def test_lost_is_eight_frames_in_a_row() -> None:
     assert error_buffer.time_to_lost([0.9] * 5 + [0.1] * 7 + [0.9] + [0.1] * 8, 0.7) == 13
     assert error_buffer.time_to_lost([0.9] * 21, 0.7) == 21
-    assert error_buffer.half_life([1, 2, 4], [8, 6, 2]) == 3 and error_buffer.half_life([1, 2, 4], [8, 6, 5]) == 4
+    assert (
+        error_buffer.half_life([1, 2, 4], [8, 6, 2]) == 3
+        and error_buffer.half_life([1, 2, 4], [8, 6, 5]) == 4
+    )
 
 
 def test_kaplan_meier_counts_who_was_watched_and_not_lost():
-    times, lost = [2, 3, 3, 5, 8], [True, True, False, True, False]      # at 3 one is lost while another is no longer watched
+    times, lost = (
+        [2, 3, 3, 5, 8],
+        [True, True, False, True, False],
+    )  # at 3 one is lost while another is no longer watched
     curve = error_buffer.kaplan_meier(times, lost)
     assert [t for t, _ in curve] == [2, 3, 5]
     assert [s for _, s in curve] == pytest.approx([4 / 5, 4 / 5 * 3 / 4, 4 / 5 * 3 / 4 * 1 / 2])
-    assert error_buffer.restricted_mean(times, lost, 8) == pytest.approx(2 + 0.8 + 2 * 0.6 + 3 * 0.3)
+    assert error_buffer.restricted_mean(times, lost, 8) == pytest.approx(
+        2 + 0.8 + 2 * 0.6 + 3 * 0.3
+    )
 
 
 def test_without_censoring_the_restricted_mean_is_the_mean_and_without_losses_the_horizon():
@@ -234,6 +260,7 @@ def test_without_censoring_the_restricted_mean_is_the_mean_and_without_losses_th
 
 # ---- how sure one can be
 
+
 def test_a_95_percent_interval_covers_the_mean_95_times_in_100() -> None:
     rng = np.random.default_rng(1)
     spans = [error_buffer.bca(rng.normal(1.0, 2.0, 32), resamples=1000) for _ in range(200)]
@@ -243,12 +270,18 @@ def test_a_95_percent_interval_covers_the_mean_95_times_in_100() -> None:
 def test_absence_of_a_difference_is_no_equivalence() -> None:
     rng = np.random.default_rng(0)
     assert error_buffer.equivalent(rng.normal(0, 0.5, 64), 0.5)
-    assert not error_buffer.equivalent(rng.normal(0, 5.0, 8), 0.5)       # not different, but not shown to be equal either
+    assert not error_buffer.equivalent(
+        rng.normal(0, 5.0, 8), 0.5
+    )  # not different, but not shown to be equal either
 
 
 def test_holm_stops_at_the_first_that_fails():
-    assert error_buffer.holm([0.01, 0.04, 0.001]) == [True, True, True]           # below .05/2, .05/1, .05/3
-    assert error_buffer.holm([0.03, 0.04, 0.001]) == [False, False, True]         # .03 fails .05/2, so .04 is not asked
+    assert error_buffer.holm([0.01, 0.04, 0.001]) == [True, True, True]  # below .05/2, .05/1, .05/3
+    assert error_buffer.holm([0.03, 0.04, 0.001]) == [
+        False,
+        False,
+        True,
+    ]  # .03 fails .05/2, so .04 is not asked
     assert error_buffer.holm([]) == []
 
 
@@ -256,7 +289,9 @@ def test_a_p_value_is_small_only_when_the_mean_lies_inside():
     x = np.random.default_rng(0).normal(1.0, 1.0, 32)
     p, mean = error_buffer.p_value, float(x.mean())
     assert p(x, low=0) < 0.001 and p(x, low=2.0) > 0.99 and 0.2 < p(x, low=mean) < 0.8
-    assert p(x, -0.5, mean + 0.05) > 0.05 > p(x, 0.0, 2.0)               # two one-sided tests: both ends must be far
+    assert (
+        p(x, -0.5, mean + 0.05) > 0.05 > p(x, 0.0, 2.0)
+    )  # two one-sided tests: both ends must be far
 
 
 def test_students_interval_is_wide_for_few_trainings():
@@ -266,10 +301,20 @@ def test_students_interval_is_wide_for_few_trainings():
 
 
 def test_a_verdict_comes_with_its_p_value():
-    assert error_buffer.verdict([2.0, 3.0, 2.5, 3.5, 2.2], "> 0")[0] == "met" and error_buffer.verdict([2.0, 3.0, 2.5], "> 0")[1] < 0.01
+    assert (
+        error_buffer.verdict([2.0, 3.0, 2.5, 3.5, 2.2], "> 0")[0] == "met"
+        and error_buffer.verdict([2.0, 3.0, 2.5], "> 0")[1] < 0.01
+    )
     said, p, (low, high) = error_buffer.verdict([-9.0, 9.0, 0.1, 3.0, -1.0], "> 0")
     assert said == "unclear" and p > 0.2 and low < 0 < high
-    for x, span, said in (([1.0, 1.01, 0.99], "0.9-1.1", "met"), ([0.6, 1.4, 1.0], "0.9-1.1", "unclear"), ([2.0, 2.1, 2.2], "0.9-1.1", "missed"),
-                          ([0.1, -0.1, 0.0, 0.05], "-0.5-0.5", "met"), ([2.0, -2.0, 0.3], "-0.5-0.5", "unclear")):
+    for x, span, said in (
+        ([1.0, 1.01, 0.99], "0.9-1.1", "met"),
+        ([0.6, 1.4, 1.0], "0.9-1.1", "unclear"),
+        ([2.0, 2.1, 2.2], "0.9-1.1", "missed"),
+        ([0.1, -0.1, 0.0, 0.05], "-0.5-0.5", "met"),
+        ([2.0, -2.0, 0.3], "-0.5-0.5", "unclear"),
+    ):
         assert error_buffer.verdict(x, span)[0] == said
-    assert error_buffer.verdict([1.0], "") == ("reported", None, None) and error_buffer.verdict([1.0], "<= 0.5") == ("missed", None, None)
+    assert error_buffer.verdict([1.0], "") == ("reported", None, None) and error_buffer.verdict(
+        [1.0], "<= 0.5"
+    ) == ("missed", None, None)

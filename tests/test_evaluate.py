@@ -1,4 +1,5 @@
 """evaluate.py as a specification: closed forms and fakes for every metric, claims as data, tables from the json alone."""
+
 import argparse
 import base64
 import json
@@ -28,7 +29,14 @@ def look() -> tuple:
 
 
 def arguments(out: Path, **more: object) -> argparse.Namespace:
-    said = {"full": False, "final": False, "tune": False, "worlds": 2, "weights": str(out / "none"), "out": str(out)}
+    said = {
+        "full": False,
+        "final": False,
+        "tune": False,
+        "worlds": 2,
+        "weights": str(out / "none"),
+        "out": str(out),
+    }
     return argparse.Namespace(**said | more)
 
 
@@ -37,7 +45,9 @@ def test_identical_frames_score_perfectly(look: tuple) -> None:
     frames = look[1][:3]
     best = {"psnr": 50.0, "ssim": 1.0, "gmsd": 0.0, "haarpsi": 1.0, "zncc": 1.0}
     for name, metric in evaluate.METRICS.items():
-        assert torch.allclose(metric(frames, frames).float(), torch.tensor(best[name]), atol=1e-3), name
+        assert torch.allclose(
+            metric(frames, frames).float(), torch.tensor(best[name]), atol=1e-3
+        ), name
     assert all(float(dmd.sharpness(x[None], x[None])) == pytest.approx(1, abs=1e-5) for x in frames)
     assert float(dmd.sharpness(frames, frames).mean()) == pytest.approx(1, abs=1e-5)
 
@@ -47,8 +57,15 @@ def test_every_metric_ranks_truth_above_a_turn_above_another_world(name: str, lo
     script, frames = look[:2]
     turned = evaluate.shoot(script.scene, script.poses[12:16].numpy() + [0, 0, 0, 0, 2.0])[0]
     other = evaluate.draw(evaluate.place(TEST + 1, "l:12 w:4"), slice(12, 16))[0]
-    near, far = (evaluate.BETTER[name] * float(evaluate.METRICS[name](x, frames[12:16]).mean()) for x in (turned, other))
-    assert evaluate.BETTER[name] * float(evaluate.METRICS[name](frames[12:16], frames[12:16]).mean()) > near > far
+    near, far = (
+        evaluate.BETTER[name] * float(evaluate.METRICS[name](x, frames[12:16]).mean())
+        for x in (turned, other)
+    )
+    assert (
+        evaluate.BETTER[name] * float(evaluate.METRICS[name](frames[12:16], frames[12:16]).mean())
+        > near
+        > far
+    )
 
 
 def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
@@ -58,20 +75,29 @@ def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
 
 def test_blur_lowers_sharpness_and_noise_raises_it(look: tuple) -> None:
     true = torch.from_numpy(look[1][:2]) / 255
-    soft = torch.nn.functional.avg_pool2d(true.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False).permute(0, 2, 3, 1)
-    each = lambda pred: [float(dmd.sharpness(a[None], b[None])) for a, b in zip(pred, true, strict=True)]
+    soft = torch.nn.functional.avg_pool2d(
+        true.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False
+    ).permute(0, 2, 3, 1)
+    each = lambda pred: [
+        float(dmd.sharpness(a[None], b[None])) for a, b in zip(pred, true, strict=True)
+    ]
     assert max(each(soft)) < 0.9
     assert min(each(true + 0.1 * torch.randn_like(true))) > 1.5
     bare = torch.cat([true, torch.full_like(true, 0.5)])
-    assert float(dmd.sharpness(bare + 0.01 * torch.randn_like(bare), bare).mean()) < 1.2, "noise on a bare wall decides nothing"
+    assert float(dmd.sharpness(bare + 0.01 * torch.randn_like(bare), bare).mean()) < 1.2, (
+        "noise on a bare wall decides nothing"
+    )
 
 
 # ---- distributions ---------------------------------------------------------------------------------------------------
 def test_pixel_features_tell_a_blurred_set_from_the_truth(look: tuple) -> None:
     frames = torch.from_numpy(look[1]) / 255
     features = dmd.pixel_pca(frames)
-    assert features(frames).shape == (17, 2)                         # no more axes than an eighth of the frames
-    assert dmd.frechet(features(1 - frames), features(frames)) > 10 * abs(dmd.frechet(features(frames), features(frames))) + 0.1
+    assert features(frames).shape == (17, 2)  # no more axes than an eighth of the frames
+    assert (
+        dmd.frechet(features(1 - frames), features(frames))
+        > 10 * abs(dmd.frechet(features(frames), features(frames))) + 0.1
+    )
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -85,31 +111,44 @@ def test_a_view_sees_itself_and_nothing_behind_its_back(look: tuple) -> None:
 def test_seen_pixels_have_the_colour_they_had(look: tuple) -> None:
     script, frames, depth, c2w = look
     seen = dmd.visible(depth[12:13], c2w[12:13], depth[:1], c2w[:1])[0, 0].numpy()
-    assert 0.5 < seen.mean() < 0.95                                  # 18 degrees further right: a part is new
+    assert 0.5 < seen.mean() < 0.95  # 18 degrees further right: a part is new
     columns = np.flatnonzero(~seen.any(0))
-    assert len(columns) and columns.min() > 32                       # and it lies on the right
+    assert len(columns) and columns.min() > 32  # and it lies on the right
 
 
 def test_registration_finds_where_clean_frames_were_taken() -> None:
     errors = []
     for seed in (TEST, TEST + 1, TEST + 2):
         script = evaluate.place(seed, "l:12 w:4")
-        found = evaluate.register(script.scene, evaluate.draw(script, [12])[0][0], script.poses[12].numpy() + np.array([0.1, 0, -0.1, 0, 6.0]))
+        found = evaluate.register(
+            script.scene,
+            evaluate.draw(script, [12])[0][0],
+            script.poses[12].numpy() + np.array([0.1, 0, -0.1, 0, 6.0]),
+        )
         assert found.score > 0.99
         errors.append(np.abs(found.pose - script.poses[12].numpy()))
     x, _, z, _, yaw = np.transpose(errors)
     assert np.median(yaw) < 0.25 and np.median(np.hypot(x, z)) < 0.01
 
 
-def test_the_oracle_warp_is_exact_where_it_stands_and_better_than_a_copy_elsewhere(look: tuple) -> None:
+def test_the_oracle_warp_is_exact_where_it_stands_and_better_than_a_copy_elsewhere(
+    look: tuple,
+) -> None:
     script, frames, depth, c2w = look
     shown, old, now = torch.from_numpy(frames) / 255, np.arange(0, 9), np.arange(14, 17)
-    assert data.psnr(dmd.warp(depth[:2], c2w[:2], shown[:2], depth[:2], c2w[:2]), frames[:2]).min() > 45
+    assert (
+        data.psnr(dmd.warp(depth[:2], c2w[:2], shown[:2], depth[:2], c2w[:2]), frames[:2]).min()
+        > 45
+    )
     warped = dmd.warp(depth[now], c2w[now], shown[old], depth[old], c2w[old])
     nearest = memory.overlap(torch.from_numpy(c2w[now]), torch.from_numpy(c2w[old])).argmax(1)
     seen = dmd.visible(depth[now], c2w[now], depth[old], c2w[old]).any(1)
-    assert (data.psnr(warped, frames[now], seen) > data.psnr(shown[nearest], frames[now], seen) + 5).all()
-    assert torch.equal(warped[~seen], shown[nearest][~seen])                 # what nobody saw is the old frame as it is
+    assert (
+        data.psnr(warped, frames[now], seen) > data.psnr(shown[nearest], frames[now], seen) + 5
+    ).all()
+    assert torch.equal(
+        warped[~seen], shown[nearest][~seen]
+    )  # what nobody saw is the old frame as it is
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -117,7 +156,10 @@ def test_scripts_are_free_of_contact_and_come_back() -> None:
     for name, offset in evaluate.PLACES.items():
         script = evaluate.revisit(TEST + 2, offset)
         game = world.World(script.scene, pose=script.poses[0].tolist())
-        assert not any(game.move(k, m) for k, m in zip(script.keyboard.tolist(), script.mouse.tolist(), strict=True))
+        assert not any(
+            game.move(k, m)
+            for k, m in zip(script.keyboard.tolist(), script.mouse.tolist(), strict=True)
+        )
         apart = script.poses[-1] - script.poses[0]
         assert float(apart[[0, 2]].norm()) == pytest.approx(offset, abs=0.07), name
         assert float(apart[4]) == pytest.approx(360, abs=1e-3)
@@ -125,13 +167,19 @@ def test_scripts_are_free_of_contact_and_come_back() -> None:
 
 def test_an_undone_plan_leads_home_frame_by_frame() -> None:
     plan = "l2:40 w:4 -:12 a:4"
-    poses = memory.integrate((1, -1.6, 2, 0, 30), *evaluate.chords(f"{plan} {evaluate.undone(plan)}"))
-    assert torch.allclose(poses, poses.flip(0), atol=1e-5) and float((poses[60] - poses[0])[4]) == pytest.approx(120, abs=1e-3)
+    poses = memory.integrate(
+        (1, -1.6, 2, 0, 30), *evaluate.chords(f"{plan} {evaluate.undone(plan)}")
+    )
+    assert torch.allclose(poses, poses.flip(0), atol=1e-5) and float(
+        (poses[60] - poses[0])[4]
+    ) == pytest.approx(120, abs=1e-3)
 
 
 def test_a_number_after_a_turn_multiplies_it() -> None:
     keyboard, mouse = evaluate.chords("j2.5:2 w:1 -:1")
-    assert mouse[:, 1].tolist() == pytest.approx([-0.25, -0.25, 0, 0]) and keyboard[:, 0].tolist() == [0, 0, 1, 0]
+    assert mouse[:, 1].tolist() == pytest.approx([-0.25, -0.25, 0, 0]) and keyboard[
+        :, 0
+    ].tolist() == [0, 0, 1, 0]
     assert evaluate.chords("")[0].shape == (0, 6)
 
 
@@ -141,25 +189,46 @@ def test_in_third_person_the_player_stands_in_the_picture() -> None:
     bare = world.render(script.scene, c2w, memory.intrinsics(64, 64).numpy(), 64, 64)
     changed = (bare[0] != frames).any(-1)[0]
     assert 0.01 < changed.mean() < 0.5 and not np.allclose(c2w[0, :3, 3], script.poses[0, :3])
-    assert (depth[0][changed] < 4).mean() > 0.8                              # an arm's length away
+    assert (depth[0][changed] < 4).mean() > 0.8  # an arm's length away
 
 
 def test_the_three_lists_of_worlds_are_disjoint() -> None:
     lists = [set(seeds) for seeds in world.SPLITS.values()]
-    assert set(world.SPLITS) == {"train", "tune", "test", "final"} and sum(map(len, lists)) == len(set.union(*lists))
+    assert set(world.SPLITS) == {"train", "tune", "test", "final"} and sum(map(len, lists)) == len(
+        set.union(*lists)
+    )
 
 
 # ---- there and back, opposite keys: a renderer in place of the model --------------------------------------------------
 def perfect(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     """Latents are poses and decoding is rendering; frozen: every frame is that of the last true one."""
-    def dream(p: object, script: evaluate.Script, z: object, segments: int, policy: str = "camera", actions: tuple | None = None) -> tuple:
-        poses = memory.integrate(script.poses[script.known - 1], *actions) if actions else script.poses[script.known - 1:]
+
+    def dream(
+        p: object,
+        script: evaluate.Script,
+        z: object,
+        segments: int,
+        policy: str = "camera",
+        actions: tuple | None = None,
+    ) -> tuple:
+        poses = (
+            memory.integrate(script.poses[script.known - 1], *actions)
+            if actions
+            else script.poses[script.known - 1 :]
+        )
         return (poses[:1] if frozen else poses[1:]).expand(len(poses) - 1, 5)[None], {}
 
     def render(p: object, poses: torch.Tensor, last: int) -> torch.Tensor:
-        return torch.stack([torch.from_numpy(evaluate.shoot(evaluate.scene(TEST), x.numpy())[0]) / 255 for x in poses])
+        return torch.stack(
+            [
+                torch.from_numpy(evaluate.shoot(evaluate.scene(TEST), x.numpy())[0]) / 255
+                for x in poses
+            ]
+        )
 
-    monkeypatch.setattr(evaluate, "opened", lambda p, script, frames=None: (script, evaluate.draw(script)[0], None))
+    monkeypatch.setattr(
+        evaluate, "opened", lambda p, script, frames=None: (script, evaluate.draw(script)[0], None)
+    )
     monkeypatch.setattr(evaluate, "rollout", dream)
     monkeypatch.setattr(evaluate, "decode", render)
 
@@ -168,8 +237,12 @@ def fresh_run(out: Path) -> evaluate.Run:
     return evaluate.Run([TEST], False, "none", out, {}, {}, [], {})
 
 
-@pytest.mark.parametrize("out, gaps", [(out, evaluate.GAPS[:n]) for out, n in zip(evaluate.OUT, (3, 5), strict=True)])
-def test_there_and_back_rewards_a_return_and_not_a_standstill(out: str, gaps: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "out, gaps", [(out, evaluate.GAPS[:n]) for out, n in zip(evaluate.OUT, (3, 5), strict=True)]
+)
+def test_there_and_back_rewards_a_return_and_not_a_standstill(
+    out: str, gaps: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     score = {}
     for frozen in (False, True):
         perfect(monkeypatch, frozen)
@@ -177,31 +250,56 @@ def test_there_and_back_rewards_a_return_and_not_a_standstill(out: str, gaps: tu
         row = f"palindrome{evaluate.OUT[out]} from one frame, camera/"
         score[frozen] = {k.removeprefix(row): v[0] for k, v in run.raw.items() if k.startswith(row)}
     assert {key for key in score[False] if "apart" in key} == {f"{gap} W apart, dB" for gap in gaps}
-    assert min(score[False][f"{gap} W apart, dB"] for gap in gaps) > 45 and score[False]["travelled / commanded"] == pytest.approx(1, abs=0.05)
+    assert min(score[False][f"{gap} W apart, dB"] for gap in gaps) > 45 and score[False][
+        "travelled / commanded"
+    ] == pytest.approx(1, abs=0.05)
     assert score[False]["m"] < 0.02 and score[False]["deg"] < 0.5 and not score[False]["lost"]
-    assert max(score[True][f"{gap} W apart, dB"] for gap in (1, 2)) < 30 and abs(score[True]["travelled / commanded"]) < 0.1
+    assert (
+        max(score[True][f"{gap} W apart, dB"] for gap in (1, 2)) < 30
+        and abs(score[True]["travelled / commanded"]) < 0.1
+    )
 
 
-def test_opposite_keys_count_only_if_both_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opposite_keys_count_only_if_both_act(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for frozen in (False, True):
         perfect(monkeypatch, frozen)
         evaluate.opposites(run := fresh_run(tmp_path), None, TEST)
-        assert set(sum(run.raw.values(), [])) == {float(not frozen)} and len(run.raw) == len(evaluate.OPPOSITE)
+        assert set(sum(run.raw.values(), [])) == {float(not frozen)} and len(run.raw) == len(
+            evaluate.OPPOSITE
+        )
     asked = np.array([[0.0, 0.37], [0.0, -0.37]])
     assert dmd.answered(0.5 * asked, asked, 0.1) and not dmd.answered(0.2 * asked, asked, 0.1)
-    assert not dmd.answered(asked[[0, 0]], asked, 0.1)                  # always forward is no answer to "back"
+    assert not dmd.answered(asked[[0, 0]], asked, 0.1)  # always forward is no answer to "back"
 
 
 # ---- claims and reports ----------------------------------------------------------------------------------------------
 def test_every_published_number_has_a_row() -> None:
     printed = {claim.paper for claims in evaluate.CLAIMS.values() for claim in claims}
-    assert {40.0, 27.38, 25.79, 6.6, 33.79, 31.84, 31.14, 0.99, 0.52, 0.35, 0.76, 0.3, 0.13} <= printed
+    assert {
+        40.0,
+        27.38,
+        25.79,
+        6.6,
+        33.79,
+        31.84,
+        31.14,
+        0.99,
+        0.52,
+        0.35,
+        0.76,
+        0.3,
+        0.13,
+    } <= printed
 
 
 def test_an_unmeasured_cell_says_not_measured(tmp_path: Path) -> None:
     result = evaluate.measure("drift", arguments(tmp_path))
     assert {c["verdict"] for c in result["claims"]} == {"not measured"}
-    assert "not measured" in evaluate.claim_table(result) and "python train.py --stage base" in evaluate.claim_table(result)
+    assert "not measured" in evaluate.claim_table(
+        result
+    ) and "python train.py --stage base" in evaluate.claim_table(result)
 
 
 def test_a_row_called_exact_is_exact() -> None:
@@ -212,14 +310,24 @@ def test_a_row_called_exact_is_exact() -> None:
 
 
 def test_verdicts_follow_from_prediction_and_value() -> None:
-    for predicted, value, verdict in ((">= 3", 3.0, "met"), ("> 3", 3.0, "missed"), ("<= 2", 2.5, "missed"), ("0.9-1.1", 1.0, "met"),
-                                      ("", 1.0, "reported"), ("-0.5-0.5", 0.2, "met")):
+    for predicted, value, verdict in (
+        (">= 3", 3.0, "met"),
+        ("> 3", 3.0, "missed"),
+        ("<= 2", 2.5, "missed"),
+        ("0.9-1.1", 1.0, "met"),
+        ("", 1.0, "reported"),
+        ("-0.5-0.5", 0.2, "met"),
+    ):
         claim = evaluate.Claim("x", None, predicted, "", "", lambda raw: raw["k"])
         assert evaluate.judge(claim, {"k": [value]})["verdict"] == verdict, (predicted, value)
     near_zero = evaluate.Claim("x", None, "-0.5-0.5", "dB", "", lambda raw: raw["k"])
-    assert evaluate.judge(near_zero, {"k": [-9.0, 9.0, 0.1]})["verdict"] == "unclear"        # a mean near 0 is no equivalence
+    assert (
+        evaluate.judge(near_zero, {"k": [-9.0, 9.0, 0.1]})["verdict"] == "unclear"
+    )  # a mean near 0 is no equivalence
     above = evaluate.Claim("x", None, "> 0", "dB", "", lambda raw: raw["k"])
-    assert evaluate.judge(above, {"k": [-9.0, 9.0, 0.1, 3.0, -1.0]})["verdict"] == "unclear"      # the mean says yes, the interval no
+    assert (
+        evaluate.judge(above, {"k": [-9.0, 9.0, 0.1, 3.0, -1.0]})["verdict"] == "unclear"
+    )  # the mean says yes, the interval no
     assert evaluate.judge(above, {"k": [2.0, 3.0, 2.5, 3.5, 2.2]})["verdict"] == "met"
 
 
@@ -232,40 +340,84 @@ def test_both_sides_of_a_ratio_come_from_one_run() -> None:
 
 
 def test_the_gain_over_the_oracle_is_a_ratio_of_mean_gains() -> None:
-    raw = {f"exact, {arm}/psnr bank-only": x for arm, x in {"camera": [20.0, 24.0], "none": [14.0, 16.0], "oracle warp": [25.0, 25.0]}.items()}
-    claim = next(c for c in evaluate.CLAIMS["memory"] if c.name.startswith("exact: gain of memory / of the oracle warp"))
+    raw = {
+        f"exact, {arm}/psnr bank-only": x
+        for arm, x in {
+            "camera": [20.0, 24.0],
+            "none": [14.0, 16.0],
+            "oracle warp": [25.0, 25.0],
+        }.items()
+    }
+    claim = next(
+        c
+        for c in evaluate.CLAIMS["memory"]
+        if c.name.startswith("exact: gain of memory / of the oracle warp")
+    )
     assert evaluate.judge(claim, raw)["value"] == pytest.approx((6 + 8) / (11 + 9))
 
 
 def test_half_life_is_where_agreement_above_another_world_has_halved() -> None:
     claim = next(c for c in evaluate.CLAIMS["memory"] if c.name.endswith("half-life"))
-    raw = {f"palindrome over 8 W from a bank, camera/{gap} W apart, dB": x for gap, x in zip(evaluate.GAPS, (
-        [30.0, 30.0], [25.0, 29.0], [15.0, 28.0], [12.0, 27.0], [12.0, 26.0]), strict=True)} | {"exact, floor: other world/psnr": [9.0, 11.0]}
-    assert evaluate.judge(claim, raw)["value"] == pytest.approx((1.5 + 8) / 2)           # half of 20 dB lies at 1.5 W; the other is never there
+    raw = {
+        f"palindrome over 8 W from a bank, camera/{gap} W apart, dB": x
+        for gap, x in zip(
+            evaluate.GAPS,
+            ([30.0, 30.0], [25.0, 29.0], [15.0, 28.0], [12.0, 27.0], [12.0, 26.0]),
+            strict=True,
+        )
+    } | {"exact, floor: other world/psnr": [9.0, 11.0]}
+    assert evaluate.judge(claim, raw)["value"] == pytest.approx(
+        (1.5 + 8) / 2
+    )  # half of 20 dB lies at 1.5 W; the other is never there
 
 
 def test_a_world_that_is_never_lost_counts_as_long_as_it_was_watched() -> None:
-    claim = next(c for c in evaluate.CLAIMS["drift"] if c.name.startswith("in place: frames until lost"))
-    assert evaluate.judge(claim, {"in place, camera/frames until lost": [320.0, 100.0], "in place, camera/lost": [0.0, 1.0]})["value"] == 210
+    claim = next(
+        c for c in evaluate.CLAIMS["drift"] if c.name.startswith("in place: frames until lost")
+    )
+    assert (
+        evaluate.judge(
+            claim,
+            {
+                "in place, camera/frames until lost": [320.0, 100.0],
+                "in place, camera/lost": [0.0, 1.0],
+            },
+        )["value"]
+        == 210
+    )
 
 
 def test_primary_claims_are_asked_together() -> None:
-    claims = [evaluate.Claim(name, None, "> 0", "dB", "", lambda raw, k=name: raw[k], primary=name != "c") for name in "abc"]
-    raw = {"a": [1.0, 1.1, 0.9, 1.2, 1.05, 0.95], "b": [-2.0, 3.0, -1.0, 2.0, 0.5, -0.5], "c": [1.0, 1.1, 0.9]}
+    claims = [
+        evaluate.Claim(name, None, "> 0", "dB", "", lambda raw, k=name: raw[k], primary=name != "c")
+        for name in "abc"
+    ]
+    raw = {
+        "a": [1.0, 1.1, 0.9, 1.2, 1.05, 0.95],
+        "b": [-2.0, 3.0, -1.0, 2.0, 0.5, -0.5],
+        "c": [1.0, 1.1, 0.9],
+    }
     judged = [evaluate.judge(claim, raw) for claim in claims]
     table = error_buffer.together([(c["p"], "x", c["name"]) for c in judged if c["p"] is not None])
     assert any("| a |" in row and row.endswith("| holds |") for row in table)
-    assert any("| b |" in row and row.endswith("| does not |") for row in table) and not any("| c |" in row for row in table)
+    assert any("| b |" in row and row.endswith("| does not |") for row in table) and not any(
+        "| c |" in row for row in table
+    )
     assert sum(c.primary for claims in evaluate.CLAIMS.values() for c in claims) >= 7
 
 
 def test_action_to_photon_is_the_mean_of_the_clock_over_the_formula() -> None:
     claim, row = evaluate.CLAIMS["latency"][-1], "action to photon at 40 FPS"
     raw = {f"{row}/s by the clock": [1.0, 0.2], f"{row}/s by formula": [0.5]}
-    assert evaluate.judge(claim, raw)["value"] == pytest.approx(1.2) and evaluate.judge(claim, raw)["verdict"] == "missed"
+    assert (
+        evaluate.judge(claim, raw)["value"] == pytest.approx(1.2)
+        and evaluate.judge(claim, raw)["verdict"] == "missed"
+    )
 
 
-def test_predictions_are_stored_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_stored_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dies(run: evaluate.Run) -> None:
         raise RuntimeError("power cut")
 
@@ -273,26 +425,39 @@ def test_predictions_are_stored_before_the_run(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError):
         evaluate.measure("memory", arguments(tmp_path))
     stored = json.loads((tmp_path / "memory.json").read_text())
-    assert stored["raw"] == {} and any(c["predicted"] == ">= 6" and c["verdict"] == "not measured" for c in stored["claims"])
+    assert stored["raw"] == {} and any(
+        c["predicted"] == ">= 6" and c["verdict"] == "not measured" for c in stored["claims"]
+    )
 
 
-STORED = [path for path in sorted((ROOT / "results").rglob("*.json")) if path.stem in evaluate.CLAIMS]
+STORED = [
+    path for path in sorted((ROOT / "results").rglob("*.json")) if path.stem in evaluate.CLAIMS
+]
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_stored_claims_follow_from_the_stored_values(path: Path) -> None:
     stored = json.loads(path.read_text())
-    assert stored["claims"] == json.loads(json.dumps([evaluate.judge(claim, stored["raw"]) for claim in evaluate.CLAIMS[path.stem]]))
-    assert stored["command"].startswith(f"python evaluate.py {path.stem}") and stored["worlds"] and "torch" in stored["versions"]
+    assert stored["claims"] == json.loads(
+        json.dumps([evaluate.judge(claim, stored["raw"]) for claim in evaluate.CLAIMS[path.stem]])
+    )
+    assert (
+        stored["command"].startswith(f"python evaluate.py {path.stem}")
+        and stored["worlds"]
+        and "torch" in stored["versions"]
+    )
 
 
 def test_a_stored_number_is_computed_again_from_the_stored_frames() -> None:
     stored = json.loads((ROOT / "results/vae.json").read_text())
     picture = imageio.imread(base64.b64decode(stored["pictures"]["decoders"]))[1::3, 1::3]
-    for i in range(6):                                                       # a column for each world: truth, full, 50 % and 75 % decoder
-        true, *made = (picture[64 * k:64 * k + 64, 64 * i:64 * i + 64][None] for k in range(4))
+    for i in range(6):  # a column for each world: truth, full, 50 % and 75 % decoder
+        true, *made = (picture[64 * k : 64 * k + 64, 64 * i : 64 * i + 64][None] for k in range(4))
         for row, frame in zip(evaluate.PANES, made, strict=True):
-            assert float(data.psnr(frame, true)) == stored["raw"][f"{row}, 33 frames/last frame psnr"][i]
+            assert (
+                float(data.psnr(frame, true))
+                == stored["raw"][f"{row}, 33 frames/last frame psnr"][i]
+            )
 
 
 def test_one_formula_gives_25_79_fps_from_1_551_s_and_905_tf() -> None:
@@ -303,20 +468,35 @@ def test_one_formula_gives_25_79_fps_from_1_551_s_and_905_tf() -> None:
 def test_retrieval_is_measured_without_a_model_and_the_oracle_is_1(tmp_path: Path) -> None:
     result = evaluate.measure("retrieval", arguments(tmp_path, worlds=1))
     assert np.allclose(result["raw"]["greedy oracle/coverage@5"], 1)
-    assert all(0 <= v <= 1.3 for k, x in result["raw"].items() if k.endswith("coverage@5") for v in x)
+    assert all(
+        0 <= v <= 1.3 for k, x in result["raw"].items() if k.endswith("coverage@5") for v in x
+    )
     assert len(result["raw"]["recent/coverage@5"]) == 1 and result["raw"]["camera, uniform/ms"]
 
 
-def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(tmp_path: Path) -> None:
+def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(
+    tmp_path: Path,
+) -> None:
     out, readme = tmp_path / "results", tmp_path / "README.md"
-    readme.write_text("# x\n<!-- table:moe -->\nold\n<!-- /table -->\nkept\n<!-- table:rope:raw -->\n<!-- /table -->\n")
+    readme.write_text(
+        "# x\n<!-- table:moe -->\nold\n<!-- /table -->\nkept\n<!-- table:rope:raw -->\n<!-- /table -->\n"
+    )
     evaluate.measure("moe", arguments(out))
     evaluate.report(out, readme, tmp_path / "figures")
     first = readme.read_text()
-    assert "old" not in first and "kept" in first and "`python evaluate.py moe --quick --worlds " in first and "cores" in first
+    assert (
+        "old" not in first
+        and "kept" in first
+        and "`python evaluate.py moe --quick --worlds " in first
+        and "cores" in first
+    )
     assert "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->" in first
-    evaluate.measure("moe", arguments(out, final=True))                       # the last worlds have a folder of their own
-    assert (out / "final/moe.json").exists() and "final" in json.loads((out / "final/moe.json").read_text())["command"]
+    evaluate.measure(
+        "moe", arguments(out, final=True)
+    )  # the last worlds have a folder of their own
+    assert (out / "final/moe.json").exists() and "final" in json.loads(
+        (out / "final/moe.json").read_text()
+    )["command"]
     readme.write_text(first + "<!-- table:final-moe -->\n<!-- /table -->\n")
     evaluate.report(out, readme, tmp_path / "figures")
     assert "2 final worlds" in readme.read_text() and "2 test worlds" in readme.read_text()
@@ -328,8 +508,18 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(tm
 def test_nothing_is_reported_while_a_metric_ranks_fakes_wrongly(tmp_path: Path) -> None:
     evaluate.measure("retrieval", arguments(tmp_path, worlds=1))
     for fair in (1.0, 0.0):
-        (tmp_path / "sanity.json").write_text(json.dumps(json.loads((tmp_path / "retrieval.json").read_text()) | {
-            "claims": [], "raw": {f"ranks fakes as expected/{m}": [1.0 if m != "ssim" else fair] for m in evaluate.BETTER}}))
+        (tmp_path / "sanity.json").write_text(
+            json.dumps(
+                json.loads((tmp_path / "retrieval.json").read_text())
+                | {
+                    "claims": [],
+                    "raw": {
+                        f"ranks fakes as expected/{m}": [1.0 if m != "ssim" else fair]
+                        for m in evaluate.BETTER
+                    },
+                }
+            )
+        )
         if fair:
             evaluate.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
     with pytest.raises(ValueError, match="ssim: ranks fakes wrongly"):
@@ -339,14 +529,21 @@ def test_nothing_is_reported_while_a_metric_ranks_fakes_wrongly(tmp_path: Path) 
 def test_few_worlds_get_the_interval_of_student_and_equal_ones_none() -> None:
     x = [1.0, 2.0, 3.0, 4.0]
     said, _, (low, high) = error_buffer.verdict(x, "> 0")
-    assert said == "met" and (low + high) / 2 == 2.5 and high - low == pytest.approx(2 * 3.182 * 1.29099 / 2, abs=1e-3)
+    assert (
+        said == "met"
+        and (low + high) / 2 == 2.5
+        and high - low == pytest.approx(2 * 3.182 * 1.29099 / 2, abs=1e-3)
+    )
     assert error_buffer.verdict([1.0] * 6, ">= 1") == ("met", None, None)
 
 
 def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     evaluate.measure("retrieval", arguments(tmp_path, worlds=1))
-    rows = [[f"{name}: {ms} ms, IQR 1; times faster", None, None, 1.0, None] for name, ms in (("whole", 100.0), ("slower", 120.0), ("fast", 60.0))]
+    rows = [
+        [f"{name}: {ms} ms, IQR 1; times faster", None, None, 1.0, None]
+        for name, ms in (("whole", 100.0), ("slower", 120.0), ("fast", 60.0))
+    ]
     (tmp_path / "bench-tiny-ladder.json").write_text(json.dumps({"rows": rows, "table": ["x"]}))
     evaluate.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
@@ -354,35 +551,64 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
 
 
 def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
-    slopes = {"none-1": -1.0, "none-2": -2.0, "none-3": -3.0, "both-1": -0.9, "both-2": -1.7, "both-3": -2.5}
+    slopes = {
+        "none-1": -1.0,
+        "none-2": -2.0,
+        "none-3": -3.0,
+        "both-1": -0.9,
+        "both-2": -1.7,
+        "both-3": -2.5,
+    }
     for name, slope in slopes.items():
         (tmp_path / "buffer" / name).mkdir(parents=True)
-        claim = evaluate.judge(evaluate.CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]})
-        said = dict.fromkeys(("command", "split", "machine", "date", "threads"), "x") | {"claims": [claim], "worlds": [1], "versions": {"torch": "t"}}
+        claim = evaluate.judge(
+            evaluate.CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]}
+        )
+        said = dict.fromkeys(("command", "split", "machine", "date", "threads"), "x") | {
+            "claims": [claim],
+            "worlds": [1],
+            "versions": {"torch": "t"},
+        }
         (tmp_path / "buffer" / name / "drift.json").write_text(json.dumps(said))
     header, _, none, both, *_ = evaluate.contrast(tmp_path / "buffer", "none")["table"]
     assert "each seed" in header and none.endswith("| -1, -2, -3 | -2 | - |")
-    assert both.endswith("| -0.9, -1.7, -2.5 | -1.7 | +0.3 [-0.197, +0.797] |")          # .1, .3, .5: .3 ± 4.303·.2/√3
+    assert both.endswith(
+        "| -0.9, -1.7, -2.5 | -1.7 | +0.3 [-0.197, +0.797] |"
+    )  # .1, .3, .5: .3 ± 4.303·.2/√3
     assert evaluate.main(["compare", "--out", str(tmp_path / "buffer")]) == 0
     (tmp_path / "README.md").write_text("<!-- table:compare-buffer -->\n<!-- /table -->")
     evaluate.report(tmp_path, tmp_path / "README.md", tmp_path / "figures")
     assert both in (tmp_path / "README.md").read_text()
 
 
-def test_a_run_of_its_stage_is_as_good_as_a_folder_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_its_stage_is_as_good_as_a_folder_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluate.realtime, "resolve", lambda options: options)
-    monkeypatch.setattr(evaluate.realtime, "load_parts", lambda options, *parts: ({}, {"from": options.weights}))
+    monkeypatch.setattr(
+        evaluate.realtime, "load_parts", lambda options, *parts: ({}, {"from": options.weights})
+    )
     (tmp_path / "latest").write_text("000010")
     (tmp_path / "config.json").write_text(json.dumps({"stage": "distill"}))
     assert evaluate.player(str(tmp_path), "student").options.weights == str(tmp_path)
-    assert evaluate.player(str(tmp_path), "base") is None and evaluate.player(str(tmp_path / "none"), "student") is None
+    assert (
+        evaluate.player(str(tmp_path), "base") is None
+        and evaluate.player(str(tmp_path / "none"), "student") is None
+    )
 
 
 def test_more_clocks_make_distant_times_less_alike() -> None:
     alike = []
     for sigma in (0.0, 0.8):
         cfg = evaluate.replace(dit.PRESETS["tiny"], sigma_theta=sigma)
-        alike.append(float(dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :12].cos().mean((-1, -2)).max()))
+        alike.append(
+            float(
+                dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :12]
+                .cos()
+                .mean((-1, -2))
+                .max()
+            )
+        )
     assert alike[1] < alike[0]
 
 
@@ -390,17 +616,41 @@ def test_more_clocks_make_distant_times_less_alike() -> None:
 @pytest.fixture(scope="module")
 def dreamer() -> evaluate.Player:
     torch.manual_seed(0)
-    options = evaluate.realtime.Options(preset="micro", weights="random", steps=1, dtype="float32", device="cpu")
-    return evaluate.Player("random", options, *evaluate.realtime.load_parts(evaluate.realtime.resolve(options), "dit", "encoder", "decoder")[::-1])
+    options = evaluate.realtime.Options(
+        preset="micro", weights="random", steps=1, dtype="float32", device="cpu"
+    )
+    return evaluate.Player(
+        "random",
+        options,
+        *evaluate.realtime.load_parts(
+            evaluate.realtime.resolve(options), "dit", "encoder", "decoder"
+        )[::-1],
+    )
 
 
-def test_a_rollout_is_deterministic_and_depends_on_what_the_bank_holds(dreamer: evaluate.Player) -> None:
+def test_a_rollout_is_deterministic_and_depends_on_what_the_bank_holds(
+    dreamer: evaluate.Player,
+) -> None:
     script = evaluate.revisit(TEST, 0.0)
-    z = torch.randn(1, dreamer.nets["dit"].cfg.in_dim, 65, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(
+        1, dreamer.nets["dit"].cfg.in_dim, 65, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
     again = [evaluate.rollout(dreamer, script, z, 1)[0] for _ in range(2)]
-    assert torch.equal(*again) and again[0].shape[2] == 14 and torch.equal(again[0][:, :, :4], z[:, :, 41:45])
-    others = [evaluate.rollout(dreamer, script, z, 1, **how)[0] for how in (
-        {"policy": "none"}, {"bank": torch.zeros_like(z)}, {"shuffle": True}, {"later": 200}, {"seed": 1})]
+    assert (
+        torch.equal(*again)
+        and again[0].shape[2] == 14
+        and torch.equal(again[0][:, :, :4], z[:, :, 41:45])
+    )
+    others = [
+        evaluate.rollout(dreamer, script, z, 1, **how)[0]
+        for how in (
+            {"policy": "none"},
+            {"bank": torch.zeros_like(z)},
+            {"shuffle": True},
+            {"later": 200},
+            {"seed": 1},
+        )
+    ]
     assert all(not torch.equal(again[0], x) for x in others)
 
 
@@ -409,23 +659,37 @@ def test_the_walk_of_a_rollout_is_the_walk_of_the_script(dreamer: evaluate.Playe
     z = torch.zeros(1, dreamer.nets["dit"].cfg.in_dim, 65, 8, 8)
     poses = torch.tensor(evaluate.rollout(dreamer, script, z, 2)[1]["poses"])
     assert torch.allclose(poses.double(), script.poses[217:], atol=1e-4)
-    assert memory.STEP * round(0.4 / memory.STEP) == pytest.approx(float((script.poses[-1] - script.poses[0])[[0, 2]].norm()), abs=1e-6)
+    assert memory.STEP * round(0.4 / memory.STEP) == pytest.approx(
+        float((script.poses[-1] - script.poses[0])[[0, 2]].norm()), abs=1e-6
+    )
 
 
 def test_a_rollout_from_one_frame_begins_with_the_longer_segment(dreamer: evaluate.Player) -> None:
     script = evaluate.place(TEST, "l2:40 w:4 -:12 a:4 d:4 -:12 s:4 j2:40 -:16", 0)._replace(known=1)
-    z = torch.randn(1, dreamer.nets["dit"].cfg.in_dim, 35, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(
+        1, dreamer.nets["dit"].cfg.in_dim, 35, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
     latents, said = evaluate.rollout(dreamer, script, z, 3)
     assert latents.shape[2] == 1 + 14 + 10 + 10 and torch.equal(latents[:, :, :1], z[:, :, :1])
     assert torch.allclose(torch.tensor(said["poses"]).double(), script.poses[97:], atol=1e-4)
 
 
-def test_experts_that_are_one_network_are_that_network_and_cameras_follow_the_view(dreamer: evaluate.Player) -> None:
+def test_experts_that_are_one_network_are_that_network_and_cameras_follow_the_view(
+    dreamer: evaluate.Player,
+) -> None:
     net = dreamer.nets["dit"]
-    twins = dreamer._replace(nets=dreamer.nets | {"dit": evaluate.moe.Experts({"first": net, "third": net}, net, 0.9)})
-    z, made = torch.randn(1, net.cfg.in_dim, 65, 8, 8, generator=torch.Generator().manual_seed(0)), {}
+    twins = dreamer._replace(
+        nets=dreamer.nets | {"dit": evaluate.moe.Experts({"first": net, "third": net}, net, 0.9)}
+    )
+    z, made = (
+        torch.randn(1, net.cfg.in_dim, 65, 8, 8, generator=torch.Generator().manual_seed(0)),
+        {},
+    )
     for view in ("first", "third"):
         script = evaluate.revisit(TEST, 0.0, "first")._replace(view=view)
         made[view] = evaluate.rollout(dreamer, script, z, 1)[0]
-        assert torch.equal(made[view], evaluate.rollout(twins, script, z, 1)[0]) and twins.nets["dit"].view == view
+        assert (
+            torch.equal(made[view], evaluate.rollout(twins, script, z, 1)[0])
+            and twins.nets["dit"].view == view
+        )
     assert not torch.equal(made["first"], made["third"])

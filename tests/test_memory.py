@@ -15,7 +15,10 @@ import memory
 from memory import Context, Memory, MemoryBank, Window, overlap, relative
 
 GOLDEN = Path(__file__).parent / "golden"
-CAMERA, ROLLOUT = load_file(GOLDEN / "camera.safetensors"), load_file(GOLDEN / "rollout.safetensors")
+CAMERA, ROLLOUT = (
+    load_file(GOLDEN / "camera.safetensors"),
+    load_file(GOLDEN / "rollout.safetensors"),
+)
 
 
 def keys(held: str = "") -> list[float]:
@@ -24,12 +27,16 @@ def keys(held: str = "") -> list[float]:
 
 def random_actions(frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return (torch.rand(frames, 6, generator=g) < 0.4).double(), torch.rand(frames, 2, generator=g).double() * 0.4 - 0.2
+    return (torch.rand(frames, 6, generator=g) < 0.4).double(), torch.rand(
+        frames, 2, generator=g
+    ).double() * 0.4 - 0.2
 
 
 def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> torch.Tensor:
     scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=torch.float64)
-    return memory.pose_to_c2w(torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)).double() * scale)
+    return memory.pose_to_c2w(
+        torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)).double() * scale
+    )
 
 
 def walk(latents: int, bound: float, seed: int = 0) -> torch.Tensor:
@@ -41,7 +48,13 @@ def walk(latents: int, bound: float, seed: int = 0) -> torch.Tensor:
         x, y, z, pitch, yaw = pose
         x, z = x + 0.49 * math.sin(math.radians(yaw)), z + 0.49 * math.cos(math.radians(yaw))
         hit = abs(x) > bound or abs(z) > bound
-        pose = [min(max(x, -bound), bound), y, min(max(z, -bound), bound), min(max(pitch + tilt, -30), 30), yaw + turn + 40 * hit]
+        pose = [
+            min(max(x, -bound), bound),
+            y,
+            min(max(z, -bound), bound),
+            min(max(pitch + tilt, -30), 30),
+            yaw + turn + 40 * hit,
+        ]
         poses.append(pose)
     return memory.pose_to_c2w(torch.tensor(poses, dtype=torch.float64)).float()
 
@@ -63,7 +76,10 @@ def test_actions_then_their_inverses_return_home() -> None:
 
 
 def test_a_circle_closes_across_the_yaw_seam_and_the_released_one_does_not() -> None:
-    keyboard, mouse = torch.tensor(keys("w")).expand(241, 6), torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2)
+    keyboard, mouse = (
+        torch.tensor(keys("w")).expand(241, 6),
+        torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2),
+    )
     ours = memory.integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
     assert (ours[-1, :3] - ours[0, :3]).norm() < 1e-9
     theirs = memory.released_poses(keyboard, mouse)
@@ -94,7 +110,9 @@ def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None
 def test_a_palindrome_shows_its_second_half_backwards_first() -> None:
     assert memory.palindrome(9).tolist() == [8, 8, 7, 6, 5, 5, 6, 7, 8]
     order = memory.palindrome(57)
-    assert torch.equal(order[1:29], order[29:].flip(0)) and torch.equal(order[29:], torch.arange(29, 57))
+    assert torch.equal(order[1:29], order[29:].flip(0)) and torch.equal(
+        order[29:], torch.arange(29, 57)
+    )
 
 
 # ---- closed forms and limits -------------------------------------------------------------------------------
@@ -106,7 +124,9 @@ def test_w_moves_along_the_view_and_d_to_its_right() -> None:
     for key, axis, sign in (("w", 2, 1), ("s", 2, -1), ("d", 0, 1), ("a", 0, -1)):
         moved = torch.tensor(memory.step_pose(pose, keys(key), (0, 0)), dtype=torch.float64)
         torch.testing.assert_close(moved[:3] - c2w[:3, 3], sign * memory.STEP * c2w[:3, axis])
-    assert math.dist(memory.step_pose(pose, keys("w d"), (0, 0))[:3], pose[:3]) == pytest.approx(memory.STEP)
+    assert math.dist(memory.step_pose(pose, keys("w d"), (0, 0))[:3], pose[:3]) == pytest.approx(
+        memory.STEP
+    )
     assert memory.step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
 
 
@@ -120,8 +140,12 @@ def test_mouse_units_are_fifteen_degrees_and_pitch_up_looks_up() -> None:
 
 def test_window_arithmetic_57_frames_is_15_latents() -> None:
     w = Window()
-    assert [w.frames(n) for n in (1, 2, 4)] == [57, 97, 177] and [w.latents(n) for n in (1, 2, 4)] == [15, 25, 45]
-    assert w.segment(0) == (0, 15, 1) and w.segment(1) == (11, 25, 4) and w.segment(3) == (31, 45, 4)
+    assert [w.frames(n) for n in (1, 2, 4)] == [57, 97, 177] and [
+        w.latents(n) for n in (1, 2, 4)
+    ] == [15, 25, 45]
+    assert (
+        w.segment(0) == (0, 15, 1) and w.segment(1) == (11, 25, 4) and w.segment(3) == (31, 45, 4)
+    )
     assert [w.latent_of(f) for f in (0, 1, 4, 5, 56)] == [0, 1, 1, 2, 14]
     assert list(w.frames_of(0)) == [0] and list(w.frames_of(14)) == [53, 54, 55, 56]
     assert w.queries(1) == [24, 22, 20, 18, 16]
@@ -140,7 +164,9 @@ def test_rays_are_unit_and_the_centre_looks_forward() -> None:
 @pytest.mark.parametrize("rule", ["uniform", "exact"])
 def test_a_view_overlaps_itself_fully(rule: str) -> None:
     c2w = random_cameras(20, spread=50)
-    torch.testing.assert_close(overlap(c2w, c2w, rule).diagonal(), torch.ones(20), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        overlap(c2w, c2w, rule).diagonal(), torch.ones(20), atol=2e-6, rtol=0
+    )
 
 
 def test_the_released_rule_gives_itself_less_and_a_step_behind_more() -> None:
@@ -156,7 +182,12 @@ def test_the_released_rule_gives_itself_less_and_a_step_behind_more() -> None:
 def test_opposite_views_do_not_overlap(rule: str) -> None:
     back = memory.pose_to_c2w(torch.tensor([[0, 0, -0.3, 0, 180.0]]))
     assert overlap(torch.eye(4)[None], back, rule).item() == 0
-    assert overlap(torch.eye(4)[None], memory.pose_to_c2w(torch.tensor([[100.0, 0, 0, 0, 0]])), rule).item() == 0
+    assert (
+        overlap(
+            torch.eye(4)[None], memory.pose_to_c2w(torch.tensor([[100.0, 0, 0, 0, 0]])), rule
+        ).item()
+        == 0
+    )
 
 
 def test_exact_volume_has_its_closed_forms() -> None:
@@ -166,7 +197,9 @@ def test_exact_volume_has_its_closed_forms() -> None:
         side, ahead = query.clone(), query.clone()
         side[0, 0, 3], ahead[0, 2, 3] = d, d
         # ahead: |x|, |y| <= z − d between near + d and far.  aside: (2z − d) 2z where z > d/2
-        assert overlap(query, ahead, "exact").item() == pytest.approx(4 / 3 * ((far - d) ** 3 - near**3) / whole, abs=2e-6)
+        assert overlap(query, ahead, "exact").item() == pytest.approx(
+            4 / 3 * ((far - d) ** 3 - near**3) / whole, abs=2e-6
+        )
         low = max(near, d / 2)
         sideways = 4 / 3 * (far**3 - low**3) - d * (far**2 - low**2)
         assert overlap(query, side, "exact").item() == pytest.approx(sideways / whole, abs=2e-6)
@@ -179,13 +212,17 @@ def test_exact_volume_has_its_closed_forms() -> None:
 def test_released_poses_and_cameras_match_bit_for_bit(golden: dict) -> None:
     assert torch.equal(memory.released_poses(golden["keyboard"], golden["mouse"]), golden["poses"])
     pose = released_pose5(golden["poses"])
-    torch.testing.assert_close(memory.to_released(memory.pose_to_c2w(pose)), golden["extrinsics"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        memory.to_released(memory.pose_to_c2w(pose)), golden["extrinsics"], atol=1e-12, rtol=0
+    )
     ours = memory.integrate((0, 0, 0, 0, 0), golden["keyboard"][:-1], golden["mouse"][:-1])
-    torch.testing.assert_close(ours, pose, atol=3e-3, rtol=0)        # 8.73 cm is our 12.35/√2 rounded
+    torch.testing.assert_close(ours, pose, atol=3e-3, rtol=0)  # 8.73 cm is our 12.35/√2 rounded
 
 
 def test_the_demo_walk_has_the_released_poses() -> None:
-    table = [("w a", 0), ("w d", 0)] * 5 + [("", -1), ("", 1)] * 5 + [("w", 0), ("a", 0), ("d", 0)] * 5
+    table = (
+        [("w a", 0), ("w d", 0)] * 5 + [("", -1), ("", 1)] * 5 + [("w", 0), ("a", 0), ("d", 0)] * 5
+    )
     table += [(held, side) for held in ("w", "a", "d", "w a", "w d") for side in (-1, 1)]
     rnd, plan = random.Random(42), []
     for draw in range(43):
@@ -194,9 +231,18 @@ def test_the_demo_walk_has_the_released_poses() -> None:
     keyboard = torch.tensor([keys(held) for held, _ in plan])
     mouse = torch.tensor([[0, 0.1 * side] for _, side in plan])
     pose = memory.released_poses(keyboard, mouse)
-    for frame, x, y, yaw in ((1, 8.73, 8.73, 0), (13, 8.73, 8.73, 18), (14, 19.7304, 3.1250, 18), (56, 243.6083, -161.9421, -18),
-                             (96, 500.6149, -244.1545, -52.5), (136, 283.6295, -388.1032, -108), (496, 301.1004, -1952.4834, -72)):
-        torch.testing.assert_close(pose[frame, [0, 1, 4]], torch.tensor([x, y, yaw]), atol=1e-3, rtol=0)
+    for frame, x, y, yaw in (
+        (1, 8.73, 8.73, 0),
+        (13, 8.73, 8.73, 18),
+        (14, 19.7304, 3.1250, 18),
+        (56, 243.6083, -161.9421, -18),
+        (96, 500.6149, -244.1545, -52.5),
+        (136, 283.6295, -388.1032, -108),
+        (496, 301.1004, -1952.4834, -72),
+    ):
+        torch.testing.assert_close(
+            pose[frame, [0, 1, 4]], torch.tensor([x, y, yaw]), atol=1e-3, rtol=0
+        )
     c2w = memory.to_released(memory.pose_to_c2w(released_pose5(pose)))[None]
     cameras = memory.segment_cameras(memory.from_released(c2w), 0, 15)
     image = memory.released_rays(cameras, 0, 14, torch.tensor([640.0, 352, 640, 352]), (44, 80, 16))
@@ -205,30 +251,50 @@ def test_the_demo_walk_has_the_released_poses() -> None:
     last = torch.tensor([-0.7071065, 0, 0.7071071, 0.00077814, -0.08913241, 0.99601942])
     torch.testing.assert_close(image[0, ::256, 14, 20, 40], last, atol=1e-6, rtol=0)
     assert float(image.sum(dtype=torch.float64)) == pytest.approx(11762515.506, rel=1e-7)
-    expected = {1: [1, 1, 40, 40], 2: [80, 49, 49, 62], 4: [157, 156, 121, 154], 9: [342, 349, 280, 277]}
+    expected = {
+        1: [1, 1, 40, 40],
+        2: [80, 49, 49, 62],
+        4: [157, 156, 121, 154],
+        9: [342, 349, 280, 277],
+    }
     for k, frames in expected.items():
         start, end = 1 + 40 * k, 57 + 40 * k
-        scores = overlap(memory.from_released(c2w[0, [end - 1 - 8 * i for i in range(4)]]), memory.from_released(c2w[0, 1:start]), "released")
+        scores = overlap(
+            memory.from_released(c2w[0, [end - 1 - 8 * i for i in range(4)]]),
+            memory.from_released(c2w[0, 1:start]),
+            "released",
+        )
         assert (scores.argmax(1) + 1).tolist() == frames
 
 
 def test_relative_poses_and_rays_match_official() -> None:
     latents = CAMERA["extrinsics"][0:57:4]
-    for name, base in (("first", latents[:1].expand(15, 4, 4)), ("framewise", torch.cat([latents[:1], latents[:-1]]))):
+    for name, base in (
+        ("first", latents[:1].expand(15, 4, 4)),
+        ("framewise", torch.cat([latents[:1], latents[:-1]])),
+    ):
         g = relative(base, latents)
         g[:, :3, 3] /= g[:, :3, 3].norm(dim=-1).max()
         torch.testing.assert_close(g, CAMERA[f"relative_{name}_0_57"], atol=1e-12, rtol=0)
-    cameras = memory.from_released(CAMERA["extrinsics"][None, 0:9:4, None].expand(-1, -1, 4, -1, -1))
+    cameras = memory.from_released(
+        CAMERA["extrinsics"][None, 0:9:4, None].expand(-1, -1, 4, -1, -1)
+    )
     image = memory.released_rays(cameras, 0, 2, torch.tensor([24.0, 16, 24, 16]), (32, 48, 1))
-    torch.testing.assert_close(image[0].permute(1, 2, 3, 0), CAMERA["plucker_rel"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        image[0].permute(1, 2, 3, 0), CAMERA["plucker_rel"], atol=1e-6, rtol=0
+    )
 
 
 def test_released_selections_match_official() -> None:
     c2w = memory.from_released(CAMERA["extrinsics"])
     for k in range(1, 13):
         start, end = 1 + 40 * k, 57 + 40 * k
-        score, frame = overlap(c2w[[end - 1 - 8 * i for i in range(5)]], c2w[1:start], "released").max(1)
-        wrong = (frame + 1 != CAMERA["fov_selected"][k - 1]) & ((score - CAMERA["fov_overlap"][k - 1]).abs() > 2e-3)
+        score, frame = overlap(
+            c2w[[end - 1 - 8 * i for i in range(5)]], c2w[1:start], "released"
+        ).max(1)
+        wrong = (frame + 1 != CAMERA["fov_selected"][k - 1]) & (
+            (score - CAMERA["fov_overlap"][k - 1]).abs() > 2e-3
+        )
         assert not wrong.any()
         torch.testing.assert_close(score, CAMERA["fov_overlap"][k - 1], atol=2e-3, rtol=0)
 
@@ -242,7 +308,9 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
     if k:
         done = w.latents(k)
         bank = MemoryBank("released")
-        bank.append(torch.zeros(48, done, 2, 4), memory.segment_cameras(c2w, 0, done)[0], torch.arange(done))
+        bank.append(
+            torch.zeros(48, done, 2, 4), memory.segment_cameras(c2w, 0, done)[0], torch.arange(done)
+        )
         asks = c2w[0, [4 * latent for latent in w.queries(k)]]
         slots, _ = bank.retrieve(asks, before=first)
         found = bank.read(slots)
@@ -250,19 +318,40 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
         score, frame = overlap(asks, c2w[0, 1 : 4 * first - 3], "released").max(1)
         assert (frame + 1).tolist() == ROLLOUT[f"segment{k}.selected_before_sink"].tolist()
         torch.testing.assert_close(score, ROLLOUT[f"segment{k}.overlap"], atol=1e-6, rtol=0)
-    windows = [memory.action_windows(ROLLOUT[name][None], first, end - first) for name in ("mouse", "keyboard")]
+    windows = [
+        memory.action_windows(ROLLOUT[name][None], first, end - first)
+        for name in ("mouse", "keyboard")
+    ]
     context = memory.make_context(
-        torch.zeros(1, 48, P, 2, 4), torch.arange(first, end)[None], memory.segment_cameras(c2w, first, end - first),
-        *windows, torch.zeros(1, 7, 64), found, "released", 16)
-    torch.testing.assert_close(context.rays[0, ::97, :, 1, 2], ROLLOUT[f"segment{k}.plucker_sample"], atol=5e-6, rtol=0)
-    torch.testing.assert_close(context.rays.sum((0, 1, 3, 4)), ROLLOUT[f"segment{k}.plucker_sum_per_latent"], atol=0.05, rtol=0)
+        torch.zeros(1, 48, P, 2, 4),
+        torch.arange(first, end)[None],
+        memory.segment_cameras(c2w, first, end - first),
+        *windows,
+        torch.zeros(1, 7, 64),
+        found,
+        "released",
+        16,
+    )
+    torch.testing.assert_close(
+        context.rays[0, ::97, :, 1, 2], ROLLOUT[f"segment{k}.plucker_sample"], atol=5e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        context.rays.sum((0, 1, 3, 4)),
+        ROLLOUT[f"segment{k}.plucker_sum_per_latent"],
+        atol=0.05,
+        rtol=0,
+    )
 
 
 def test_released_windows_have_the_official_frames() -> None:
     first = memory.released_windows(torch.arange(57.0)[None, :, None])[0, :, :, 0]
     later = memory.released_windows(torch.arange(41.0, 97)[None, :, None])[0, :, :, 0]
     assert first.shape == (15, 12) and later.shape == (14, 12)
-    assert first[0].tolist() == [0] * 12 and first[3].tolist() == list(range(12)) and first[14].tolist() == list(range(44, 56))
+    assert (
+        first[0].tolist() == [0] * 12
+        and first[3].tolist() == list(range(12))
+        and first[14].tolist() == list(range(44, 56))
+    )
     assert later[0].tolist() == [41] * 9 + [42, 43, 44] and later[2].tolist() == list(range(41, 53))
     assert later[13].tolist() == list(range(85, 97))
 
@@ -282,7 +371,11 @@ def test_a_latent_sees_the_actions_that_made_it_in_every_segment() -> None:
 
 def dense_overlap(query: torch.Tensor, candidate: torch.Tensor, n: int = 300) -> float:
     """|V_q ∩ V_c| / |V_q| by midpoints: n slices of n x n cells."""
-    g, side, total = torch.linalg.inv(candidate) @ query, (torch.arange(n).double() + 0.5) / n * 2 - 1, 0.0
+    g, side, total = (
+        torch.linalg.inv(candidate) @ query,
+        (torch.arange(n).double() + 0.5) / n * 2 - 1,
+        0.0,
+    )
     x, y = (v.flatten() for v in torch.meshgrid(side, side, indexing="xy"))
     for z in (torch.arange(n).double() + 0.5) / n * (memory.FAR - memory.NEAR) + memory.NEAR:
         a, b, c = g[:3, :3] @ torch.stack([x * z, y * z, z.expand_as(x)]) + g[:3, 3:]
@@ -293,7 +386,9 @@ def dense_overlap(query: torch.Tensor, candidate: torch.Tensor, n: int = 300) ->
 
 def test_exact_volume_agrees_with_dense_sampling() -> None:
     query = random_cameras(1, 3)
-    candidates = query @ memory.pose_to_c2w(torch.tensor([[2, 1, -3, 12, 25], [-6, 0, 4, -20, -40]], dtype=torch.float64))
+    candidates = query @ memory.pose_to_c2w(
+        torch.tensor([[2, 1, -3, 12, 25], [-6, 0, 4, -20, -40]], dtype=torch.float64)
+    )
     dense = torch.tensor([dense_overlap(query[0], c) for c in candidates])
     torch.testing.assert_close(overlap(query, candidates, "exact")[0], dense, atol=1e-5, rtol=0)
 
@@ -357,7 +452,11 @@ def test_retrieval_is_hundreds_of_times_faster_than_a_mesh_boolean() -> None:
 def filled_bank(c2w: torch.Tensor, rule: str = "uniform", **options: float) -> MemoryBank:
     """One camera per latent, its four frames alike; the latent's content is its index."""
     bank, n = MemoryBank(rule, **options), len(c2w)
-    bank.append(torch.arange(float(n)).view(1, n, 1, 1).expand(2, n, 2, 2), c2w[:, None].expand(n, 4, 4, 4), torch.arange(n))
+    bank.append(
+        torch.arange(float(n)).view(1, n, 1, 1).expand(2, n, 2, 2),
+        c2w[:, None].expand(n, 4, 4, 4),
+        torch.arange(n),
+    )
     return bank
 
 
@@ -392,7 +491,9 @@ def test_no_latent_comes_twice_while_others_are_left() -> None:
     c2w = there_and_back()
     bank = filled_bank(c2w)
     for sink in (True, False):
-        assert len(set(bank.retrieve(c2w[100].expand(5, 4, 4), before=90, sink=sink)[0].tolist())) == 5
+        assert (
+            len(set(bank.retrieve(c2w[100].expand(5, 4, 4), before=90, sink=sink)[0].tolist())) == 5
+        )
     assert set(bank.retrieve(c2w[100].expand(5, 4, 4), before=3)[0].tolist()) == {1, 2}
     assert bank.retrieve(c2w[100].expand(5, 4, 4), before=1)[0].tolist() == [0] * 5
 
@@ -400,7 +501,10 @@ def test_no_latent_comes_twice_while_others_are_left() -> None:
 def test_policies_are_seeded_and_none_is_empty() -> None:
     bank = filled_bank(there_and_back())
     query = there_and_back()[:5]
-    a, b = (bank.retrieve(query, policy="random", generator=torch.Generator().manual_seed(1))[0] for _ in range(2))
+    a, b = (
+        bank.retrieve(query, policy="random", generator=torch.Generator().manual_seed(1))[0]
+        for _ in range(2)
+    )
     assert torch.equal(a, b) and len(set(a.tolist())) == 5
     assert len(bank.retrieve(query, policy="none")[0]) == 0
 
@@ -408,7 +512,10 @@ def test_policies_are_seeded_and_none_is_empty() -> None:
 def test_reading_gives_the_latents_their_times_and_cameras() -> None:
     c2w = there_and_back()
     found = filled_bank(c2w).read(torch.tensor([7, 3]))
-    assert found.latents.shape == (1, 2, 2, 2, 2) and found.latents[0, 0, :, 0, 0].tolist() == [7, 3]
+    assert found.latents.shape == (1, 2, 2, 2, 2) and found.latents[0, 0, :, 0, 0].tolist() == [
+        7,
+        3,
+    ]
     assert found.times.tolist() == [[7, 3]] and torch.equal(found.cameras[0, 1, -1], c2w[3])
 
 
@@ -417,26 +524,46 @@ def test_a_bank_grown_in_steps_equals_one_filled_at_once_and_survives_saving() -
     whole, steps = filled_bank(c2w), MemoryBank()
     for first in range(0, 3000, 10):
         n = torch.arange(first, first + 10)
-        steps.append(n.view(1, 10, 1, 1).float().expand(2, 10, 2, 2), c2w[n, None].expand(10, 4, 4, 4), n)
+        steps.append(
+            n.view(1, 10, 1, 1).float().expand(2, 10, 2, 2), c2w[n, None].expand(10, 4, 4, 4), n
+        )
     saved = MemoryBank()
     saved.load_state_dict(whole.state_dict())
     for other in (steps, saved):
         assert len(other) == 3000
-        assert torch.equal(other.retrieve(c2w[2500:2505], before=2400)[0], whole.retrieve(c2w[2500:2505], before=2400)[0])
+        assert torch.equal(
+            other.retrieve(c2w[2500:2505], before=2400)[0],
+            whole.retrieve(c2w[2500:2505], before=2400)[0],
+        )
     saved.append(torch.zeros(2, 1, 2, 2), c2w[:1, None].expand(1, 4, 4, 4), torch.tensor([3000]))
     assert len(saved) == 3001
 
 
-@pytest.mark.parametrize("size", [513, memory.BLOCK - 1, memory.BLOCK, memory.BLOCK + 1, 1009, 1024, 2 * memory.BLOCK, 2045, 4096])
+@pytest.mark.parametrize(
+    "size",
+    [
+        513,
+        memory.BLOCK - 1,
+        memory.BLOCK,
+        memory.BLOCK + 1,
+        1009,
+        1024,
+        2 * memory.BLOCK,
+        2045,
+        4096,
+    ],
+)
 def test_a_bank_answers_at_every_size_also_just_before_it_grows(size: int) -> None:
     c2w = walk(size, 60)
     for bank in (grown := filled_bank(c2w), MemoryBank()):
         bank.load_state_dict(grown.state_dict())
         key = memory.frustum_key(c2w)
         slots = bank.nearest(c2w[-5:], 1, size)
-        distance = torch.cdist(key[-5:], key[1:size])                     # every latent, one by one
+        distance = torch.cdist(key[-5:], key[1:size])  # every latent, one by one
         near = distance.topk(memory.SURVIVORS, largest=False).values.sort(1).values
-        torch.testing.assert_close(distance.gather(1, slots - 1).sort(1).values, near, rtol=0, atol=0.05)
+        torch.testing.assert_close(
+            distance.gather(1, slots - 1).sort(1).values, near, rtol=0, atol=0.05
+        )
         assert len(bank.retrieve(c2w[-5:])[0]) == 5
 
 
@@ -454,13 +581,23 @@ def test_a_bank_of_1e5_latents_answers_as_brute_force_would_in_about_a_milliseco
     for bound in (150, 300):
         c2w, bank = walk(n, bound), MemoryBank()
         key = memory.frustum_key(c2w)
-        bank.load_state_dict({"latents": torch.zeros(n, 1, 1, 1), "cameras": c2w[:, None].expand(n, 4, 4, 4), "times": torch.arange(n),
-                              "keys": torch.cat([key, key.square().sum(-1, keepdim=True)], -1)})
+        bank.load_state_dict(
+            {
+                "latents": torch.zeros(n, 1, 1, 1),
+                "cameras": c2w[:, None].expand(n, 4, 4, 4),
+                "times": torch.arange(n),
+                "keys": torch.cat([key, key.square().sum(-1, keepdim=True)], -1),
+            }
+        )
         for now in (55_000, 65_000, 75_000, 85_000):
             query = c2w[[now + 13 - 2 * slot for slot in range(5)]]
             best = overlap(query, c2w[1:now]).topk(5).values
-            recall.append((bank.score(query, 1, now)[0].topk(5).values >= best[:, -1:] - 1e-6).float().mean())
-        seconds.append(best_time(lambda bank=bank, query=query: bank.retrieve(query, before=85_000), 20))
+            recall.append(
+                (bank.score(query, 1, now)[0].topk(5).values >= best[:, -1:] - 1e-6).float().mean()
+            )
+        seconds.append(
+            best_time(lambda bank=bank, query=query: bank.retrieve(query, before=85_000), 20)
+        )
     assert torch.stack(recall).mean() >= 0.95
     assert min(seconds) < 5e-3
 
@@ -468,15 +605,31 @@ def test_a_bank_of_1e5_latents_answers_as_brute_force_would_in_about_a_milliseco
 def test_the_training_selector_finds_the_place_among_older_latents() -> None:
     c2w = there_and_back()[None].repeat_interleave(4, 1)[:, 3:]
     start = torch.tensor([141, 60])
-    index = memory.select_training(c2w.expand(2, -1, -1, -1), start, 10, generator=torch.Generator().manual_seed(0))
+    index = memory.select_training(
+        c2w.expand(2, -1, -1, -1), start, 10, generator=torch.Generator().manual_seed(0)
+    )
     assert index.shape == (2, 5) and index[:, -1].tolist() == [1, 1] and index[0].max() < 15
     for row, first in zip(index.tolist(), start.tolist(), strict=True):
         assert len(set(row)) == 5 and 1 <= min(row) and max(row) < first - 4
     away = torch.eye(4).repeat(1, 161, 1, 1)
     away[0, 81:, 0, 3] = 500.0
-    assert memory.select_training(away, torch.tensor([25]), 10)[0].tolist() == [20, 19, 18, 17, 1]      # nothing seen: recent
-    assert memory.select_training(away, torch.tensor([5]), 10)[0].tolist() == [0] * 5                   # nothing older
-    assert memory.select_training(away, torch.tensor([25]), 10, sink=False)[0].tolist() == [20, 19, 18, 17, 16]
+    assert memory.select_training(away, torch.tensor([25]), 10)[0].tolist() == [
+        20,
+        19,
+        18,
+        17,
+        1,
+    ]  # nothing seen: recent
+    assert (
+        memory.select_training(away, torch.tensor([5]), 10)[0].tolist() == [0] * 5
+    )  # nothing older
+    assert memory.select_training(away, torch.tensor([25]), 10, sink=False)[0].tolist() == [
+        20,
+        19,
+        18,
+        17,
+        16,
+    ]
 
 
 # ---- behaviour: context ------------------------------------------------------------------------------------
@@ -486,92 +639,190 @@ def clip(B: int = 2, T: int = 45) -> dict:
     g = torch.Generator().manual_seed(0)
     frames = 4 * (T - 1) + 1
     keyboard, mouse = random_actions(B * frames, 1)
-    poses = [memory.integrate((b, -1.6, 0, 0, 40 * b), keyboard[:frames - 1], mouse[b * frames : (b + 1) * frames - 1]) for b in range(B)]
-    return {"latents": torch.randn(B, 6, T, 4, 4, generator=g), "c2w": memory.pose_to_c2w(torch.stack(poses)).float(),
-            "keyboard": keyboard.view(B, frames, 6).float(), "mouse": mouse.view(B, frames, 2).float(),
-            "text": torch.randn(B, 3, 8, generator=g)}
+    poses = [
+        memory.integrate(
+            (b, -1.6, 0, 0, 40 * b),
+            keyboard[: frames - 1],
+            mouse[b * frames : (b + 1) * frames - 1],
+        )
+        for b in range(B)
+    ]
+    return {
+        "latents": torch.randn(B, 6, T, 4, 4, generator=g),
+        "c2w": memory.pose_to_c2w(torch.stack(poses)).float(),
+        "keyboard": keyboard.view(B, frames, 6).float(),
+        "mouse": mouse.view(B, frames, 2).float(),
+        "text": torch.randn(B, 3, 8, generator=g),
+    }
 
 
 def same(a: Context, b: Context) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Context))
+    return all(
+        torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Context)
+    )
 
 
 def test_anchored_rays_move_with_the_player_absolute_ones_stay_and_none_are_zero() -> None:
     c, start = clip(), torch.tensor([15, 25])
-    elsewhere = c | {"c2w": torch.tensor([[0, 0, 1, 7.0], [0, 1, 0, 0], [-1, 0, 0, 3], [0, 0, 0, 1]]) @ c["c2w"]}     # another place, turned by 90°
+    elsewhere = c | {
+        "c2w": torch.tensor([[0, 0, 1, 7.0], [0, 1, 0, 0], [-1, 0, 0, 3], [0, 0, 0, 1]]) @ c["c2w"]
+    }  # another place, turned by 90°
     rays = {}
     for encoding in ("anchored", "absolute", "none"):
-        here, there = (memory.clip_context(**x, start=start, n_new=10, n_past=4, encoding=encoding)[1].rays for x in (c, elsewhere))
+        here, there = (
+            memory.clip_context(**x, start=start, n_new=10, n_past=4, encoding=encoding)[1].rays
+            for x in (c, elsewhere)
+        )
         rays[encoding] = here
         assert torch.allclose(here, there, atol=1e-4) == (encoding != "absolute")
     assert rays["anchored"].std() > 0.3 and rays["none"].abs().max() == 0
-    at_origin = c | {"c2w": memory.relative(c["c2w"][:, 56:57], c["c2w"])}                   # the last frame of the past of latent 15 ...
-    both = [memory.clip_context(**at_origin, start=start, n_new=10, n_past=4, encoding=e)[1].rays[0] for e in ("anchored", "absolute")]
-    torch.testing.assert_close(*both, atol=1e-5, rtol=0)                                     # ... as the origin of the world: no difference
+    at_origin = c | {
+        "c2w": memory.relative(c["c2w"][:, 56:57], c["c2w"])
+    }  # the last frame of the past of latent 15 ...
+    both = [
+        memory.clip_context(**at_origin, start=start, n_new=10, n_past=4, encoding=e)[1].rays[0]
+        for e in ("anchored", "absolute")
+    ]
+    torch.testing.assert_close(
+        *both, atol=1e-5, rtol=0
+    )  # ... as the origin of the world: no difference
 
 
 @pytest.mark.parametrize("encoding", memory.ENCODINGS)
 def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
-    c, start, index = clip(), torch.tensor([15, 25]), torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]])
-    x0, context = memory.clip_context(**c, start=start, n_new=10, n_past=4, memory_index=index, encoding=encoding)
+    c, start, index = (
+        clip(),
+        torch.tensor([15, 25]),
+        torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]]),
+    )
+    x0, context = memory.clip_context(
+        **c, start=start, n_new=10, n_past=4, memory_index=index, encoding=encoding
+    )
     for b in range(2):
         first, one = int(start[b]) - 4, slice(b, b + 1)
         bank = MemoryBank()
-        bank.append(c["latents"][b, :, :35], memory.segment_cameras(c["c2w"][one], 0, 35)[0], torch.arange(35))
+        bank.append(
+            c["latents"][b, :, :35],
+            memory.segment_cameras(c["c2w"][one], 0, 35)[0],
+            torch.arange(35),
+        )
         hand = memory.make_context(
-            c["latents"][one, :, first : first + 4], torch.arange(first, first + 14)[None],
-            memory.segment_cameras(c["c2w"][one], first, 14), memory.action_windows(c["mouse"][one], first, 14),
-            memory.action_windows(c["keyboard"][one], first, 14), c["text"][one], bank.read(index[b]), encoding)
-        sample = Context(**{f.name: getattr(context, f.name)[one] for f in dataclasses.fields(Context)})
+            c["latents"][one, :, first : first + 4],
+            torch.arange(first, first + 14)[None],
+            memory.segment_cameras(c["c2w"][one], first, 14),
+            memory.action_windows(c["mouse"][one], first, 14),
+            memory.action_windows(c["keyboard"][one], first, 14),
+            c["text"][one],
+            bank.read(index[b]),
+            encoding,
+        )
+        sample = Context(
+            **{f.name: getattr(context, f.name)[one] for f in dataclasses.fields(Context)}
+        )
         assert torch.equal(x0[one], c["latents"][one, :, first + 4 : first + 14])
         for f in dataclasses.fields(Context):
-            torch.testing.assert_close(getattr(sample, f.name), getattr(hand, f.name), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                getattr(sample, f.name), getattr(hand, f.name), atol=1e-6, rtol=0
+            )
 
 
 def test_a_context_has_the_promised_shapes_and_null_actions_on_memory() -> None:
     c = clip()
-    x0, context = memory.clip_context(**c, start=torch.tensor([15, 30]), n_new=10, n_past=4, memory_index=torch.ones(2, 5, dtype=torch.long))
-    assert x0.shape == (2, 6, 10, 4, 4) and context.past.shape == (2, 6, 4, 4, 4) and context.memory.shape == (2, 6, 5, 4, 4)
-    assert context.rays.shape == (2, 60, 19, 4, 4) and context.mouse.shape == (2, 19, 12, 2) and context.keyboard.shape == (2, 19, 12, 6)
-    assert context.times[1].tolist() == [1] * 5 + list(range(26, 40)) and context.rays.dtype == torch.float32
+    x0, context = memory.clip_context(
+        **c,
+        start=torch.tensor([15, 30]),
+        n_new=10,
+        n_past=4,
+        memory_index=torch.ones(2, 5, dtype=torch.long),
+    )
+    assert (
+        x0.shape == (2, 6, 10, 4, 4)
+        and context.past.shape == (2, 6, 4, 4, 4)
+        and context.memory.shape == (2, 6, 5, 4, 4)
+    )
+    assert (
+        context.rays.shape == (2, 60, 19, 4, 4)
+        and context.mouse.shape == (2, 19, 12, 2)
+        and context.keyboard.shape == (2, 19, 12, 6)
+    )
+    assert (
+        context.times[1].tolist() == [1] * 5 + list(range(26, 40))
+        and context.rays.dtype == torch.float32
+    )
     assert (context.mouse[:, :5] == 1).all() and (context.keyboard[:, :5] == -1).all()
     half = context.to(dtype=torch.bfloat16)
     assert half.rays.dtype == torch.bfloat16 and half.times.dtype == torch.long
-    assert same(context.drop_memory(), memory.clip_context(**c, start=torch.tensor([15, 30]), n_new=10, n_past=4)[1])
+    assert same(
+        context.drop_memory(),
+        memory.clip_context(**c, start=torch.tensor([15, 30]), n_new=10, n_past=4)[1],
+    )
 
 
 def test_the_null_branch_has_no_memory_no_actions_and_its_own_text() -> None:
-    context = memory.clip_context(**clip(), start=torch.tensor([15, 30]), n_new=10, n_past=4,
-                                  memory_index=torch.ones(2, 5, dtype=torch.long))[1]
+    context = memory.clip_context(
+        **clip(),
+        start=torch.tensor([15, 30]),
+        n_new=10,
+        n_past=4,
+        memory_index=torch.ones(2, 5, dtype=torch.long),
+    )[1]
     null = context.null(torch.full((2, 3, 8), 7.0))
-    assert null.memory.shape[2] == 0 and (null.mouse == 1).all() and (null.keyboard == -1).all() and (null.text == 7).all()
+    assert (
+        null.memory.shape[2] == 0
+        and (null.mouse == 1).all()
+        and (null.keyboard == -1).all()
+        and (null.text == 7).all()
+    )
     assert (context.null().text == 0).all() and torch.equal(null.past, context.past)
     half = context.mute(torch.tensor([True, False]))
-    assert (half.mouse[0] == 1).all() and (half.text[0] == 0).all() and torch.equal(half.keyboard[1], context.keyboard[1])
+    assert (
+        (half.mouse[0] == 1).all()
+        and (half.text[0] == 0).all()
+        and torch.equal(half.keyboard[1], context.keyboard[1])
+    )
 
 
 def test_the_first_segment_starts_from_one_image_latent() -> None:
-    x0, context = memory.clip_context(**clip(), start=torch.ones(2, dtype=torch.long), n_new=14, n_past=1)
-    assert x0.shape[2] == 14 and context.past.shape[2] == 1 and context.times[0].tolist() == list(range(15))
-    here = context.rays[0].unflatten(0, (4, 15))                     # the anchor sees itself at the origin
+    x0, context = memory.clip_context(
+        **clip(), start=torch.ones(2, dtype=torch.long), n_new=14, n_past=1
+    )
+    assert (
+        x0.shape[2] == 14
+        and context.past.shape[2] == 1
+        and context.times[0].tolist() == list(range(15))
+    )
+    here = context.rays[0].unflatten(0, (4, 15))  # the anchor sees itself at the origin
     assert here[:, :3, 0].abs().max() == 0 and here[:, 6:9, 0].abs().max() == 0
 
 
 def test_anchored_rays_are_what_they_say() -> None:
     cameras, anchor = random_cameras(2 * 3 * 4).view(2, 3, 4, 4, 4), random_cameras(2, 9)
     image = memory.anchored_rays(cameras, anchor, memory.intrinsics(5, 6), 5, 6)
-    slow = memory.rays(relative(anchor[:, None, None], cameras), memory.intrinsics(5, 6), 5, 6)      # (2, 3, 4, 6, 5, 6)
+    slow = memory.rays(
+        relative(anchor[:, None, None], cameras), memory.intrinsics(5, 6), 5, 6
+    )  # (2, 3, 4, 6, 5, 6)
     o, d = slow[..., :3, :, :] / memory.ANCHORED_SCALE, slow[..., 3:, :, :]
     azimuth = torch.atan2(d[..., 0, :, :], d[..., 2, :, :])
-    waves = torch.stack([wave for k in (2, 4, 8) for wave in ((k * azimuth).cos(), (k * azimuth).sin())], -3)
-    wanted = torch.cat([o, d, torch.linalg.cross(o, d, dim=-3), waves], -3).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    waves = torch.stack(
+        [wave for k in (2, 4, 8) for wave in ((k * azimuth).cos(), (k * azimuth).sin())], -3
+    )
+    wanted = (
+        torch.cat([o, d, torch.linalg.cross(o, d, dim=-3), waves], -3)
+        .permute(0, 2, 3, 1, 4, 5)
+        .flatten(1, 2)
+    )
     assert image.shape == (2, 60, 3, 5, 6)
     torch.testing.assert_close(image, wanted.float(), atol=2e-5, rtol=0)
 
 
 def test_rays_depend_on_where_cameras_are_to_each_other_not_in_the_world() -> None:
     c, away = clip(), random_cameras(1, 5, spread=500)
-    arguments = {"start": torch.tensor([15, 25]), "n_new": 10, "n_past": 4, "memory_index": torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]])}
+    arguments = {
+        "start": torch.tensor([15, 25]),
+        "n_new": 10,
+        "n_past": 4,
+        "memory_index": torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]]),
+    }
     here = memory.clip_context(**c, **arguments)[1]
     there = memory.clip_context(**c | {"c2w": away @ c["c2w"].double()}, **arguments)[1]
     torch.testing.assert_close(here.rays, there.rays, atol=1e-4, rtol=0)
@@ -581,7 +832,9 @@ def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
     pose = torch.zeros(1, 57, 5, dtype=torch.float64)
     pose[0, :, 4] = torch.linspace(0, 80, 57)
     cameras = memory.segment_cameras(memory.pose_to_c2w(pose), 0, 15)
-    image = memory.released_rays(cameras, 0, 14, torch.tensor([16.0, 16, 16, 16]), (4, 4, 8)).unflatten(1, (6, 64))
+    image = memory.released_rays(
+        cameras, 0, 14, torch.tensor([16.0, 16, 16, 16]), (4, 4, 8)
+    ).unflatten(1, (6, 64))
     assert image[:, :3].abs().max() == 0
     torch.testing.assert_close(image[:, 3:].norm(dim=1), torch.ones(1, 64, 15, 4, 4))
 
@@ -596,11 +849,16 @@ def test_own_intrinsics_reach_the_rays() -> None:
 
 def test_building_a_training_context_costs_milliseconds() -> None:
     B, frames = 16, 241
-    c2w, latents = random_cameras(B * frames).view(B, frames, 4, 4).float(), torch.zeros(B, 16, 61, 8, 8)
+    c2w, latents = (
+        random_cameras(B * frames).view(B, frames, 4, 4).float(),
+        torch.zeros(B, 16, 61, 8, 8),
+    )
     start, index = torch.randint(20, 50, (B,)), torch.randint(1, 15, (B, 5))
     zeros = torch.zeros(B, frames, 6)
-    build = lambda: memory.clip_context(latents, c2w, zeros, zeros[..., :2], torch.zeros(B, 3, 4), start, 10, 4, index)
-    assert best_time(build) < 20e-3                                  # measured: 3 ms
+    build = lambda: memory.clip_context(
+        latents, c2w, zeros, zeros[..., :2], torch.zeros(B, 3, 4), start, 10, 4, index
+    )
+    assert best_time(build) < 20e-3  # measured: 3 ms
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -640,7 +898,9 @@ def test_bad_requests_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="start must lie in 4 .. 35"):
         memory.clip_context(**c, start=torch.tensor([3, 15]), n_new=10, n_past=4)
     with pytest.raises(ValueError, match="encoding must be one of"):
-        memory.clip_context(**c, start=torch.tensor([15, 15]), n_new=10, n_past=4, encoding="plucker")
+        memory.clip_context(
+            **c, start=torch.tensor([15, 15]), n_new=10, n_past=4, encoding="plucker"
+        )
     with pytest.raises(ValueError, match="start must be > 4"):
         memory.select_training(c["c2w"], torch.tensor([4, 20]), 10)
     with pytest.raises(ValueError, match="frames 0 .. 99"):
@@ -653,13 +913,26 @@ def test_bad_requests_say_what_is_allowed() -> None:
 
 def test_a_context_refuses_parts_that_do_not_belong_together() -> None:
     c = clip()
-    parts = dict(past=c["latents"][:, :, 11:15], times=torch.arange(11, 25).expand(2, 14), cameras=memory.segment_cameras(c["c2w"], 11, 14),
-                 mouse=memory.action_windows(c["mouse"], 11, 14), keyboard=memory.action_windows(c["keyboard"], 11, 14), text=c["text"])
+    parts = dict(
+        past=c["latents"][:, :, 11:15],
+        times=torch.arange(11, 25).expand(2, 14),
+        cameras=memory.segment_cameras(c["c2w"], 11, 14),
+        mouse=memory.action_windows(c["mouse"], 11, 14),
+        keyboard=memory.action_windows(c["keyboard"], 11, 14),
+        text=c["text"],
+    )
     memory.make_context(**parts)
-    for name, wrong in (("times", parts["times"][:1]), ("cameras", parts["cameras"][:, :13]), ("mouse", parts["mouse"][:, :, :11]),
-                        ("keyboard", parts["keyboard"][..., :4]), ("text", parts["text"][0])):
+    for name, wrong in (
+        ("times", parts["times"][:1]),
+        ("cameras", parts["cameras"][:, :13]),
+        ("mouse", parts["mouse"][:, :, :11]),
+        ("keyboard", parts["keyboard"][..., :4]),
+        ("text", parts["text"][0]),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             memory.make_context(**parts | {name: wrong})
-    lost = Memory(c["latents"][:, :, :5], torch.arange(4).expand(2, 4), memory.segment_cameras(c["c2w"], 0, 5))
+    lost = Memory(
+        c["latents"][:, :, :5], torch.arange(4).expand(2, 4), memory.segment_cameras(c["c2w"], 0, 5)
+    )
     with pytest.raises(ValueError, match="memory.times must be"):
         memory.make_context(**parts, memory=lost)

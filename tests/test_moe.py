@@ -37,16 +37,25 @@ def experts():
 @pytest.fixture
 def scene():
     torch.manual_seed(1)
-    return SimpleNamespace(context=dit.random_context(MICRO), x=torch.randn(1, MICRO.in_dim, 10, 8, 8))
+    return SimpleNamespace(
+        context=dit.random_context(MICRO), x=torch.randn(1, MICRO.in_dim, 10, 8, 8)
+    )
 
 
 def released_folder(path, dtype=torch.float32, drop=(), **changes):
     """A checkpoint as published, small, made of the golden network's weights."""
     stored = load_file(GOLDEN / "dit.safetensors")
-    tensors = {k.removeprefix("weights."): v.to(dtype) for k, v in stored.items() if k.startswith("weights.")}
+    tensors = {
+        k.removeprefix("weights."): v.to(dtype)
+        for k, v in stored.items()
+        if k.startswith("weights.")
+    }
     path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v for k, v in tensors.items() if k not in drop}, path / "diffusion_pytorch_model.safetensors",
-              {"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if k not in drop},
+        path / "diffusion_pytorch_model.safetensors",
+        {"format": "pt"},
+    )
     config = json.loads((GOLDEN / "meta.json").read_text())["dit_config"] | changes
     (path / "config.json").write_text(json.dumps(config))
     return path
@@ -56,10 +65,15 @@ def run_folder(path, model, steps=("000500",), ema=None):
     """What train.py leaves behind."""
     for step in steps:
         folder = path / "ckpt" / step
-        moe.write_weights(folder / "diffusion_pytorch_model.safetensors", model.state_dict(),
-                          {"model": asdict(model.cfg), "step": int(step)})
+        moe.write_weights(
+            folder / "diffusion_pytorch_model.safetensors",
+            model.state_dict(),
+            {"model": asdict(model.cfg), "step": int(step)},
+        )
         if ema is not None:
-            moe.write_weights(folder / "ema.safetensors", ema.state_dict(), {"model": asdict(ema.cfg)})
+            moe.write_weights(
+                folder / "ema.safetensors", ema.state_dict(), {"model": asdict(ema.cfg)}
+            )
     (path / "latest").write_text(steps[-1])
     return path
 
@@ -71,13 +85,22 @@ def equal(a, b):
 
 # ---- the switch
 
+
 def test_one_expert_runs_per_step(experts, scene, monkeypatch):
     calls = []
-    for name, expert in {"first": experts.high["first"], "third": experts.high["third"], "low": experts.low}.items():
+    for name, expert in {
+        "first": experts.high["first"],
+        "third": experts.high["third"],
+        "low": experts.low,
+    }.items():
         forward = expert.forward
-        monkeypatch.setattr(expert, "forward", lambda *a, n=name, f=forward, **k: calls.append(n) or f(*a, **k))
+        monkeypatch.setattr(
+            expert, "forward", lambda *a, n=name, f=forward, **k: calls.append(n) or f(*a, **k)
+        )
     dit.sample(experts.look("third"), scene.context, dit.sigma_grid(8), scene.x)
-    assert len(calls) == 8 and calls == sorted(calls, reverse=True)          # third, third, …, low: one change
+    assert len(calls) == 8 and calls == sorted(
+        calls, reverse=True
+    )  # third, third, …, low: one change
     assert set(calls) == {"third", "low"}
 
 
@@ -92,12 +115,19 @@ def test_two_equal_experts_equal_one_dense_model(experts, scene):
     twins = moe.Experts({"first": dense}, dense)
     for method in ("euler", "unipc"):
         once = dit.sample(twins, scene.context, dit.sigma_grid(4), scene.x, method)
-        assert torch.equal(once, dit.sample(dense, scene.context, dit.sigma_grid(4), scene.x, method))
+        assert torch.equal(
+            once, dit.sample(dense, scene.context, dit.sigma_grid(4), scene.x, method)
+        )
 
 
 def test_each_view_has_its_own_high_expert_and_all_share_the_low_one(experts, scene):
-    at = {s: {v: experts.look(v)(scene.x, torch.tensor([s]), scene.context) for v in ("first", "third")}
-          for s in (0.95, 0.5)}
+    at = {
+        s: {
+            v: experts.look(v)(scene.x, torch.tensor([s]), scene.context)
+            for v in ("first", "third")
+        }
+        for s in (0.95, 0.5)
+    }
     assert not torch.equal(at[0.95]["first"], at[0.95]["third"])
     assert torch.equal(at[0.5]["first"], at[0.5]["third"])
 
@@ -106,8 +136,12 @@ def test_preparing_changes_nothing_and_only_the_working_expert_is_prepared(exper
     prepared = experts.prepare(scene.context)
     for sigma in (0.95, 0.92, 0.5, 0.2):
         sigma = torch.tensor([sigma])
-        torch.testing.assert_close(experts(scene.x, sigma, scene.context, prepared),
-                                   experts(scene.x, sigma, scene.context), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            experts(scene.x, sigma, scene.context, prepared),
+            experts(scene.x, sigma, scene.context),
+            rtol=0,
+            atol=1e-6,
+        )
         assert set(prepared) == {"inputs", experts.which(sigma)}
 
 
@@ -117,8 +151,14 @@ def test_offload_moves_the_idle_experts_away_and_gives_the_same_answer(experts, 
         monkeypatch.setattr(expert, "to", lambda device, n=name: moves.append((n, str(device))))
     frugal = moe.Experts(dict(experts.high), experts.low, offload=True)
     sigma = torch.tensor([0.95])
-    assert torch.equal(frugal(scene.x, sigma, scene.context), experts(scene.x, sigma, scene.context))
-    assert moves == [("third", "cpu"), ("low", "cpu"), ("first", "cpu")]      # the working one last, to its input
+    assert torch.equal(
+        frugal(scene.x, sigma, scene.context), experts(scene.x, sigma, scene.context)
+    )
+    assert moves == [
+        ("third", "cpu"),
+        ("low", "cpu"),
+        ("first", "cpu"),
+    ]  # the working one last, to its input
     moves.clear()
     experts(scene.x, sigma, scene.context)
     assert not moves
@@ -134,9 +174,16 @@ def test_a_batch_on_both_sides_of_the_boundary_is_refused(experts, scene):
 def test_the_28b_preset_is_two_14b_networks_per_view_on_meta():
     model = moe.build("28b-moe", "meta")
     for expert in (*model.high.values(), model.low):
-        assert (expert.cfg.dim, expert.cfg.heads, expert.cfg.layers, expert.cfg.ffn) == (5120, 40, 40, 13824)
+        assert (expert.cfg.dim, expert.cfg.heads, expert.cfg.layers, expert.cfg.ffn) == (
+            5120,
+            40,
+            40,
+            13824,
+        )
         wan = sum(p.numel() for n, p in expert.named_parameters() if not moe.is_new(n))
-        assert expert.patch_embedding.weight.is_meta and abs(wan - 14.29e9) < 0.01e9     # Wan2.2-A14B, one expert
+        assert (
+            expert.patch_embedding.weight.is_meta and abs(wan - 14.29e9) < 0.01e9
+        )  # Wan2.2-A14B, one expert
     assert list(model.high) == ["first", "third"] and model.boundary == 0.9
 
 
@@ -144,16 +191,26 @@ def test_experts_survive_a_checkpoint(experts, tmp_path):
     file = tmp_path / "experts.safetensors"
     moe.write_weights(file, experts.state_dict(), {"model": asdict(experts.config)})
     loaded, _ = moe.load(file)
-    assert isinstance(loaded, moe.Experts) and loaded.config == experts.config and equal(loaded, experts)
+    assert (
+        isinstance(loaded, moe.Experts)
+        and loaded.config == experts.config
+        and equal(loaded, experts)
+    )
 
 
 def test_experts_trained_apart_are_joined(tmp_path, scene):
-    nets = {name: shaken(moe.build("micro"), seed) for seed, name in enumerate(("first", "low", "third"))}
+    nets = {
+        name: shaken(moe.build("micro"), seed)
+        for seed, name in enumerate(("first", "low", "third"))
+    }
     runs = {name: run_folder(tmp_path / name, net) for name, net in nets.items()}
     joined = moe.join(runs)
     assert set(joined.high) == {"first", "third"} and equal(joined.low, nets["low"])
     sigma = torch.tensor([0.95])
-    assert torch.equal(joined.look("third")(scene.x, sigma, scene.context), nets["third"](scene.x, sigma, scene.context))
+    assert torch.equal(
+        joined.look("third")(scene.x, sigma, scene.context),
+        nets["third"](scene.x, sigma, scene.context),
+    )
     with pytest.raises(ValueError, match="a low one and at least one view"):
         moe.join({"first": runs["first"]})
     wider = run_folder(tmp_path / "wider", moe.build(replace(MICRO, ffn=32)))
@@ -163,8 +220,14 @@ def test_experts_trained_apart_are_joined(tmp_path, scene):
 
 # ---- the door: what opens
 
+
 def test_weights_and_metadata_survive_a_round_trip(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(4, 6).t(), "d": torch.ones(2).bfloat16()}
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.arange(5),
+        "c": torch.randn(4, 6).t(),
+        "d": torch.ones(2).bfloat16(),
+    }
     said = {"model": {"dim": 3}, "step": 7, "note": "x0 → v", "list": [1, 2]}
     moe.write_weights(tmp_path / "deep" / "w.safetensors", tensors, said)
     found, metadata = moe.read_weights(tmp_path / "deep" / "w.safetensors")
@@ -180,6 +243,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch)
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(moe, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         moe.write_weights(file, {"a": torch.ones(3)})
@@ -192,7 +256,12 @@ def test_a_file_a_folder_and_a_run_open_the_same_model(tmp_path):
     checkpoint = run / "ckpt" / "000500"
     for path in (run, str(checkpoint), checkpoint / "diffusion_pytorch_model.safetensors"):
         loaded, meta = moe.load(path)
-        assert equal(loaded, model) and loaded.cfg == MICRO and meta["step"] == 500 and not loaded.training
+        assert (
+            equal(loaded, model)
+            and loaded.cfg == MICRO
+            and meta["step"] == 500
+            and not loaded.training
+        )
     assert moe.find(run).parent.name == "000500"
 
 
@@ -211,10 +280,14 @@ def test_shards_make_one_model(tmp_path):
         shard = f"diffusion_pytorch_model-0000{i + 1}-of-00003.safetensors"
         save_file({n: tensors[n] for n in names[i::3]}, folder / shard)
         index |= {n: shard for n in names[i::3]}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index})
+    )
     assert equal(moe.load(folder, dtype=torch.float32)[0], whole)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks 1 of 3 shards, diffusion_pytorch_model-00002-of-00003.safetensors"):
+    with pytest.raises(
+        ValueError, match="lacks 1 of 3 shards, diffusion_pytorch_model-00002-of-00003.safetensors"
+    ):
         moe.load(folder)
 
 
@@ -224,7 +297,9 @@ def test_nested_and_flat_torch_files_open_without_running_code(tmp_path):
     torch.save({"state_dict": {"gen_model": tensors, "step": 3}}, tmp_path / "nested.pth")
     for name in ("flat", "nested"):
         found, _ = moe.read_weights(tmp_path / f"{name}.pth")
-        assert found.keys() == tensors.keys() and torch.equal(found["conv1.weight"], tensors["conv1.weight"])
+        assert found.keys() == tensors.keys() and torch.equal(
+            found["conv1.weight"], tensors["conv1.weight"]
+        )
     torch.save({"a": SimpleNamespace()}, tmp_path / "code.pth")
     with pytest.raises(Exception, match="weights_only|Weights only"):
         moe.read_weights(tmp_path / "code.pth")
@@ -242,14 +317,46 @@ def test_an_fp32_checkpoint_becomes_a_bf16_model_of_the_rounded_weights(tmp_path
 def test_the_released_config_says_everything(tmp_path):
     model, _ = moe.load(released_folder(tmp_path))
     assert model.cfg == dit.DiTConfig(
-        dim=64, heads=2, layers=2, ffn=128, in_dim=48, text_dim=64, text_len=16, ray_channels=1536, sigma_theta=0.0,
-        action_blocks=(0,), action_hidden=16, action_width=64, action_heads=4, action_rope=4, timestep="bf16",
-        rays_at_input=False, fp32_stream=True)
-    published = {"_class_name": "WanModel", "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30,
-                 "freq_dim": 256, "in_dim": 48, "out_dim": 48, "text_len": 512, "eps": 1e-6, "sigma_theta": 0.8,
-                 "action_config": {"blocks": list(range(15)), "heads_num": 16, "hidden_size": 128,
-                                   "mouse_hidden_dim": 1024, "mouse_qk_dim_list": [8, 28, 28], "windows_size": 3,
-                                   "vae_time_compression_ratio": 4}}
+        dim=64,
+        heads=2,
+        layers=2,
+        ffn=128,
+        in_dim=48,
+        text_dim=64,
+        text_len=16,
+        ray_channels=1536,
+        sigma_theta=0.0,
+        action_blocks=(0,),
+        action_hidden=16,
+        action_width=64,
+        action_heads=4,
+        action_rope=4,
+        timestep="bf16",
+        rays_at_input=False,
+        fp32_stream=True,
+    )
+    published = {
+        "_class_name": "WanModel",
+        "dim": 3072,
+        "ffn_dim": 14336,
+        "num_heads": 24,
+        "num_layers": 30,
+        "freq_dim": 256,
+        "in_dim": 48,
+        "out_dim": 48,
+        "text_len": 512,
+        "eps": 1e-6,
+        "sigma_theta": 0.8,
+        "action_config": {
+            "blocks": list(range(15)),
+            "heads_num": 16,
+            "hidden_size": 128,
+            "mouse_hidden_dim": 1024,
+            "mouse_qk_dim_list": [8, 28, 28],
+            "windows_size": 3,
+            "vae_time_compression_ratio": 4,
+        },
+    }
     assert moe.from_released(published) == dit.PRESETS["5b"]
 
 
@@ -272,21 +379,32 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
     for k in range(4):
         first, last, n_past = memory.Window().segment(k)
         frames = slice(4 * first - 3 if k else 0, 4 * last - 3)
-        mouse, keyboard = (memory.released_windows(golden[name][None, frames]) for name in ("mouse", "keyboard"))
+        mouse, keyboard = (
+            memory.released_windows(golden[name][None, frames]) for name in ("mouse", "keyboard")
+        )
         remembered = None
         if k:
             index = golden[f"segment{k}.memory_latents_idx"][None]
             seen = torch.stack([memory.segment_cameras(c2w, int(i), 1)[:, 0] for i in index[0]], 1)
             remembered = memory.Memory(history[:, :, index[0]], index, seen)
         context = memory.make_context(
-            history[:, :, first : first + n_past], torch.arange(first, last)[None],
-            memory.segment_cameras(c2w, first, last - first), mouse, keyboard, golden["context"][None],
-            remembered, encoding="released", stride=16)
+            history[:, :, first : first + n_past],
+            torch.arange(first, last)[None],
+            memory.segment_cameras(c2w, first, last - first),
+            mouse,
+            keyboard,
+            golden["context"][None],
+            remembered,
+            encoding="released",
+            stride=16,
+        )
         noise = golden[f"segment{k}.noise"][:, :, n_past:]
         x0 = dit.sample(model, context, golden["sigmas"], noise, "unipc")
         history = torch.cat([history, x0], 2)
         wanted = golden[f"segment{k}.latents"]
-        assert (history[:, :, -wanted.shape[2]:] - wanted).norm() / wanted.norm() < 5e-6, f"segment {k}"
+        assert (history[:, :, -wanted.shape[2] :] - wanted).norm() / wanted.norm() < 5e-6, (
+            f"segment {k}"
+        )
 
 
 def test_wan_weights_start_a_model_whose_cameras_and_actions_are_fresh(tmp_path):
@@ -307,6 +425,7 @@ def test_every_preset_builds_without_memory(preset):
 
 # ---- the door: what does not open, and the sentence it says
 
+
 def test_missing_weights_name_the_command_that_gets_them(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty"):
@@ -316,23 +435,29 @@ def test_missing_weights_name_the_command_that_gets_them(tmp_path):
             f"No weights at {path} (looked for base_distilled_model/config.json). Get them (~30 GB):\n"
             "  hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 \\\n"
             '    --include "base_distilled_model/*" "MG-LightVAE_v2.pth" "Wan2.2_VAE.pth"\n'
-            "or play without weights: python play.py --fake")
+            "or play without weights: python play.py --fake"
+        )
 
 
 def test_a_folder_of_two_models_asks_for_one(tmp_path):
     for name in ("base_model", "base_distilled_model"):
         released_folder(tmp_path / name)
     torch.save({}, tmp_path / "Wan2.2_VAE.pth")
-    with pytest.raises(ValueError, match="--weights points at a folder; it holds 2 models: "
-                                         "base_distilled_model, base_model. Pass one of them."):
+    with pytest.raises(
+        ValueError,
+        match="--weights points at a folder; it holds 2 models: "
+        "base_distilled_model, base_model. Pass one of them.",
+    ):
         moe.load(tmp_path)
     shutil.rmtree(tmp_path / "base_model")
-    assert moe.load(tmp_path)[0].cfg.layers == 2                    # one model beside a VAE file is no question
+    assert moe.load(tmp_path)[0].cfg.layers == 2  # one model beside a VAE file is no question
 
 
 def test_a_file_that_is_no_weight_file_is_refused(tmp_path):
     (tmp_path / "start.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is no weight file; pass a folder or a file in .safetensors"):
+    with pytest.raises(
+        ValueError, match="is no weight file; pass a folder or a file in .safetensors"
+    ):
         moe.load(tmp_path / "start.png")
 
 
@@ -340,7 +465,7 @@ def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
     (tmp_path / "demo" / "ckpt").mkdir(parents=True)
     with pytest.raises(ValueError, match="python train.py --stage base --run demo"):
         moe.load(tmp_path / "demo")
-    (tmp_path / "demo" / "latest").write_text("000500")             # its folder was deleted
+    (tmp_path / "demo" / "latest").write_text("000500")  # its folder was deleted
     with pytest.raises(ValueError, match="run without a checkpoint"):
         moe.load(tmp_path / "demo")
 
@@ -352,7 +477,11 @@ def test_plain_wan_weights_are_recognised(tmp_path):
     with pytest.raises(ValueError) as error:
         moe.load(released_folder(tmp_path, drop=drop))
     text = str(error.value)
-    assert new and f"diffusion_pytorch_model.safetensors is not a Matrix-Game 3 DiT: {len(drop)} missing (" in text
+    assert (
+        new
+        and f"diffusion_pytorch_model.safetensors is not a Matrix-Game 3 DiT: {len(drop)} missing ("
+        in text
+    )
     assert "0 unexpected." in text
     assert text.endswith("It looks like plain Wan2.2-TI2V-5B: use it with train.py --init.")
 
@@ -361,7 +490,9 @@ def test_other_keys_are_counted_and_shown(tmp_path):
     folder = released_folder(tmp_path, drop={"head.head.bias", "blocks.0.norm3.weight"})
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     save_file(tensors | {"ghost": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"2 missing \(blocks.0.norm3.weight, …\), 1 unexpected \(ghost\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"2 missing \(blocks.0.norm3.weight, …\), 1 unexpected \(ghost\)\.$"
+    ):
         moe.load(folder)
 
 
@@ -376,8 +507,11 @@ def test_a_quantised_file_says_where_it_belongs(tmp_path):
 
 def test_a_config_of_another_size_names_the_tensor(tmp_path):
     folder = released_folder(tmp_path, ffn_dim=256)
-    with pytest.raises(ValueError, match=r"does not fit its config: blocks.0.ffn.0.weight is \(128, 64\), "
-                                         r"the config needs \(256, 64\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit its config: blocks.0.ffn.0.weight is \(128, 64\), "
+        r"the config needs \(256, 64\)",
+    ):
         moe.load(folder)
 
 
@@ -387,8 +521,11 @@ def test_a_cut_download_is_recognised(tmp_path, keep):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     if keep == -10:
-        with pytest.raises(ValueError, match=r"is 2.7 MB, header says 2.7 MB: download was cut. "
-                                             r"Re-run the same hf download; it resumes."):
+        with pytest.raises(
+            ValueError,
+            match=r"is 2.7 MB, header says 2.7 MB: download was cut. "
+            r"Re-run the same hf download; it resumes.",
+        ):
             moe.load(folder)
     else:
         with pytest.raises(ValueError, match="download was cut"):
@@ -406,7 +543,9 @@ def test_a_file_without_a_config_is_never_guessed(tmp_path):
     moe.write_weights(tmp_path / "w.safetensors", moe.build("micro").state_dict())
     with pytest.raises(ValueError, match="does not say what it is"):
         moe.load(tmp_path)
-    moe.write_weights(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {"model": asdict(MICRO) | {"wings": 2}})
+    moe.write_weights(
+        tmp_path / "w.safetensors", {"a": torch.ones(1)}, {"model": asdict(MICRO) | {"wings": 2}}
+    )
     with pytest.raises(ValueError, match="unknown fields wings"):
         moe.load(tmp_path)
 

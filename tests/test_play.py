@@ -1,4 +1,5 @@
 """Walking around inside: what is held is what acts, nothing queues, nothing is lost, and every error says what to type."""
+
 import argparse
 import contextlib
 import dataclasses
@@ -29,7 +30,7 @@ import realtime
 import world
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENT = 300                # seconds a browser may need on a machine that is busy with other things
+PATIENT = 300  # seconds a browser may need on a machine that is busy with other things
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -39,12 +40,23 @@ def arguments(*flags: str) -> argparse.Namespace:
 
 def run(*flags: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
-    return subprocess.run([sys.executable, str(ROOT / "play.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "play.py"), *flags],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+    )
 
 
 def main(folder: Path, *flags: str) -> tuple[int, str]:
     """What main() returns and prints, run in that folder, without the price of another process."""
-    here, handlers, said = Path.cwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, io.StringIO()
+    here, handlers, said = (
+        Path.cwd(),
+        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
+        io.StringIO(),
+    )
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(said):
@@ -79,7 +91,9 @@ def wait_for(condition, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def ask(server, method: str, path: str, body: object = None, headers: dict | None = None) -> tuple[int, dict]:
+def ask(
+    server, method: str, path: str, body: object = None, headers: dict | None = None
+) -> tuple[int, dict]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     connection.request(method, path, raw, headers or {})
@@ -93,7 +107,10 @@ class Viewer:
     """A page without a browser: reads the stream of records, acknowledges what it is told to."""
 
     def __init__(self, server) -> None:
-        self.server, self.connection = server, http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        self.server, self.connection = (
+            server,
+            http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10),
+        )
         self.connection.request("GET", "/frames")
         self.socket, self.stream = self.connection.sock, self.connection.getresponse()
         self.hello, _ = self.record()
@@ -130,8 +147,13 @@ def test_an_action_string_is_one_chord_per_frame() -> None:
 def test_random_legal_strings_parse_to_their_length() -> None:
     random.seed(0)
     for _ in range(300):
-        items = [("+".join(random.sample("wasdijkl", random.randint(1, 3))), 4 * random.randint(1, 50)) for _ in range(random.randint(1, 6))]
-        chords, notes = play.parse_actions(",".join(f"{' ' * random.randint(0, 2)}{keys}:{count}" for keys, count in items))
+        items = [
+            ("+".join(random.sample("wasdijkl", random.randint(1, 3))), 4 * random.randint(1, 50))
+            for _ in range(random.randint(1, 6))
+        ]
+        chords, notes = play.parse_actions(
+            ",".join(f"{' ' * random.randint(0, 2)}{keys}:{count}" for keys, count in items)
+        )
         assert chords == [keys for keys, count in items for _ in range(count)] and not notes
 
 
@@ -144,11 +166,17 @@ def test_random_garbage_is_an_error_with_a_caret_or_parses() -> None:
             assert len(chords) % 4 == 0
         except ValueError as error:
             line, caret = str(error).split("\n")[0], str(error).split("\n")[-1]
-            assert line.startswith("--actions ") and caret.strip().startswith("^") and caret.index("^") <= 11 + len(text)
+            assert (
+                line.startswith("--actions ")
+                and caret.strip().startswith("^")
+                and caret.index("^") <= 11 + len(text)
+            )
 
 
 def test_hypothesis_agrees_that_every_string_is_parsed_or_explained() -> None:
-    hypothesis = pytest.importorskip("hypothesis", reason="property tests need: pip install hypothesis")
+    hypothesis = pytest.importorskip(
+        "hypothesis", reason="property tests need: pip install hypothesis"
+    )
 
     @hypothesis.settings(max_examples=50, deadline=None, database=None)
     @hypothesis.given(hypothesis.strategies.text(max_size=30))
@@ -159,11 +187,21 @@ def test_hypothesis_agrees_that_every_string_is_parsed_or_explained() -> None:
     explained()
 
 
-@pytest.mark.parametrize("text, column, message", [
-    ("w:40, x:10", 6, "unknown key 'x'; use w a s d i j k l _"), ("w+q:4", 2, "unknown key 'q'"), ("w:40,", 5, "expected keys:count"),
-    ("w", 0, "expected keys:count"), ("w:4x", 2, "'4x' is no count; use frames (40) or seconds (2s)"), ("_+w:4", 0, "unknown key '_'"),
-    ("@nowhere", 0, "@revisit @spin @square @idle"), ("w++a:4", 0, "expected keys:count"), ("w:-4", 2, "is no count"),
-    ("", 0, "expected keys:count")])
+@pytest.mark.parametrize(
+    "text, column, message",
+    [
+        ("w:40, x:10", 6, "unknown key 'x'; use w a s d i j k l _"),
+        ("w+q:4", 2, "unknown key 'q'"),
+        ("w:40,", 5, "expected keys:count"),
+        ("w", 0, "expected keys:count"),
+        ("w:4x", 2, "'4x' is no count; use frames (40) or seconds (2s)"),
+        ("_+w:4", 0, "unknown key '_'"),
+        ("@nowhere", 0, "@revisit @spin @square @idle"),
+        ("w++a:4", 0, "expected keys:count"),
+        ("w:-4", 2, "is no count"),
+        ("", 0, "expected keys:count"),
+    ],
+)
 def test_a_bad_action_string_points_at_the_column(text: str, column: int, message: str) -> None:
     with pytest.raises(ValueError, match="actions") as caught:
         play.parse_actions(text)
@@ -174,7 +212,10 @@ def test_a_bad_action_string_points_at_the_column(text: str, column: int, messag
 def test_counts_are_rounded_to_latents_with_a_note() -> None:
     chords, notes = play.parse_actions("w:41, a:1, d:8")
     assert len(chords) == 40 + 4 + 8
-    assert notes == ["w:41: 41 frames rounded to 40, a multiple of 4", "a:1: 1 frames rounded to 4, a multiple of 4"]
+    assert notes == [
+        "w:41: 41 frames rounded to 40, a multiple of 4",
+        "a:1: 1 frames rounded to 4, a multiple of 4",
+    ]
 
 
 @pytest.mark.parametrize("preset", play.PRESETS)
@@ -196,10 +237,15 @@ def test_action_files_are_read_and_a_missing_one_is_an_error(tmp_path: Path) -> 
     np.savez(tmp_path / "poses.npz", poses=data.poses_to_c2w(np.array(poses)))
     again, turn, notes = play.read_actions(str(tmp_path / "poses.npz"), 16)
     assert np.array_equal(again, keyboard) and np.abs(turn - mouse).max() < 1e-3 and notes
-    with pytest.raises(ValueError, match=r"--actions gone.npz: no such file. Give one that exists, or a string like"):
+    with pytest.raises(
+        ValueError,
+        match=r"--actions gone.npz: no such file. Give one that exists, or a string like",
+    ):
         play.read_actions("gone.npz", 16)
     np.savez(tmp_path / "odd.npz", nothing=np.zeros(3))
-    with pytest.raises(ValueError, match=r"odd.npz holds nothing; expected keyboard \(F, 6\) and mouse"):
+    with pytest.raises(
+        ValueError, match=r"odd.npz holds nothing; expected keyboard \(F, 6\) and mouse"
+    ):
         play.read_actions(str(tmp_path / "odd.npz"), 16)
 
 
@@ -229,7 +275,7 @@ def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
     controls.post(["d"])
     clock.now = 0.5
     controls.post([])
-    assert controls.read(40, 40)[0][:, 3].sum() == 20                     # half a second at 40 fps
+    assert controls.read(40, 40)[0][:, 3].sum() == 20  # half a second at 40 fps
 
 
 def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
@@ -257,7 +303,9 @@ def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() 
     controls.post([], 10, -5)
     controls.post([], 30, 0)
     _, mouse, said = controls.read(40, 40)
-    assert np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]       # right and up are positive
+    assert (
+        np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]
+    )  # right and up are positive
     controls.post([], 1e4, 0)
     _, mouse, said = controls.read(40, 40)
     assert said["clipped"] and mouse.max() == np.float32(play.MAX_LOOK)
@@ -280,29 +328,58 @@ def save(path: Path, *size: int, mode: str = "RGB") -> Path:
 
 def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None:
     start = play.open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
-    assert start.image.shape == (64, 128, 3) and "big.png: 400x300 → 128x64 centre crop" in start.note and start.truth is None
-    assert "alpha dropped" in play.open_start(save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png").note
-    assert "enlarged: it is smaller than the model's 64x64" in play.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
+    assert (
+        start.image.shape == (64, 128, 3)
+        and "big.png: 400x300 → 128x64 centre crop" in start.note
+        and start.truth is None
+    )
+    assert (
+        "alpha dropped"
+        in play.open_start(
+            save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png"
+        ).note
+    )
+    assert (
+        "enlarged: it is smaller than the model's 64x64"
+        in play.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
+    )
 
 
 def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    for source, name in ((tmp_path / "bad.png", "bad.png"), (tmp_path / "gone.png", "gone.png"), (b"\x89PNG\r\n\x1a\n", "the dropped picture")):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"):
+    for source, name in (
+        (tmp_path / "bad.png", "bad.png"),
+        (tmp_path / "gone.png", "gone.png"),
+        (b"\x89PNG\r\n\x1a\n", "the dropped picture"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"
+        ):
             play.open_start(source, (64, 64), name)
 
 
 def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:
     start = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
-    assert start.truth["scene"]["seed"] in world.SPLITS["test"], "held out: no training has seen this world"
+    assert start.truth["scene"]["seed"] in world.SPLITS["test"], (
+        "held out: no training has seen this world"
+    )
     assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
     start.save(tmp_path / "again.png")
     again = play.open_start(tmp_path / "again.png", (128, 128), "again.png")
-    assert again.pose == start.pose and again.image.shape == (128, 128, 3), "drawn again at the size that is asked for"
+    assert again.pose == start.pose and again.image.shape == (128, 128, 3), (
+        "drawn again at the size that is asked for"
+    )
 
 
-@pytest.mark.parametrize("text", [{"seed": '"x"', "kind": '"rooms"', "pose": "[0]"}, {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
-                                  {"seed": "{", "kind": "1", "pose": "[]"}, {"seed": "1"}])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"seed": '"x"', "kind": '"rooms"', "pose": "[0]"},
+        {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
+        {"seed": "{", "kind": "1", "pose": "[]"},
+        {"seed": "1"},
+    ],
+)
 def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
     info = play.PngImagePlugin.PngInfo()
     for key, value in text.items():
@@ -325,7 +402,9 @@ def test_the_fake_session_is_the_game() -> None:
     mouse[:, 1] = 0.1
     frames, info = session.step(keyboard, mouse)
     assert frames.shape == (4, 32, 32, 3) and frames.dtype == torch.uint8
-    assert np.array_equal(frames.numpy(), play.true_views(session.inside, np.array(info["poses"]), 32, 32))
+    assert np.array_equal(
+        frames.numpy(), play.true_views(session.inside, np.array(info["poses"]), 32, 32)
+    )
     assert math.isclose(info["poses"][-1][4] - session.poses[0][4], 6.0, abs_tol=1e-5)
 
 
@@ -344,7 +423,9 @@ def test_a_fake_undo_and_a_restored_state_go_on_alike(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("walk")
-    done = run("--fake", "--size", "64x64", "--actions", "w:8, @revisit", "--out", "walk", cwd=folder)
+    done = run(
+        "--fake", "--size", "64x64", "--actions", "w:8, @revisit", "--out", "walk", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     assert f"saved {'walk'}" in done.stdout
     return folder / "walk"
@@ -354,59 +435,117 @@ def test_play_writes_frames_headless(walked: Path) -> None:
     for name, height in (("play.mp4", 256), ("play_memory.mp4", 352)):
         assert imageio.improps(walked / name, plugin="pyav").shape == (129, height, 256, 3)
     said = json.loads((walked / "session.json").read_text())
-    assert sum(chunk["n"] for chunk in said["chunks"]) == 128 == len(said["keyboard"]) and len(said["poses"]) == 129
-    assert said["chunks"][20]["memory"][-1]["sink"] and said["versions"]["torch"] == torch.__version__
-    assert {"play.mp4", "play_memory.mp4", "session.json", "state.safetensors", "start.png", "_DONE"} <= {file.name for file in walked.iterdir()}
+    assert (
+        sum(chunk["n"] for chunk in said["chunks"]) == 128 == len(said["keyboard"])
+        and len(said["poses"]) == 129
+    )
+    assert (
+        said["chunks"][20]["memory"][-1]["sink"] and said["versions"]["torch"] == torch.__version__
+    )
+    assert {
+        "play.mp4",
+        "play_memory.mp4",
+        "session.json",
+        "state.safetensors",
+        "start.png",
+        "_DONE",
+    } <= {file.name for file in walked.iterdir()}
     assert not list(walked.parent.glob("*tmp*")) and not list(walked.glob("*tmp*"))
 
 
 def test_a_session_folder_is_a_training_clip(walked: Path) -> None:
     episode = data.read_episode(walked)
     assert episode.video.shape == (129, 64, 64, 3) and data.list_episodes(walked.parent) == [walked]
-    assert np.array_equal(episode.video[60], data.true_frames(episode.meta, episode.c2w[60:61], 64, 64)[0])
+    assert np.array_equal(
+        episode.video[60], data.true_frames(episode.meta, episode.c2w[60:61], 64, 64)[0]
+    )
     assert episode.valid[:-1].all() and not episode.valid[-1]
     free = ~episode.contact[:-1]
-    rows = zip(episode.player[:-1].tolist(), episode.keyboard.tolist(), episode.mouse.tolist(), strict=False)
+    rows = zip(
+        episode.player[:-1].tolist(),
+        episode.keyboard.tolist(),
+        episode.mouse.tolist(),
+        strict=False,
+    )
     steps = [world.step_pose(*row) for row in rows]
-    assert np.abs(np.array(steps) - episode.player[1:])[free].max() < 1e-3, "the stored action explains the next pose"
+    assert np.abs(np.array(steps) - episode.player[1:])[free].max() < 1e-3, (
+        "the stored action explains the next pose"
+    )
 
 
 def test_revisit_comes_back_to_the_first_view(walked: Path) -> None:
     video = data.read_episode(walked).video
-    assert np.abs(video[8].astype(int) - video[128]).max() <= 1 and np.abs(video[8].astype(int) - video[68]).mean() > 5
+    assert (
+        np.abs(video[8].astype(int) - video[128]).max() <= 1
+        and np.abs(video[8].astype(int) - video[68]).mean() > 5
+    )
 
 
 def test_replay_gives_the_same_frames(walked: Path, tmp_path: Path) -> None:
     code, said = main(tmp_path, "--replay", str(walked), "--out", "again")
     assert code == 0 and "32 of 32 chunks are identical" in said
-    assert np.array_equal(data.read_episode(walked).video, data.read_episode(tmp_path / "again").video)
+    assert np.array_equal(
+        data.read_episode(walked).video, data.read_episode(tmp_path / "again").video
+    )
 
 
 def test_a_film_is_one_walk_in_three_panels(tmp_path: Path) -> None:
-    code, said = main(tmp_path, "--fake", "--size", "32x32", "--actions", "l:8, j:8", "--film", "figures/walk.gif")
-    assert code == 0 and "figures/walk.gif: 9 pictures" in said and sorted(path.name for path in tmp_path.iterdir()) == ["figures"]
+    code, said = main(
+        tmp_path, "--fake", "--size", "32x32", "--actions", "l:8, j:8", "--film", "figures/walk.gif"
+    )
+    assert (
+        code == 0
+        and "figures/walk.gif: 9 pictures" in said
+        and sorted(path.name for path in tmp_path.iterdir()) == ["figures"]
+    )
     gif = Image.open(tmp_path / "figures/walk.gif")
     assert gif.n_frames == 9 and gif.size == (3 * 192 + 16, 192 + 60)
     for moment in (0, 4, 8):
         gif.seek(moment)
-        panels = [np.asarray(gif.convert("RGB"))[30:222, x:x + 192] for x in (0, 200, 400)]
-        assert np.array_equal(panels[0], panels[1]) and np.array_equal(panels[0], panels[2]), "the game itself forgets nothing"
-        assert np.array_equal(panels[0][::6, ::6], panels[0][5::6, 5::6]), "enlarged without smoothing"
+        panels = [np.asarray(gif.convert("RGB"))[30:222, x : x + 192] for x in (0, 200, 400)]
+        assert np.array_equal(panels[0], panels[1]) and np.array_equal(panels[0], panels[2]), (
+            "the game itself forgets nothing"
+        )
+        assert np.array_equal(panels[0][::6, ::6], panels[0][5::6, 5::6]), (
+            "enlarged without smoothing"
+        )
     save(tmp_path / "photo.png", 64, 64)
-    with pytest.raises(ValueError, match="--film shows the true world too, and photo.png names none"):
+    with pytest.raises(
+        ValueError, match="--film shows the true world too, and photo.png names none"
+    ):
         main(tmp_path, "--fake", "--image", "photo.png", "--film", "walk.gif")
 
 
 def test_the_memory_flag_is_the_policy_of_the_walk(tmp_path: Path) -> None:
-    assert main(tmp_path, "--fake", "--size", "32x32", "--actions", "l:4", "--memory", "none", "--out", "walk")[0] == 0
-    assert [chunk["policy"] for chunk in json.loads((tmp_path / "walk/session.json").read_text())["chunks"]] == ["none"]
+    assert (
+        main(
+            tmp_path,
+            "--fake",
+            "--size",
+            "32x32",
+            "--actions",
+            "l:4",
+            "--memory",
+            "none",
+            "--out",
+            "walk",
+        )[0]
+        == 0
+    )
+    assert [
+        chunk["policy"]
+        for chunk in json.loads((tmp_path / "walk/session.json").read_text())["chunks"]
+    ] == ["none"]
     with page(tmp_path, "--memory", "recent") as (player, server):
         wait_for(lambda: ask(server, "GET", "/state")[1].get("policy") == "recent")
 
 
 @pytest.fixture
 def short(tmp_path: Path) -> Path:
-    assert main(tmp_path, "--fake", "--size", "32x32", "--actions", "w:4, l:4", "--out", "walk")[0] == 0
+    assert (
+        main(tmp_path, "--fake", "--size", "32x32", "--actions", "w:4, l:4", "--out", "walk")[0]
+        == 0
+    )
     return tmp_path / "walk"
 
 
@@ -425,23 +564,45 @@ def test_a_replay_that_differs_says_why_not(short: Path) -> None:
 
 def test_a_session_goes_on_where_it_ended_and_goes_on_again(short: Path) -> None:
     folder = short.parent
-    assert "walk goes on at frame 8" in main(folder, "--fake", "--size", "32x32", "--actions", "l:8", "--out", "walk")[1]
-    assert "walk-2 goes on at frame 16" in main(folder, "--fake", "--size", "32x32", "--actions", "j:4", "--out", "walk-2")[1]
-    first, second, third = (data.read_episode(folder / name) for name in ("walk", "walk-2", "walk-2-2"))
-    assert np.array_equal(first.video[-1], second.video[0]) and np.array_equal(second.video[-1], third.video[0])
-    assert np.allclose(first.player[-1], second.player[0]) and len(json.loads((folder / "walk-2-2/session.json").read_text())["trail"]) == 4
+    assert (
+        "walk goes on at frame 8"
+        in main(folder, "--fake", "--size", "32x32", "--actions", "l:8", "--out", "walk")[1]
+    )
+    assert (
+        "walk-2 goes on at frame 16"
+        in main(folder, "--fake", "--size", "32x32", "--actions", "j:4", "--out", "walk-2")[1]
+    )
+    first, second, third = (
+        data.read_episode(folder / name) for name in ("walk", "walk-2", "walk-2-2")
+    )
+    assert np.array_equal(first.video[-1], second.video[0]) and np.array_equal(
+        second.video[-1], third.video[0]
+    )
+    assert (
+        np.allclose(first.player[-1], second.player[0])
+        and len(json.loads((folder / "walk-2-2/session.json").read_text())["trail"]) == 4
+    )
 
 
 def test_ctrl_c_leaves_a_playable_film_and_a_session_that_goes_on(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--fake", "--size", "64x64", "--actions", "w:4000", "--out", "cut"]
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "play.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "play.py"), *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
     while "frame 80" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     frames = len(data.read_episode(tmp_path / "cut").video)
-    assert 80 < frames < 4000 and imageio.improps(tmp_path / "cut/play.mp4", plugin="pyav").shape[0] == frames
+    assert (
+        80 < frames < 4000
+        and imageio.improps(tmp_path / "cut/play.mp4", plugin="pyav").shape[0] == frames
+    )
     code, said = main(tmp_path, "--fake", "--size", "64x64", "--actions", "_:4", "--out", "cut")
     assert code == 0 and f"cut goes on at frame {frames - 1}" in said
 
@@ -471,16 +632,25 @@ class Dream:
         read = (9, 7, 5, 3, 0) if self.chunks and self.policy != "none" else ()
         picks = [{"latent": k, "frame": 4 * k, "score": 0.5, "sink": k == 0} for k in read]
         self.chunks.append(n)
-        return realtime.Chunk(frames, {"poses": self.poses[-n:], "memory": picks, "ms": {"retrieve": 1.0, "denoise": 2.0, "decode": 3.0}})
+        return realtime.Chunk(
+            frames,
+            {
+                "poses": self.poses[-n:],
+                "memory": picks,
+                "ms": {"retrieve": 1.0, "denoise": 2.0, "decode": 3.0},
+            },
+        )
 
     def undo(self) -> None:
-        self.poses = self.poses[:-self.chunks.pop()]
+        self.poses = self.poses[: -self.chunks.pop()]
 
     def save(self, path: Path) -> None:
         path.write_text("state")
 
 
-def dreaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, slow: float = 0.0) -> play.Player:
+def dreaming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, slow: float = 0.0
+) -> play.Player:
     dream = Dream(slow)
     monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
     player = play.Player(arguments("--out", str(tmp_path / "dream"), *flags), 40)
@@ -494,25 +664,42 @@ def act(player: play.Player, chord: str) -> None:
     player.chunk(keyboard, mouse, {"keys": [chord]})
 
 
-def test_a_model_is_judged_by_the_true_renderer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_judged_by_the_true_renderer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     player = dreaming(tmp_path, monkeypatch)
     act(player, "l")
     frames, headers, _ = player.shown
     truth = play.true_views(player.begun.truth, np.array([headers[3]["pose"]]), 64, 64)
-    assert abs(headers[3]["psnr"] - float(data.psnr(frames[3:4], truth))) < 0.5 and 3 < headers[3]["psnr"] < 15
+    assert (
+        abs(headers[3]["psnr"] - float(data.psnr(frames[3:4], truth))) < 0.5
+        and 3 < headers[3]["psnr"] < 15
+    )
 
 
-def test_tab_shows_the_true_renderer_at_the_same_pose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tab_shows_the_true_renderer_at_the_same_pose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     player = dreaming(tmp_path, monkeypatch)
     player.obey({"cmd": "view"})
     act(player, "w")
     frames, headers, _ = player.shown
-    assert np.array_equal(frames, play.true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64)) and headers[0]["view"] == "truth"
+    assert (
+        np.array_equal(
+            frames,
+            play.true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64),
+        )
+        and headers[0]["view"] == "truth"
+    )
     player.save()
-    assert not np.array_equal(data.read_episode(tmp_path / "dream").video[1:], frames), "what is recorded is what the model made"
+    assert not np.array_equal(data.read_episode(tmp_path / "dream").video[1:], frames), (
+        "what is recorded is what the model made"
+    )
 
 
-def test_m_switches_the_memory_off_and_on_and_it_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_m_switches_the_memory_off_and_on_and_it_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     player = dreaming(tmp_path, monkeypatch)
     act(player, "w")
     act(player, "w")
@@ -527,18 +714,29 @@ def test_m_switches_the_memory_off_and_on_and_it_is_written_down(tmp_path: Path,
     assert set(chunks[1]["memory"][0]) == {"latent", "frame", "score", "sink", "pose"}
 
 
-def test_an_undone_chunk_is_not_in_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_undone_chunk_is_not_in_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     player = dreaming(tmp_path, monkeypatch)
     for chord in "wal":
         act(player, chord)
     player.obey({"cmd": "undo"})
-    assert player.frame == 96 and player.poses[-1] == tuple(player.session.poses[-1]) and len(player.poses) == 1 + 96 // 4
+    assert (
+        player.frame == 96
+        and player.poses[-1] == tuple(player.session.poses[-1])
+        and len(player.poses) == 1 + 96 // 4
+    )
     act(player, "d")
     player.save()
     keyboard = np.array(json.loads((tmp_path / "dream/session.json").read_text())["keyboard"])
-    assert keyboard[:56, 0].all() and keyboard[56:96, 2].all() and keyboard[96:, 3].all() and len(keyboard) == 136
+    assert (
+        keyboard[:56, 0].all()
+        and keyboard[56:96, 2].all()
+        and keyboard[96:, 3].all()
+        and len(keyboard) == 136
+    )
     for _ in range(6):
-        player.obey({"cmd": "undo"})                                      # more than there is: no error
+        player.obey({"cmd": "undo"})  # more than there is: no error
 
 
 def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,27 +746,41 @@ def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.Mon
     player.obey({"cmd": "run", "plan": [["w"], ["w", "l"], [], ["no key", "d"]]})
     assert player.due()
     keyboard, mouse, said = player.decide(40)
-    assert keyboard[:8, 0].all() and mouse[4:8, 1].all() and not keyboard[8:12].any() and keyboard[12:, 3].all()
+    assert (
+        keyboard[:8, 0].all()
+        and mouse[4:8, 1].all()
+        and not keyboard[8:12].any()
+        and keyboard[12:, 3].all()
+    )
     assert player.plan is None and said["keys"] == ["w", "l+w", "_", "d"]
     player.times = [(56, 20.0), (40, 1.0)]
     assert player.tempo() == "live"
 
 
-def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     player = dreaming(tmp_path, monkeypatch)
     act(player, "w")
     player.obey({"cmd": "record"})
     act(player, "s")
-    player.undo()                                                          # what was taken back is in no recording
+    player.undo()  # what was taken back is in no recording
     for chord in "a" * 62:
         act(player, chord)
     player.obey({"cmd": "record"})
     act(player, "d")
     player.save()
-    first, second = (json.loads((tmp_path / name / "session.json").read_text()) for name in ("dream", "dream-2"))
-    assert not first["trail"] and len(first["keyboard"]) == 56 and len(second["keyboard"]) == 61 * 40
+    first, second = (
+        json.loads((tmp_path / name / "session.json").read_text()) for name in ("dream", "dream-2")
+    )
+    assert (
+        not first["trail"] and len(first["keyboard"]) == 56 and len(second["keyboard"]) == 61 * 40
+    )
     assert len(second["trail"]) == 14 + 2 * 10, "two of the 62 chunks are older than a minute"
-    assert np.array(second["keyboard"])[:2400, 2].all() and np.array(second["keyboard"])[2400:, 3].all()
+    assert (
+        np.array(second["keyboard"])[:2400, 2].all()
+        and np.array(second["keyboard"])[2400:, 3].all()
+    )
     assert len(data.read_episode(tmp_path / "dream-2").video) == 1 + 61 * 40
 
 
@@ -578,17 +790,41 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
         connection.request("GET", "/")
         text = connection.getresponse().read().decode()
-    assert text == (ROOT / "play.html").read_text() and "http://" not in text and "https://" not in text
+    assert (
+        text == (ROOT / "play.html").read_text()
+        and "http://" not in text
+        and "https://" not in text
+    )
     assert len(text.splitlines()) <= 300
 
 
 def test_frames_carry_what_the_page_shows(tmp_path: Path) -> None:
     with page(tmp_path) as (_, server):
         viewer = Viewer(server)
-        assert viewer.hello["hello"] == 1 and viewer.hello["role"] == "play" and viewer.hello["preset"] == "fake"
+        assert (
+            viewer.hello["hello"] == 1
+            and viewer.hello["role"] == "play"
+            and viewer.hello["preset"] == "fake"
+        )
         assert len(viewer.hello["gallery"]) == 9
         header = viewer.frame()
-        assert {"i", "t", "keys", "pose", "ms", "gen", "n", "policy", "view", "pace", "paused", "seed", "left", "slots", "psnr"} <= set(header)
+        assert {
+            "i",
+            "t",
+            "keys",
+            "pose",
+            "ms",
+            "gen",
+            "n",
+            "policy",
+            "view",
+            "pace",
+            "paused",
+            "seed",
+            "left",
+            "slots",
+            "psnr",
+        } <= set(header)
         notes = [note for note, jpeg in (viewer.record() for _ in range(20)) if not jpeg]
         picks = next(note["memory"] for note in notes if "memory" in note)
         assert {"frame", "score", "sink", "thumb", "pose"} <= set(picks[-1])
@@ -633,7 +869,10 @@ def test_one_plays_the_others_watch_and_the_next_one_takes_over(tmp_path: Path) 
         assert (first.hello["role"], second.hello["role"]) == ("play", "watch")
         second.post("/input", keys=["w"])
         assert ask(server, "GET", "/state")[1]["held"] == []
-        assert second.post("/cmd", cmd="pause") == (403, {"ok": False, "error": "another tab plays, this one watches"})
+        assert second.post("/cmd", cmd="pause") == (
+            403,
+            {"ok": False, "error": "another tab plays, this one watches"},
+        )
         first.close()
         wait_for(lambda: len(player.screen.viewers) == 1)
         second.frame(role="play")
@@ -659,16 +898,25 @@ def test_commands_do_what_they_say(tmp_path: Path) -> None:
         picture = io.BytesIO()
         Image.new("RGB", (80, 60), (200, 30, 30)).save(picture, "PNG")
         viewer.post("/cmd", cmd="image", data=play.base64.b64encode(picture.getvalue()).decode())
-        wait_for(lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None)
+        wait_for(
+            lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None
+        )
         viewer.post("/cmd", cmd="image", data=viewer.hello["gallery"][2])
         wait_for(lambda: player.begun.truth is not None)
         viewer.post("/cmd", cmd="image", data="bm8gcGljdHVyZQ==")
-        wait_for(lambda: any("the new picture cannot be read" in note.get("info", "") for _, note in player.screen.notes))
+        wait_for(
+            lambda: any(
+                "the new picture cannot be read" in note.get("info", "")
+                for _, note in player.screen.notes
+            )
+        )
         assert player.is_alive()
         viewer.close()
 
 
-def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with page(tmp_path) as (player, server):
         viewer = Viewer(server)
         viewer.frame()
@@ -684,21 +932,41 @@ def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(tmp_path: Path
         wait_for(lambda: player.frame > frame)
         viewer.close()
     said = capsys.readouterr().out
-    assert said.count("no viewer for 10 s: waiting") == 1 and said.count("a viewer is back: going on") == 1
+    assert (
+        said.count("no viewer for 10 s: waiting") == 1
+        and said.count("a viewer is back: going on") == 1
+    )
 
 
-@pytest.mark.parametrize("method, path, body, headers, status", [
-    ("GET", "/etc/passwd", None, {}, 404), ("GET", "/../play.py", None, {}, 404), ("POST", "/frames", {}, {}, 404), ("DELETE", "/", None, {}, 501),
-    ("POST", "/input", b"{", {}, 400), ("POST", "/input", b"[]", {}, 400), ("POST", "/input", b"\xff", {}, 400),
-    ("POST", "/input", {"dx": "x"}, {}, 400),
-    ("POST", "/input", b'{"dx": NaN}', {}, 400), ("POST", "/input", {"keys": 3}, {}, 400), ("POST", "/input", {"keys": [[]], "id": []}, {}, 204),
-    ("POST", "/input", b"[" * 9000, {}, 400), ("POST", "/input", b" " * 20_000, {}, 413), ("POST", "/input", None, {"Content-Length": "-1"}, 411),
-    ("POST", "/cmd", {"cmd": "rm"}, {}, 400), ("POST", "/cmd", {"cmd": ["pause"]}, {}, 400),
-    ("POST", "/cmd", {}, {"Content-Length": "99999999"}, 413),
-    ("GET", "/state", None, {"Origin": "http://evil.example"}, 403), ("POST", "/cmd", {"cmd": "pause"}, {"Origin": "null"}, 403),
-    ("GET", "/", None, {"Host": "evil.example:8000"}, 403),
-    ("GET", "/state", None, {"Host": "localhost:9999", "Origin": "http://localhost:9999"}, 200)])
-def test_a_wrong_request_is_answered_and_nothing_happens(tmp_path, served, method, path, body, headers, status) -> None:
+@pytest.mark.parametrize(
+    "method, path, body, headers, status",
+    [
+        ("GET", "/etc/passwd", None, {}, 404),
+        ("GET", "/../play.py", None, {}, 404),
+        ("POST", "/frames", {}, {}, 404),
+        ("DELETE", "/", None, {}, 501),
+        ("POST", "/input", b"{", {}, 400),
+        ("POST", "/input", b"[]", {}, 400),
+        ("POST", "/input", b"\xff", {}, 400),
+        ("POST", "/input", {"dx": "x"}, {}, 400),
+        ("POST", "/input", b'{"dx": NaN}', {}, 400),
+        ("POST", "/input", {"keys": 3}, {}, 400),
+        ("POST", "/input", {"keys": [[]], "id": []}, {}, 204),
+        ("POST", "/input", b"[" * 9000, {}, 400),
+        ("POST", "/input", b" " * 20_000, {}, 413),
+        ("POST", "/input", None, {"Content-Length": "-1"}, 411),
+        ("POST", "/cmd", {"cmd": "rm"}, {}, 400),
+        ("POST", "/cmd", {"cmd": ["pause"]}, {}, 400),
+        ("POST", "/cmd", {}, {"Content-Length": "99999999"}, 413),
+        ("GET", "/state", None, {"Origin": "http://evil.example"}, 403),
+        ("POST", "/cmd", {"cmd": "pause"}, {"Origin": "null"}, 403),
+        ("GET", "/", None, {"Host": "evil.example:8000"}, 403),
+        ("GET", "/state", None, {"Host": "localhost:9999", "Origin": "http://localhost:9999"}, 200),
+    ],
+)
+def test_a_wrong_request_is_answered_and_nothing_happens(
+    tmp_path, served, method, path, body, headers, status
+) -> None:
     player, server = served
     assert ask(server, method, path, body, headers)[0] == status
     assert player.is_alive() and not player.set["paused"]
@@ -713,23 +981,43 @@ def served(tmp_path_factory: pytest.TempPathFactory):
 def garbage(rng: random.Random) -> bytes:
     path = rng.choice([b"/", b"/input", b"/cmd", b"/state", b"/%00", b"//", b"/input?token=%ff"])
     line = rng.choice([b"GET", b"POST", b"PUT", b"\x00", b""]) + b" " + path
-    known = [b"", b"{}", b"null", b'{"cmd": "image", "data": "%%"}', b'{"keys": {"w": 1}, "dx": 1e999}']
+    known = [
+        b"",
+        b"{}",
+        b"null",
+        b'{"cmd": "image", "data": "%%"}',
+        b'{"keys": {"w": 1}, "dx": 1e999}',
+    ]
     body = rng.choice([*known, rng.randbytes(rng.randint(0, 200))])
     length = rng.choice([str(len(body)), str(len(body)), "0", "-5", "abc", "1" * 30, ""]).encode()
-    return line + rng.choice([b" HTTP/1.1\r\n", b" HTTP/9\r\n", b"\r\n"]) + b"Host: 127.0.0.1\r\nContent-Length: " + length + b"\r\n\r\n" + body
+    return (
+        line
+        + rng.choice([b" HTTP/1.1\r\n", b" HTTP/9\r\n", b"\r\n"])
+        + b"Host: 127.0.0.1\r\nContent-Length: "
+        + length
+        + b"\r\n\r\n"
+        + body
+    )
 
 
 def bombard(player: play.Player, server, requests: int) -> None:
     rng = random.Random(2)
     for _ in range(requests):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as client:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as client,
+        ):
             client.sendall(garbage(rng))
             client.shutdown(socket.SHUT_WR)
             while client.recv(4096):
                 continue
     assert player.is_alive() and ask(server, "GET", "/state")[0] == 200
     wait_for(lambda: threading.active_count() < 40)
-    assert len(player.screen.notes) <= 32 and player.commands.qsize() <= 16 and len(player.controls.held) <= 8
+    assert (
+        len(player.screen.notes) <= 32
+        and player.commands.qsize() <= 16
+        and len(player.controls.held) <= 8
+    )
 
 
 def test_garbage_leaves_the_server_up(served) -> None:
@@ -744,7 +1032,10 @@ def test_ten_thousand_garbage_requests_leave_the_server_up(served) -> None:
 def test_viewers_are_bounded(tmp_path: Path) -> None:
     with page(tmp_path) as (player, server):
         viewers = [Viewer(server) for _ in range(play.STREAMS)]
-        assert ask(server, "GET", "/frames") == (503, {"ok": False, "error": "8 viewers are connected already"})
+        assert ask(server, "GET", "/frames") == (
+            503,
+            {"ok": False, "error": "8 viewers are connected already"},
+        )
         for viewer in viewers:
             viewer.close()
         wait_for(lambda: not player.screen.viewers)
@@ -757,12 +1048,24 @@ def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = subprocess.Popen([sys.executable, "-u", str(ROOT / "play.py"), "--fake", "--port", str(port)], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, env=env)
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(ROOT / "play.py"), "--fake", "--port", str(port)],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            env=env,
+        )
         first, second = process.stdout.readline(), process.stdout.readline()
     other = int(first.rsplit(":", 1)[1])
-    assert first == f"Port {port} is taken (another play.py?). Using {other}: http://127.0.0.1:{other}\n" and port < other < port + 20
-    assert second == f"Open from your machine:  ssh -L {other}:127.0.0.1:{other} <this host>  then http://127.0.0.1:{other}\n"
+    assert (
+        first
+        == f"Port {port} is taken (another play.py?). Using {other}: http://127.0.0.1:{other}\n"
+        and port < other < port + 20
+    )
+    assert (
+        second
+        == f"Open from your machine:  ssh -L {other}:127.0.0.1:{other} <this host>  then http://127.0.0.1:{other}\n"
+    )
     connection = http.client.HTTPConnection("127.0.0.1", other, timeout=10)
     connection.request("GET", "/state")
     assert json.loads(connection.getresponse().read())["preset"] == "fake"
@@ -776,25 +1079,47 @@ def test_another_host_demands_its_token(tmp_path: Path) -> None:
     try:
         assert len(server.token) == 32
         status, said = ask(server, "GET", "/state")
-        assert status == 403 and said["error"] == "the token is missing: open the URL that play.py printed"
+        assert (
+            status == 403
+            and said["error"] == "the token is missing: open the URL that play.py printed"
+        )
         assert ask(server, "GET", f"/state?token={server.token}")[0] == 200
-        assert ask(server, "GET", f"/state?token={server.token}", headers={"Origin": "http://evil.example"})[0] == 403
+        assert (
+            ask(
+                server,
+                "GET",
+                f"/state?token={server.token}",
+                headers={"Origin": "http://evil.example"},
+            )[0]
+            == 403
+        )
     finally:
         server.shutdown()
         server.server_close()
 
 
-def test_without_a_model_it_says_so_and_names_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_without_a_model_it_says_so_and_names_three_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(play, "HERE", tmp_path)
     args = arguments()
     play.find_weights(args)
     said = capsys.readouterr().out
-    assert args.fake and "No model for preset tiny yet, so you walk in the game itself (--fake)." in said
-    assert "python train.py --stage base" in said and "--weights weights/matrix-game-3" in said and "python play.py --fake" in said
+    assert (
+        args.fake
+        and "No model for preset tiny yet, so you walk in the game itself (--fake)." in said
+    )
+    assert (
+        "python train.py --stage base" in said
+        and "--weights weights/matrix-game-3" in said
+        and "python play.py --fake" in said
+    )
 
 
-def test_the_newest_run_is_preferred_to_the_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_run_is_preferred_to_the_shipped_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(play, "HERE", tmp_path)
     (tmp_path / "assets/tiny").mkdir(parents=True)
@@ -802,7 +1127,12 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(tmp_path: Path, monk
     args = arguments()
     play.find_weights(args)
     assert args.weights == str(tmp_path / "assets/tiny") and not args.fake
-    for age, stage, preset in ((100, "base", "tiny"), (50, "distill", "tiny"), (20, "vae", "tiny"), (10, "base", "small")):
+    for age, stage, preset in (
+        (100, "base", "tiny"),
+        (50, "distill", "tiny"),
+        (20, "vae", "tiny"),
+        (10, "base", "small"),
+    ):
         folder = tmp_path / "runs" / f"{stage}-{preset}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"stage": stage, "preset": preset}))
@@ -813,50 +1143,101 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(tmp_path: Path, monk
     assert args.weights == "runs/distill-tiny"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--mode", "third", "--preset", "5b"], "third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)"),
-    (["--view", "third", "--dit-ranks", "2"], "--view third plays in one process"),
-    (["--view", "third", "--actions", "w:4"], "this model has not seen the third person; use --weights of experts"),
-    (["--imge", "x.png"], "unknown argument --imge; did you mean --image?"),
-    (["--size", "100x64"], "--size must be WxH in multiples of 32, as in 128x128"),
-    (["--fake", "--image", "gone.png", "--actions", "w:4"], "gone.png cannot be read as a picture"),
-    (["--fake", "--actions", "w:40, x:10"], "^ unknown key 'x'; use w a s d i j k l _"),
-    (["--fake", "--actions", "gone.txt"], "--actions gone.txt: no such file"),
-    (["--weights", "hf:some/model"], "hf download some/model --local-dir weights/model"),
-    (["--weights", "nowhere", "--actions", "w:4"], "No weights at nowhere (looked for base_distilled_model/config.json)")])
-def test_every_error_is_one_paragraph_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--mode", "third", "--preset", "5b"],
+            "third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)",
+        ),
+        (["--view", "third", "--dit-ranks", "2"], "--view third plays in one process"),
+        (
+            ["--view", "third", "--actions", "w:4"],
+            "this model has not seen the third person; use --weights of experts",
+        ),
+        (["--imge", "x.png"], "unknown argument --imge; did you mean --image?"),
+        (["--size", "100x64"], "--size must be WxH in multiples of 32, as in 128x128"),
+        (
+            ["--fake", "--image", "gone.png", "--actions", "w:4"],
+            "gone.png cannot be read as a picture",
+        ),
+        (["--fake", "--actions", "w:40, x:10"], "^ unknown key 'x'; use w a s d i j k l _"),
+        (["--fake", "--actions", "gone.txt"], "--actions gone.txt: no such file"),
+        (["--weights", "hf:some/model"], "hf download some/model --local-dir weights/model"),
+        (
+            ["--weights", "nowhere", "--actions", "w:4"],
+            "No weights at nowhere (looked for base_distilled_model/config.json)",
+        ),
+    ],
+)
+def test_every_error_is_one_paragraph_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError) as caught:                             # __main__ prints it and exits with 2
+    with pytest.raises(ValueError) as caught:  # __main__ prints it and exits with 2
         play.main(flags)
     assert message in str(caught.value)
 
 
 def test_the_exit_code_of_an_error_is_2_without_a_traceback(tmp_path: Path) -> None:
     done = run("--mode", "third", "--preset", "5b", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: third-person") and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: third-person")
+        and "Traceback" not in done.stderr
+    )
 
 
-def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     experts = realtime.moe.build("tiny-moe")
     tensors = {name: tensor.bfloat16() for name, tensor in experts.state_dict().items()}
-    said = {"config": dataclasses.asdict(experts.config), "preset": "tiny", "stage": "moe", "view": "both", "encoding": "anchored"}
+    said = {
+        "config": dataclasses.asdict(experts.config),
+        "preset": "tiny",
+        "stage": "moe",
+        "view": "both",
+        "encoding": "anchored",
+    }
     realtime.moe.write_weights(tmp_path / "moe.safetensors", tensors, said)
-    flags = ["--view", "third", "--image", str(ROOT / "assets/start.png"), "--actions", "l:4", "--out", "walk"]
+    flags = [
+        "--view",
+        "third",
+        "--image",
+        str(ROOT / "assets/start.png"),
+        "--actions",
+        "l:4",
+        "--out",
+        "walk",
+    ]
     play.main([*flags, "--weights", "moe.safetensors", "--steps", "1"])
     clip = data.read_episode(tmp_path / "walk")
     scene = world.make_scene(**clip.meta["scene"])
-    assert clip.meta["view"] == "third" and np.allclose(clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4)
+    assert clip.meta["view"] == "third" and np.allclose(
+        clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4
+    )
     back = np.linalg.norm(clip.c2w[:, :3, 3] - clip.player[:, :3], axis=1)
-    assert 0.2 < back.min() and back.max() < 3 and not scene.solid[tuple(np.floor(clip.c2w[:, [0, 2], 3]).astype(int).T)].any()
+    assert (
+        0.2 < back.min()
+        and back.max() < 3
+        and not scene.solid[tuple(np.floor(clip.c2w[:, [0, 2], 3]).astype(int).T)].any()
+    )
     first = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
     third = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png", "third")
-    empty = data.true_frames(third.truth | {"view": "first"}, data.eyes(third.truth, np.array([third.pose])), 64, 64)[0]
-    assert (third.image != empty).any(-1).mean() > 0.01 and not np.array_equal(first.image, third.image)      # somebody stands there
+    empty = data.true_frames(
+        third.truth | {"view": "first"}, data.eyes(third.truth, np.array([third.pose])), 64, 64
+    )[0]
+    assert (third.image != empty).any(-1).mean() > 0.01 and not np.array_equal(
+        first.image, third.image
+    )  # somebody stands there
     play.main([*flags[:4], "--fake", "--actions", "w:4", "--out", "game"])
-    play.main(["--fake", "--actions", "w:4", "--out", "game"])            # goes on as it began
+    play.main(["--fake", "--actions", "w:4", "--out", "game"])  # goes on as it began
     for clip in (data.read_episode(folder) for folder in sorted(tmp_path.glob("game*"))):
-        assert clip.meta["view"] == "third" and np.allclose(clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4)
+        assert clip.meta["view"] == "third" and np.allclose(
+            clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4
+        )
     assert len(list(tmp_path.glob("game*"))) == 2
 
 
@@ -868,17 +1249,26 @@ def test_a_big_preset_without_a_gpu_is_refused_early() -> None:
 
 
 def test_memory_and_device_errors_say_the_way_out() -> None:
-    assert "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75" in play.explain(torch.OutOfMemoryError("CUDA"))
-    said = play.explain(NotImplementedError("The operator 'aten::x' is not implemented for the MPS device"))
+    assert (
+        "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75"
+        in play.explain(torch.OutOfMemoryError("CUDA"))
+    )
+    said = play.explain(
+        NotImplementedError("The operator 'aten::x' is not implemented for the MPS device")
+    )
     assert "run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu" in said
 
 
 def test_odd_sizes_are_refused_before_encoding(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mp4 needs even sizes, got 63x65; nearest legal size: 64x66"):
+    with pytest.raises(
+        ValueError, match="mp4 needs even sizes, got 63x65; nearest legal size: 64x66"
+    ):
         play.open_film(tmp_path / "odd.mp4", 16, (65, 63))
 
 
-def test_without_a_video_library_the_frames_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_without_a_video_library_the_frames_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def missing(*_, **__):
         raise ValueError("no libx264")
 
@@ -886,11 +1276,16 @@ def test_without_a_video_library_the_frames_are_kept(tmp_path: Path, monkeypatch
     player = dreaming(tmp_path, monkeypatch)
     act(player, "w")
     player.save()
-    assert 'no play.mp4 (no libx264): pip install "imageio[pyav]". Every frame is kept in' in capsys.readouterr().out
+    assert (
+        'no play.mp4 (no libx264): pip install "imageio[pyav]". Every frame is kept in'
+        in capsys.readouterr().out
+    )
     assert len(data.read_episode(tmp_path / "dream").video) == 57
 
 
-def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dream = Dream()
     monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
     step, calls = dream.step, []
@@ -918,7 +1313,9 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         play.parse(["--help"])
     said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in play.FLAGS) and all(len(text) > 3 for _, text in play.FLAGS.values())
+    assert all(f"--{name}" in said for name in play.FLAGS) and all(
+        len(text) > 3 for _, text in play.FLAGS.values()
+    )
 
 
 # ---- with the trained model and in the browser -----------------------------------------------------------------------
@@ -927,27 +1324,60 @@ def test_revisit_with_the_shipped_model_and_its_replay(tmp_path: Path) -> None:
     if not any((ROOT / f"assets/tiny/{name}.safetensors").exists() for name in ("student", "base")):
         pytest.skip("no shipped weights: python train.py --stage base")
     began = time.monotonic()
-    assert run("--actions", "@revisit", "--weights", str(ROOT / "assets/tiny"), "--out", "walk", cwd=tmp_path).returncode == 0
+    assert (
+        run(
+            "--actions",
+            "@revisit",
+            "--weights",
+            str(ROOT / "assets/tiny"),
+            "--out",
+            "walk",
+            cwd=tmp_path,
+        ).returncode
+        == 0
+    )
     assert time.monotonic() - began < 30
-    assert imageio.improps(tmp_path / "walk/play.mp4", plugin="pyav").shape == (137, 256, 256, 3)      # 1 + 56 + 2 * 40
+    assert imageio.improps(tmp_path / "walk/play.mp4", plugin="pyav").shape == (
+        137,
+        256,
+        256,
+        3,
+    )  # 1 + 56 + 2 * 40
     done = run("--replay", "walk", cwd=tmp_path)
     assert done.returncode == 0 and "3 of 3 chunks are identical" in done.stdout
 
 
-@pytest.mark.slow   # seconds of an idle machine
+@pytest.mark.slow  # seconds of an idle machine
 def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path: Path) -> None:
     env, began = {**os.environ, "DISPLAY": ""}, time.monotonic()
-    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--image", str(ROOT / "assets/start.png"), "--port", "19200"],
-                               cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "play.py"),
+            "--image",
+            str(ROOT / "assets/start.png"),
+            "--port",
+            "19200",
+        ],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        port, page = int(process.stdout.readline().rsplit(":", 1)[1].split()[0]), time.monotonic() - began
+        port, page = (
+            int(process.stdout.readline().rsplit(":", 1)[1].split()[0]),
+            time.monotonic() - began,
+        )
         viewer = Viewer(argparse.Namespace(server_port=port))
         viewer.post("/input", keys=["w"], shown=viewer.frame(ack=False)["n"])
         first = time.monotonic() - began
         while not (header := viewer.frame(ack=False))["keys"]:
             viewer.post("/input", keys=["w"], shown=header["n"])
         moved = time.monotonic() - began
-        print(f"page after {page:.1f} s, first picture after {first:.1f} s, walking after {moved:.1f} s")
+        print(
+            f"page after {page:.1f} s, first picture after {first:.1f} s, walking after {moved:.1f} s"
+        )
         viewer.close()
     finally:
         process.send_signal(signal.SIGINT)
@@ -958,9 +1388,16 @@ def test_a_newcomer_sees_the_page_within_5_seconds_and_moves_within_10(tmp_path:
 def soak(folder: Path, minutes: float, *flags: str) -> tuple[int, float, float, float]:
     """Random keys for so long: frames shown; MB when caches are warm and the films open, after five minutes, at the end."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": ""}
-    process = subprocess.Popen([sys.executable, str(ROOT / "play.py"), "--port", "19100", *flags], cwd=folder, env=env,
-                               stdout=subprocess.PIPE, text=True)
-    megabytes = lambda: int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "play.py"), "--port", "19100", *flags],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    megabytes = lambda: (
+        int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+    )
     try:
         port = int(process.stdout.readline().rsplit(":", 1)[1].split()[0])
         wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
@@ -974,7 +1411,9 @@ def soak(folder: Path, minutes: float, *flags: str) -> tuple[int, float, float, 
                 viewer.post("/input", keys=held, shown=frame["n"])
             settled = settled or (time.monotonic() - began > 300 and megabytes())
         last = megabytes()
-        print(f"{frame['i']} frames in {minutes:g} minutes: {first:.0f} MB at the start, {settled:.0f} MB after five, {last:.0f} MB at the end")
+        print(
+            f"{frame['i']} frames in {minutes:g} minutes: {first:.0f} MB at the start, {settled:.0f} MB after five, {last:.0f} MB at the end"
+        )
         viewer.close()
     finally:
         process.send_signal(signal.SIGINT)
@@ -984,26 +1423,38 @@ def soak(folder: Path, minutes: float, *flags: str) -> tuple[int, float, float, 
     return frame["i"], first, settled, last
 
 
-@pytest.mark.slow   # as long as it says; MINUTES=2 for a shorter look
+@pytest.mark.slow  # as long as it says; MINUTES=2 for a shorter look
 def test_twenty_minutes_of_play_grow_by_less_than_50_mb(tmp_path: Path) -> None:
-    _, first, _, last = soak(tmp_path, float(os.environ.get("MINUTES", 20)), "--fake", "--size", "64x64")
+    _, first, _, last = soak(
+        tmp_path, float(os.environ.get("MINUTES", 20)), "--fake", "--size", "64x64"
+    )
     assert last - first < 50
 
 
-@pytest.mark.slow   # with a model the bank grows, too: until it holds 4,096 latents, and then by new views only
-def test_thirty_minutes_with_the_model_grow_by_less_than_75_mb_after_the_first_five(tmp_path: Path) -> None:
+@pytest.mark.slow  # with a model the bank grows, too: until it holds 4,096 latents, and then by new views only
+def test_thirty_minutes_with_the_model_grow_by_less_than_75_mb_after_the_first_five(
+    tmp_path: Path,
+) -> None:
     _, first, settled, last = soak(tmp_path, float(os.environ.get("MINUTES", 30)), "--fps", "16")
     assert settled and settled - first < 75 and last - settled < 75
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright, and Chromium")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="needs: pip install playwright, and Chromium"
+    )
+    path = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not path:
         pytest.skip("needs Chromium")
     with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"], timeout=1000 * PATIENT)
+        browser = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"], timeout=1000 * PATIENT
+        )
         yield browser
         browser.close()
 
@@ -1013,7 +1464,10 @@ def tab_on(chromium, server, width: int = 1280, height: int = 800):
     """The page in a tab that has begun to play. Errors of the page are errors of the test."""
     complaints, tab = [], chromium.new_page(viewport={"width": width, "height": height})
     tab.set_default_timeout(1000 * PATIENT)
-    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    tab.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type == "error" else None,
+    )
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.goto(f"http://127.0.0.1:{server.server_port}", wait_until="commit")
     tab.wait_for_function("window.play && play.frames > 5")
@@ -1042,16 +1496,27 @@ def test_held_keys_are_held_until_the_page_loses_the_focus(chromium, tmp_path: P
 @pytest.mark.browser
 def test_every_key_of_the_key_map_works_in_the_page(chromium, tmp_path: Path) -> None:
     with page(tmp_path) as (player, server), tab_on(chromium, server) as tab:
+
         def press(key: str, happens, shown: str) -> None:
             tab.keyboard.press(key)
             wait_for(happens, PATIENT)
             tab.wait_for_function(shown)
 
         for policy, said in (("none", "off"), ("camera", "on")):
-            press("KeyM", lambda policy=policy: player.session.policy == policy, f"document.body.dataset.memory === '{said}'")
+            press(
+                "KeyM",
+                lambda policy=policy: player.session.policy == policy,
+                f"document.body.dataset.memory === '{said}'",
+            )
             assert f"Memory is {said.upper()}" in tab.inner_text("#toggle")
-            tab.wait_for_function(f"chip.textContent === 'memory {said}'")        # the picture says how it was made, a moment later
-        press("Tab", lambda: player.set["view"] == "truth", "play.frame.view === 'truth' && !badge.hidden")
+            tab.wait_for_function(
+                f"chip.textContent === 'memory {said}'"
+            )  # the picture says how it was made, a moment later
+        press(
+            "Tab",
+            lambda: player.set["view"] == "truth",
+            "play.frame.view === 'truth' && !badge.hidden",
+        )
         press("Tab", lambda: player.set["view"] == "model", "play.frame.view === 'model'")
         wait_for(lambda: player.frame > 60, PATIENT)
         press("KeyP", lambda: player.set["paused"], "$('when').textContent === 'paused'")
@@ -1059,16 +1524,32 @@ def test_every_key_of_the_key_map_works_in_the_page(chromium, tmp_path: Path) ->
         frame = player.frame
         press("Period", lambda: player.frame == frame + 4, f"play.frame.i === {frame + 4}")
         press("KeyU", lambda: player.frame == frame + 4 - 40, f"play.frame.i === {frame + 4 - 40}")
-        press("KeyZ", lambda: player.frame == max(0, frame + 4 - 80), f"play.frame.i === {max(0, frame + 4 - 80)}")
+        press(
+            "KeyZ",
+            lambda: player.frame == max(0, frame + 4 - 80),
+            f"play.frame.i === {max(0, frame + 4 - 80)}",
+        )
         press("KeyN", lambda: player.seed != 42, f"play.frame.seed !== {42} && play.frame.i === 0")
         press("KeyR", lambda: player.frame == 0, "play.frame.i === 0 && play.path.length === 1")
-        press("Space", lambda: not player.set["paused"], "$('when').textContent.startsWith('next decision')")
-        press("KeyV", lambda: player.recording is None, "$('hud').textContent.includes('recordingno')")
-        press("KeyT", lambda: player.set["pace"] == "turn", "!plan.hidden && $('when').textContent === 'plan, then Enter'")
+        press(
+            "Space",
+            lambda: not player.set["paused"],
+            "$('when').textContent.startsWith('next decision')",
+        )
+        press(
+            "KeyV", lambda: player.recording is None, "$('hud').textContent.includes('recordingno')"
+        )
+        press(
+            "KeyT",
+            lambda: player.set["pace"] == "turn",
+            "!plan.hidden && $('when').textContent === 'plan, then Enter'",
+        )
         wait_for(lambda: not player.screen.left(), PATIENT)
         frame, yaw = player.frame, player.poses[-1][4]
         tab.keyboard.press("KeyL")
-        assert tab.inner_text("#plan button") == "l" and not player.controls.held, "a key fills a slot, nothing is held"
+        assert tab.inner_text("#plan button") == "l" and not player.controls.held, (
+            "a key fills a slot, nothing is held"
+        )
         press("Enter", lambda: player.frame == frame + 4, f"play.frame.i === {frame + 4}")
         assert player.poses[-1][4] - yaw == pytest.approx(6, abs=1e-3)
         press("KeyT", lambda: player.set["pace"] == "live", "plan.hidden")
@@ -1083,14 +1564,22 @@ def test_a_dropped_picture_is_where_the_walk_starts(chromium, tmp_path: Path) ->
     picture = io.BytesIO()
     Image.new("RGB", (80, 60), (200, 30, 30)).save(picture, "PNG")
     with page(tmp_path) as (player, server), tab_on(chromium, server, 480, 900) as tab:
-        tab.evaluate("""bytes => { const data = new DataTransfer();
+        tab.evaluate(
+            """bytes => { const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], "red.png", { type:"image/png" }));
-            dispatchEvent(new DragEvent("drop", { dataTransfer:data, cancelable:true })); }""", list(picture.getvalue()))
-        wait_for(lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None, PATIENT)
+            dispatchEvent(new DragEvent("drop", { dataTransfer:data, cancelable:true })); }""",
+            list(picture.getvalue()),
+        )
+        wait_for(
+            lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None,
+            PATIENT,
+        )
         tab.wait_for_function("banner.textContent.includes('80x60') && !play.truth")
         tab.click("#gallery button >> nth=2")
         wait_for(lambda: player.begun.truth is not None, PATIENT)
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a narrow page does not scroll sideways"
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            "a narrow page does not scroll sideways"
+        )
 
 
 @pytest.mark.browser
@@ -1099,12 +1588,14 @@ def test_a_pressed_key_is_soon_a_picture(chromium, tmp_path: Path) -> None:
     with page(tmp_path) as (_, server), tab_on(chromium, server) as tab:
         for count in range(40):
             tab.wait_for_function("play.frame.keys.length === 0")
-            time.sleep(random.random() / 8)                               # at odd moments of the chunk
+            time.sleep(random.random() / 8)  # at odd moments of the chunk
             tab.keyboard.down("KeyJ")
             tab.wait_for_function(f"play.latency.length > {count}")
             tab.keyboard.up("KeyJ")
         ages = sorted(tab.evaluate("play.latency"))
-    print(f"key to picture: median {ages[len(ages) // 2]:.0f} ms, p95 {ages[int(0.95 * len(ages))]:.0f} ms over {len(ages)}")
+    print(
+        f"key to picture: median {ages[len(ages) // 2]:.0f} ms, p95 {ages[int(0.95 * len(ages))]:.0f} ms over {len(ages)}"
+    )
     assert len(ages) == 40 and ages[len(ages) // 2] < 400
 
 
@@ -1116,15 +1607,23 @@ def test_the_shipped_model_turns_away_and_back_in_the_page(chromium, tmp_path: P
         pytest.skip("no shipped weights: python train.py --stage base")
     model = ("--no-fake", "--weights", str(ROOT / "assets/tiny"), "--pace", "turn")
     with page(tmp_path, *model) as (player, server), tab_on(chromium, server) as tab:
-        for key, slots in (("l", 14), ("j", 10), ("j", 4)):                # 84 degrees away, and back; the last chunk ends with standing still
+        for key, slots in (
+            ("l", 14),
+            ("j", 10),
+            ("j", 4),
+        ):  # 84 degrees away, and back; the last chunk ends with standing still
             frame = player.frame
             tab.evaluate(f"command({{ cmd:'run', plan:[...Array({slots}).fill(['{key}']), []] }})")
             wait_for(lambda frame=frame: player.frame > frame, PATIENT)
-        tab.wait_for_function("play.frame.i > 130 && document.querySelectorAll('#strip img').length === 5")
+        tab.wait_for_function(
+            "play.frame.i > 130 && document.querySelectorAll('#strip img').length === 5"
+        )
         assert "dB" in tab.inner_text("#on"), "the same place again is compared with the truth"
         for key in ("Escape", "KeyP", "KeyT"):
             tab.keyboard.press(key)
-        tab.wait_for_function("$('when').textContent === 'paused' && plan.hidden && play.frame.i === 136")
+        tab.wait_for_function(
+            "$('when').textContent === 'paused' && plan.hidden && play.frame.i === 136"
+        )
         tab.screenshot(path=str(tmp_path / "page.png"))
         tab.set_viewport_size({"width": 480, "height": 900})
         tab.screenshot(path=str(tmp_path / "narrow.png"), full_page=True)

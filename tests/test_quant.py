@@ -48,12 +48,14 @@ class Block(nn.Module):
         self.self_attn = nn.ModuleDict({n: nn.Linear(32, 32) for n in ("q", "k", "v", "o")})
         self.cross_attn = nn.ModuleDict({n: nn.Linear(32, 32) for n in ("q", "k", "v", "o")})
         self.ffn = nn.Sequential(nn.Linear(32, 80), nn.GELU(), nn.Linear(80, 32))
-        self.action_model = nn.ModuleDict({"mouse_attn_q": nn.Linear(32, 32), "t_qkv": nn.Linear(32, 96)})
+        self.action_model = nn.ModuleDict(
+            {"mouse_attn_q": nn.Linear(32, 32), "t_qkv": nn.Linear(32, 96)}
+        )
         self.norm_q = nn.LayerNorm(32)
 
     def forward(self, x):
         a = self.self_attn
-        h = x + a["o"](torch.softmax(a["q"](x) @ a["k"](x).mT / 32 ** 0.5, -1) @ a["v"](x))
+        h = x + a["o"](torch.softmax(a["q"](x) @ a["k"](x).mT / 32**0.5, -1) @ a["v"](x))
         return h + self.ffn(h)
 
 
@@ -63,10 +65,13 @@ def relative(y, ref):
 
 # ---- identity
 
+
 def test_weights_and_activations_equal_the_golden_integers_exactly():
     weight_int8, weight_scales = quantise_weight(GOLDEN["weight"])
     x_int8, x_scales = quantise_rows(GOLDEN["x"])
-    assert torch.equal(weight_int8, GOLDEN["weight_int8"]) and torch.equal(weight_scales, GOLDEN["weight_scales"])
+    assert torch.equal(weight_int8, GOLDEN["weight_int8"]) and torch.equal(
+        weight_scales, GOLDEN["weight_scales"]
+    )
     assert torch.equal(x_int8, GOLDEN["x_int8"])
     torch.testing.assert_close(x_scales, GOLDEN["x_scales"], rtol=1e-6, atol=0)
 
@@ -85,7 +90,7 @@ def test_saving_and_loading_is_exact():
     model, twin = Block(), Block()
     quantize_(model, "qkvo+ffn")
     with torch.device("meta"):
-        twin = Block()                                                # the float weights are never needed again
+        twin = Block()  # the float weights are never needed again
     names = load_quantized_(twin, load(save(model.state_dict())))
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
@@ -94,9 +99,13 @@ def test_saving_and_loading_is_exact():
 
 # ---- behaviour: one word for kind and layers
 
+
 def test_a_prefix_names_the_kind():
     model = Block()
-    assert quantize_(model, "fp8:qkvo+ffn") and type(model.ffn[0]) is type(model.self_attn["q"]) is Fp8Linear
+    assert (
+        quantize_(model, "fp8:qkvo+ffn")
+        and type(model.ffn[0]) is type(model.self_attn["q"]) is Fp8Linear
+    )
     assert type(model.cross_attn["q"]) is nn.Linear
     with pytest.raises(ValueError, match="unknown kind 'int4'"):
         quantize_(Block(), "int4:qkvo")
@@ -114,13 +123,16 @@ def test_approximate_reaches_every_network_that_can_reuse():
     approximate_(model, "qkvo", reuse=True)
     assert model["low"].reuse and not hasattr(model["high"], "reuse")
     assert all(type(block.self_attn["q"]) is Int8Linear for block in model.values())
-    approximate_(model)                                          # no layers left to convert, and none asked for
+    approximate_(model)  # no layers left to convert, and none asked for
     assert not model["low"].reuse
 
 
 # ---- limits
 
-@pytest.mark.parametrize("M, K, N", [(1, 64, 48), (16, 64, 48), (17, 64, 48), (5, 6, 7), (40, 3096, 8)])
+
+@pytest.mark.parametrize(
+    "M, K, N", [(1, 64, 48), (16, 64, 48), (17, 64, 48), (5, 6, 7), (40, 3096, 8)]
+)
 def test_the_integer_product_is_exact_for_any_shape(M, K, N):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-128, 128, s, generator=g).to(torch.int8) for s in ((M, K), (N, K)))
@@ -130,7 +142,9 @@ def test_the_integer_product_is_exact_for_any_shape(M, K, N):
 
 def test_a_single_row_still_works():
     layer, x = Int8Linear(random_linear()), torch.randn(20, 64)
-    torch.testing.assert_close(layer(x[3:4]), layer(x)[3:4])          # and a token never depends on its neighbours
+    torch.testing.assert_close(
+        layer(x[3:4]), layer(x)[3:4]
+    )  # and a token never depends on its neighbours
     assert layer(x.view(4, 5, 64)).shape == (4, 5, 48) and layer(x[0]).shape == (48,)
 
 
@@ -144,20 +158,25 @@ def test_a_layer_without_bias_and_an_outlier_token_are_fine():
     linear = linear_of(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), None)
     x = torch.randn(6, 64) * torch.tensor([1e-4, 1, 1, 1, 1, 1e4])[:, None]
     error = (Int8Linear(linear)(x) - linear(x)).norm(dim=1) / linear(x).norm(dim=1)
-    assert error.max() < 0.02                                         # scales are per token: the outlier hurts nobody
+    assert error.max() < 0.02  # scales are per token: the outlier hurts nobody
 
 
 # ---- reference
+
 
 def test_int8_matches_official_in_its_rounding_mode():
     layer = Int8Linear(linear_of(GOLDEN["weight"], GOLDEN["bias"]), released=True)
     truncated, _ = quantise_rows(GOLDEN["x"], released=True)
     divided = (GOLDEN["x"] / GOLDEN["x_scales"][:, None]).trunc().to(torch.int8)
-    assert (divided != GOLDEN["x_int8"]).sum() == 808                 # of 1632
+    assert (divided != GOLDEN["x_int8"]).sum() == 808  # of 1632
     maxima = GOLDEN["x"].abs() == GOLDEN["x"].abs().amax(1, keepdim=True)
-    assert (truncated == divided)[~maxima].all()  # the kernel's x·(127/a) and x/(a/127) part only at 127 itself
+    assert (truncated == divided)[
+        ~maxima
+    ].all()  # the kernel's x·(127/a) and x/(a/127) part only at 127 itself
     assert torch.equal(layer.weight_scales, GOLDEN["weight_scales"].bfloat16().float())
-    acc = truncated.float() @ GOLDEN["weight_int8"].float().t()       # (acc·s_x)·s_w -> bf16, then the bias
+    acc = (
+        truncated.float() @ GOLDEN["weight_int8"].float().t()
+    )  # (acc·s_x)·s_w -> bf16, then the bias
     y = acc * GOLDEN["x_scales"][:, None] * layer.weight_scales
     assert torch.equal(layer(GOLDEN["x"]), (y.bfloat16() + GOLDEN["bias"].bfloat16()).float())
 
@@ -165,11 +184,14 @@ def test_int8_matches_official_in_its_rounding_mode():
 def test_true_rounding_is_closer():
     exact = GOLDEN["x"] @ GOLDEN["weight"].t()
     ours = relative(Int8Linear(linear_of(GOLDEN["weight"], None))(GOLDEN["x"]), exact)
-    released = relative(Int8Linear(linear_of(GOLDEN["weight"], None), released=True)(GOLDEN["x"]), exact)
+    released = relative(
+        Int8Linear(linear_of(GOLDEN["weight"], None), released=True)(GOLDEN["x"]), exact
+    )
     assert ours < 0.009 and released > 1.5 * ours, (ours, released)
 
 
 # ---- behaviour
+
 
 @pytest.mark.parametrize("kind, low, high", [("int8", 0.005, 0.02), ("fp8", 0.02, 0.06)])
 def test_the_error_on_gaussian_data_lies_in_its_band(kind, low, high):
@@ -186,9 +208,18 @@ def test_only_q_k_v_o_are_converted():
     assert converted == set(names)
 
 
-@pytest.mark.parametrize("which, count", [("qkvo", 4), ("cross", 4), ("qkvo+cross", 8), ("ffn", 2), ("all", 12)])  # of one block
+@pytest.mark.parametrize(
+    "which, count", [("qkvo", 4), ("cross", 4), ("qkvo+cross", 8), ("ffn", 2), ("all", 12)]
+)  # of one block
 def test_each_choice_of_layers_means_what_it_says(which, count):
-    assert len(chosen(nn.ModuleDict({"blocks": nn.ModuleList([Block()]), "head": nn.Linear(2, 2)}), which)) == count
+    assert (
+        len(
+            chosen(
+                nn.ModuleDict({"blocks": nn.ModuleList([Block()]), "head": nn.Linear(2, 2)}), which
+            )
+        )
+        == count
+    )
 
 
 def test_weights_take_a_quarter_of_fp32():
@@ -196,7 +227,7 @@ def test_weights_take_a_quarter_of_fp32():
     before = sum(model.self_attn[n].weight.nbytes for n in "qkvo")
     quantize_(model)
     assert sum(model.self_attn[n].weight_int8.nbytes for n in "qkvo") * 4 == before
-    assert nbytes(model.self_attn) < 0.33 * before                    # scales and bias included
+    assert nbytes(model.self_attn) < 0.33 * before  # scales and bias included
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -205,7 +236,9 @@ def test_casting_the_model_to_bf16_leaves_scales_and_weights_alone(kind):
     quantize_(model, kind=kind)
     before = {k: v.clone() for k, v in model.state_dict().items() if "weight_" in k}
     model.bfloat16()
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and len(before) == 8
+    assert (
+        all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and len(before) == 8
+    )
     with torch.no_grad():
         assert model(torch.randn(2, 9, 32).bfloat16()).dtype == torch.bfloat16
 
@@ -226,6 +259,7 @@ def test_the_report_measures_each_layer_and_leaves_the_model_as_it_was():
 
 # ---- bad input
 
+
 def test_wrong_requests_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="qkvo, cross, ffn, all"):
         quantize_(Block(), "attention")
@@ -243,14 +277,20 @@ def test_wrong_requests_are_refused_with_the_choices():
 
 # ---- CUDA
 
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [1, 16, 17, 300])
 def test_cuda_equals_cpu(rows):
     linear, x = random_linear(256, 128), torch.randn(rows, 256)
-    torch.testing.assert_close(Int8Linear(linear).cuda()(x.cuda()).cpu(), Int8Linear(linear)(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        Int8Linear(linear).cuda()(x.cuda()).cpu(), Int8Linear(linear)(x), rtol=1e-5, atol=1e-5
+    )
     fp8 = Fp8Linear(linear).cuda()
-    assert not fp8_available(torch.device("cuda")) or relative(fp8(x.cuda()).cpu(), Fp8Linear(linear)(x)) < 4e-3
+    assert (
+        not fp8_available(torch.device("cuda"))
+        or relative(fp8(x.cuda()).cpu(), Fp8Linear(linear)(x)) < 4e-3
+    )
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 """A session: the same frames however they are made, bounded in memory, honest about its cost, never left hanging."""
+
 import json
 import math
 import os
@@ -26,7 +27,9 @@ import world
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = realtime.Options(preset="micro", weights="random", device="cpu", dtype="float32")
-IMAGE = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randint(
+    0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -35,7 +38,9 @@ def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def walk(session: realtime.Session, segments: int, first: int = 0) -> list[realtime.Chunk]:
-    return [session.step(*actions(session.frames_needed, k)) for k in range(first, first + segments)]
+    return [
+        session.step(*actions(session.frames_needed, k)) for k in range(first, first + segments)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,13 @@ def pixels(a: Tensor, b: Tensor) -> int:
 
 # ---- identity: one walk, many ways to make it ------------------------------------------------------------------------
 
+
 def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Chunk]) -> None:
-    assert [tuple(c.frames.shape) for c in three] == [(56, 64, 64, 3), (40, 64, 64, 3), (40, 64, 64, 3)]
+    assert [tuple(c.frames.shape) for c in three] == [
+        (56, 64, 64, 3),
+        (40, 64, 64, 3),
+        (40, 64, 64, 3),
+    ]
     assert all(c.frames.dtype == torch.uint8 and c.frames.float().std() > 5 for c in three)
     assert [c.info["segment"] for c in three] == [0, 1, 2]
     assert [c.info["first_latent"] for c in three] == [1, 15, 25]
@@ -64,47 +74,73 @@ def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Ch
     assert all(set(c.info["ms"]) == {"retrieve", "denoise", "decode"} for c in three)
 
 
-def test_a_model_remembers_as_it_was_trained_to(session: realtime.Session, three: list[realtime.Chunk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_remembers_as_it_was_trained_to(
+    session: realtime.Session, three: list[realtime.Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert three[2].info["memory"][-1]["sink"] and three[2].info["memory"][-1]["latent"] == 1
     monkeypatch.setitem(session.denoiser.meta, "sink", False)
     session.reset(IMAGE)
     assert not any(pick["sink"] for pick in walk(session, 3)[2].info["memory"])
-    monkeypatch.setitem(session.denoiser.meta, "p_memory_off", 1.0)             # trained without: it is not shown any
+    monkeypatch.setitem(
+        session.denoiser.meta, "p_memory_off", 1.0
+    )  # trained without: it is not shown any
     session.reset(IMAGE)
     chunk = walk(session, 3)[2]
-    assert chunk.info["memory"] == [] and chunk.info["policy"] == "none" and session.policy == "camera"
+    assert (
+        chunk.info["memory"] == [] and chunk.info["policy"] == "none" and session.policy == "camera"
+    )
 
 
-def test_the_same_seed_and_actions_give_the_same_frames(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+def test_the_same_seed_and_actions_give_the_same_frames(
+    session: realtime.Session, three: list[realtime.Chunk]
+) -> None:
     session.reset(IMAGE)
-    assert all(torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2), three, strict=False))
+    assert all(
+        torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2), three, strict=False)
+    )
     session.reset(IMAGE, seed=43)
     assert pixels(walk(session, 1)[0].frames, three[0].frames) > 10
 
 
-@pytest.mark.parametrize("pool", [None, realtime.ThreadPoolExecutor(1)], ids=["one thread", "two threads"])
-def test_async_frames_equal_sequential_frames_and_stay_in_order(session: realtime.Session, three: list[realtime.Chunk],
-                                                                pool: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "pool", [None, realtime.ThreadPoolExecutor(1)], ids=["one thread", "two threads"]
+)
+def test_async_frames_equal_sequential_frames_and_stay_in_order(
+    session: realtime.Session,
+    three: list[realtime.Chunk],
+    pool: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(session, "pool", pool)
     session.reset(IMAGE)
     for k in range(3):
         session.submit(*actions(session.frames_needed, k))
     for chunk, right in zip([session.collect() for _ in range(3)], three, strict=True):
-        assert chunk.info["segment"] == right.info["segment"] and torch.equal(chunk.frames, right.frames)
+        assert chunk.info["segment"] == right.info["segment"] and torch.equal(
+            chunk.frames, right.frames
+        )
 
 
-def test_undo_gives_the_same_frames_again(session: realtime.Session, three: list[realtime.Chunk]) -> None:
+def test_undo_gives_the_same_frames_again(
+    session: realtime.Session, three: list[realtime.Chunk]
+) -> None:
     session.reset(IMAGE)
     walk(session, 2)
     wrong = session.step(*actions(40, seed=99)).frames
     session.undo()
-    assert pixels(wrong, three[2].frames) > 0 and torch.equal(walk(session, 1, 2)[0].frames, three[2].frames)
+    assert pixels(wrong, three[2].frames) > 0 and torch.equal(
+        walk(session, 1, 2)[0].frames, three[2].frames
+    )
     session.undo()
     session.undo()
-    assert all(torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2, 1), three[1:], strict=True))
+    assert all(
+        torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2, 1), three[1:], strict=True)
+    )
 
 
-def test_a_restored_session_continues_exactly(session: realtime.Session, three: list[realtime.Chunk], tmp_path: Path) -> None:
+def test_a_restored_session_continues_exactly(
+    session: realtime.Session, three: list[realtime.Chunk], tmp_path: Path
+) -> None:
     session.reset(IMAGE)
     walk(session, 2)
     session.policy = "recent"
@@ -122,11 +158,25 @@ def test_a_restored_session_continues_exactly(session: realtime.Session, three: 
 
 def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
     nets, _ = realtime.load_parts(OPTIONS, "dit", "encoder", "decoder")
-    model = {"preset": "micro", "stage": "distill", "shift": 2.0, "encoding": "anchored", "model": vars(dit.PRESETS["micro"])}
+    model = {
+        "preset": "micro",
+        "stage": "distill",
+        "shift": 2.0,
+        "encoding": "anchored",
+        "model": vars(dit.PRESETS["micro"]),
+    }
     moe.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
-    moe.write_weights(tmp_path / "vae.safetensors", nets["encoder"].state_dict(), vae.metadata(nets["encoder"]))
+    moe.write_weights(
+        tmp_path / "vae.safetensors", nets["encoder"].state_dict(), vae.metadata(nets["encoder"])
+    )
     session = realtime.Session(replace(OPTIONS, weights=str(tmp_path)))
-    assert session.denoiser.meta == {"encoding": "anchored", "shift": 2.0, "sink": True, "p_memory_off": 0.0, "method": "renoise"}
+    assert session.denoiser.meta == {
+        "encoding": "anchored",
+        "shift": 2.0,
+        "sink": True,
+        "p_memory_off": 0.0,
+        "method": "renoise",
+    }
     session.reset(IMAGE)
     assert walk(session, 1)[0].frames.float().std() > 5
     with pytest.raises(ValueError, match="holds a micro model; add --preset micro"):
@@ -137,54 +187,91 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
 
 # ---- the camera of a player: in its eye or behind it -----------------------------------------------------------------
 
+
 def test_the_third_person_sees_from_where_the_game_puts_its_camera() -> None:
     scene, n = world.make_scene(7, "plaza"), 64
     g = torch.Generator().manual_seed(0)
     ground = len(scene.solid) * torch.rand(n, 2, generator=g, dtype=torch.float64)
-    turns = torch.rand(n, 2, generator=g, dtype=torch.float64) * torch.tensor([50.0, 360.0]) - torch.tensor([45.0, 0.0])
+    turns = torch.rand(n, 2, generator=g, dtype=torch.float64) * torch.tensor(
+        [50.0, 360.0]
+    ) - torch.tensor([45.0, 0.0])
     poses = torch.cat([ground[:, :1], torch.full((n, 1), -1.6), ground[:, 1:], turns], 1)
     right = torch.from_numpy(world.cameras(scene, poses.numpy(), "third"))
-    free = (right[:, :3, 3] - poses[:, :3] - torch.tensor([0, -0.15, 0])).norm(dim=1) > 2.799     # no wall shortens the arm
+    free = (right[:, :3, 3] - poses[:, :3] - torch.tensor([0, -0.15, 0])).norm(
+        dim=1
+    ) > 2.799  # no wall shortens the arm
     assert free.sum() > 10
-    torch.testing.assert_close(memory.behind(poses, world.MAX_PITCH)[free], right[free], rtol=0, atol=1e-5)
-    assert memory.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))[0, 1, 2] == pytest.approx(math.sin(math.radians(85)))
+    torch.testing.assert_close(
+        memory.behind(poses, world.MAX_PITCH)[free], right[free], rtol=0, atol=1e-5
+    )
+    assert memory.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))[0, 1, 2] == pytest.approx(
+        math.sin(math.radians(85))
+    )
 
 
-def test_a_session_in_the_third_person_remembers_what_its_camera_saw(session: realtime.Session, three: list[realtime.Chunk], tmp_path: Path) -> None:
+def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
+    session: realtime.Session, three: list[realtime.Chunk], tmp_path: Path
+) -> None:
     third = realtime.Session(replace(OPTIONS, view="third"))
     third.reset(IMAGE)
     chunk = walk(third, 1)[0]
-    assert chunk.info["poses"] == three[0].info["poses"] and pixels(chunk.frames, three[0].frames) > 0   # one player, another camera
+    assert (
+        chunk.info["poses"] == three[0].info["poses"] and pixels(chunk.frames, three[0].frames) > 0
+    )  # one player, another camera
     latent = third.denoiser.bank.read(torch.tensor([3])).cameras[0, 0, -1].double()
-    pose = torch.tensor([chunk.info["poses"][11]], dtype=torch.float64)                                  # latent 3 ends with frame 12
+    pose = torch.tensor(
+        [chunk.info["poses"][11]], dtype=torch.float64
+    )  # latent 3 ends with frame 12
     torch.testing.assert_close(latent, memory.behind(pose)[0], rtol=0, atol=1e-5)
-    third.denoiser.camera = memory.pose_to_c2w                       # whoever knows the walls brings its own
+    third.denoiser.camera = memory.pose_to_c2w  # whoever knows the walls brings its own
     third.reset(IMAGE)
     assert torch.equal(walk(third, 1)[0].frames, three[0].frames)
     third.save(tmp_path / "third.safetensors")
-    with pytest.raises(ValueError, match="no saved session of preset micro in the first person; it says: micro, third person"):
+    with pytest.raises(
+        ValueError,
+        match="no saved session of preset micro in the first person; it says: micro, third person",
+    ):
         session.restore(tmp_path / "third.safetensors")
 
 
 def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> None:
-    cfg, options = dit.PRESETS["micro"], replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
+    cfg, options = (
+        dit.PRESETS["micro"],
+        replace(OPTIONS, weights=str(tmp_path / "model.safetensors")),
+    )
 
     def parts(asked: str, **said: object) -> dict:
-        moe.write_weights(options.weights, moe.build("micro").state_dict(), {"preset": "micro", "model": vars(cfg)} | said)
+        moe.write_weights(
+            options.weights,
+            moe.build("micro").state_dict(),
+            {"preset": "micro", "model": vars(cfg)} | said,
+        )
         return realtime.load_parts(replace(options, view=asked), "dit")[1]
 
-    for asked, said in (("first", {}), ("third", {"view": "third"}), ("third", {"view": "both"}), ("first", {"view": "both"})):
+    for asked, said in (
+        ("first", {}),
+        ("third", {"view": "third"}),
+        ("third", {"view": "both"}),
+        ("first", {"view": "both"}),
+    ):
         assert parts(asked, **said)["method"] == "unipc"
     for said in ({}, {"view": "first"}):
-        with pytest.raises(ValueError, match="^this model has not seen the third person; use --weights of experts: "
-                                             "python train.py --stage moe, or --view first$"):
+        with pytest.raises(
+            ValueError,
+            match="^this model has not seen the third person; use --weights of experts: "
+            "python train.py --stage moe, or --view first$",
+        ):
             parts("third", **said)
     with pytest.raises(ValueError, match="has not seen the first person.*--view third"):
         parts("first", view="third")
     with pytest.raises(ValueError, match="view must be one of first, third, got 'fourth'"):
         realtime.resolve(replace(OPTIONS, view="fourth"))
     experts = moe.build(moe.MoEConfig(cfg))
-    moe.write_weights(options.weights, experts.state_dict(), {"preset": "micro", "stage": "moe", "model": asdict(experts.config)})
+    moe.write_weights(
+        options.weights,
+        experts.state_dict(),
+        {"preset": "micro", "stage": "moe", "model": asdict(experts.config)},
+    )
     nets, meta = realtime.load_parts(replace(options, view="third"), "dit")
     assert nets["dit"].view == "third" and meta["method"] == "unipc"
     assert realtime.load_parts(options, "dit")[0]["dit"].view == "first"
@@ -197,32 +284,54 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     third.submit(*actions(40, 1), late=lambda: actions(40, 2))
     assert third.collect().info["keyboard"] == actions(40, 2)[0].tolist()
     with pytest.raises(ValueError, match="no expert for view 'third'; this model has first"):
-        moe.write_weights(options.weights, moe.build(moe.MoEConfig(cfg, views=("first",))).state_dict(),
-                          {"preset": "micro", "stage": "moe", "model": asdict(moe.MoEConfig(cfg, views=("first",)))})
+        moe.write_weights(
+            options.weights,
+            moe.build(moe.MoEConfig(cfg, views=("first",))).state_dict(),
+            {
+                "preset": "micro",
+                "stage": "moe",
+                "model": asdict(moe.MoEConfig(cfg, views=("first",))),
+            },
+        )
         realtime.load_parts(replace(options, view="third"), "dit")
 
 
 # ---- late: actions that change while a segment is being denoised -----------------------------------------------------
 
+
 def test_late_actions_replace_those_of_the_segment() -> None:
     session = realtime.Session(replace(OPTIONS, commit=1))
 
-    def two(early: int, late: int | None) -> realtime.Chunk:         # the second segment: memory, past and its info
+    def two(
+        early: int, late: int | None
+    ) -> realtime.Chunk:  # the second segment: memory, past and its info
         session.reset(IMAGE)
         walk(session, 1)
-        session.submit(*actions(40, early), late=None if late is None else lambda: actions(40, late))
+        session.submit(
+            *actions(40, early), late=None if late is None else lambda: actions(40, late)
+        )
         return session.collect()
 
     early, final = two(5, None), two(6, None)
     bank = session.denoiser.bank.state_dict()
-    for same in (two(5, 5), (session.undo(), session.submit(*actions(40, 5), late=lambda: None), session.collect())[-1]):
+    for same in (
+        two(5, 5),
+        (session.undo(), session.submit(*actions(40, 5), late=lambda: None), session.collect())[-1],
+    ):
         assert torch.equal(same.frames, early.frames) and same.info["poses"] == early.info["poses"]
     changed = two(5, 6)
     # the walk is the one of the newer actions, everywhere; the frames began as the older ones and are neither's
-    assert all(changed.info[key] == final.info[key] for key in ("poses", "keyboard", "mouse", "memory"))
-    assert changed.info["poses"] != early.info["poses"] and changed.info["keyboard"] == actions(40, 6)[0].tolist()
+    assert all(
+        changed.info[key] == final.info[key] for key in ("poses", "keyboard", "mouse", "memory")
+    )
+    assert (
+        changed.info["poses"] != early.info["poses"]
+        and changed.info["keyboard"] == actions(40, 6)[0].tolist()
+    )
     kept = session.denoiser.bank.state_dict()
-    assert torch.equal(kept["cameras"], bank["cameras"]) and torch.equal(kept["times"], bank["times"])
+    assert torch.equal(kept["cameras"], bank["cameras"]) and torch.equal(
+        kept["times"], bank["times"]
+    )
     assert pixels(changed.frames, early.frames) > 0 and pixels(changed.frames, final.frames) > 0
     # both readings again give the same frames; what follows starts from the same walk
     session.undo()
@@ -240,12 +349,12 @@ def test_late_actions_are_read_once_and_checked(session: realtime.Session) -> No
     late.reset(IMAGE)
     asked = []
     late.submit(*actions(56), late=lambda: asked.append(0))
-    late.step(*actions(40))                                          # without late nobody is asked
+    late.step(*actions(40))  # without late nobody is asked
     assert asked == [0]
     late.collect()
     with pytest.raises(ValueError, match="segment 2 takes finite keyboard .40, 6."):
         late.submit(*actions(40), late=lambda: actions(56))
-    assert late.step(*actions(40)).info["segment"] == 2              # nothing had happened
+    assert late.step(*actions(40)).info["segment"] == 2  # nothing had happened
     session.reset(IMAGE)
     with pytest.raises(ValueError, match="late actions need a step before which they are read"):
         session.submit(*actions(56), late=lambda: None)
@@ -264,12 +373,17 @@ def test_reuse_of_clean_keys_is_near_the_exact_segment(three: list[realtime.Chun
 
 # ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
 
-def test_a_slow_decoder_blocks_the_queue_not_memory(session: realtime.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_slow_decoder_blocks_the_queue_not_memory(
+    session: realtime.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session.reset(IMAGE)
-    monkeypatch.setattr(session, "pool", realtime.ThreadPoolExecutor(1))     # as with a decoder on another device
+    monkeypatch.setattr(
+        session, "pool", realtime.ThreadPoolExecutor(1)
+    )  # as with a decoder on another device
     gate, decode = threading.Event(), session.decoder.decode
     session.decoder.decode = lambda *args: (gate.wait(20), decode(*args))[1]
-    for k in range(1 + realtime.QUEUE):                              # one in work, QUEUE waiting
+    for k in range(1 + realtime.QUEUE):  # one in work, QUEUE waiting
         session.submit(*actions(session.frames_needed, k))
     fourth = threading.Thread(target=lambda: session.submit(*actions(session.frames_needed, 3)))
     fourth.start()
@@ -278,7 +392,12 @@ def test_a_slow_decoder_blocks_the_queue_not_memory(session: realtime.Session, m
     gate.set()
     fourth.join(20)
     session.decoder.decode = decode
-    assert not fourth.is_alive() and [session.collect().info["segment"] for _ in range(4)] == [0, 1, 2, 3]
+    assert not fourth.is_alive() and [session.collect().info["segment"] for _ in range(4)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_an_error_of_the_decoder_reaches_the_player(session: realtime.Session) -> None:
@@ -312,40 +431,74 @@ def test_short_segments_keep_four_past_latents() -> None:
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four released segments, from keys to latents. Tolerance: its diagonal step is 8.73 cm, ours 12.35/√2 = 8.733 cm."""
     g, saved = load_file(GOLDEN / "rollout.safetensors"), load_file(GOLDEN / "dit.safetensors")
     said = json.loads((GOLDEN / "meta.json").read_text())["dit_config"]
-    cfg = replace(moe.from_released(said | {"sigma_theta": 0.0}), text_dim=64, text_len=said.get("text_len", 16), timestep="integer")
+    cfg = replace(
+        moe.from_released(said | {"sigma_theta": 0.0}),
+        text_dim=64,
+        text_len=said.get("text_len", 16),
+        timestep="integer",
+    )
     model = dit.DiT(cfg)
-    model.load_state_dict({n.removeprefix("weights."): t.float() for n, t in saved.items() if n.startswith("weights.")})
+    model.load_state_dict(
+        {
+            n.removeprefix("weights."): t.float()
+            for n, t in saved.items()
+            if n.startswith("weights.")
+        }
+    )
     options = realtime.Options(preset="5b", device="cpu", dtype="float32")
-    d = realtime.Denoiser(model.eval(), {"encoding": "released", "shift": 5.0, "method": "unipc"}, options)
+    d = realtime.Denoiser(
+        model.eval(), {"encoding": "released", "shift": 5.0, "method": "unipc"}, options
+    )
     d.reset(g["image_latent"], g["context"], 0, (0.0, 0.0, 0.0, 0.0, 0.0))
     at = 0
     for k in range(4):
         n = 56 if k == 0 else 40
-        monkeypatch.setattr(torch, "randn", lambda *a, k=k, n=n, **_: g[f"segment{k}.noise"][:, :, -n // 4:])
-        x0, info = d.run(g["keyboard"][at:at + n], g["mouse"][at:at + n], "camera")
+        monkeypatch.setattr(
+            torch, "randn", lambda *a, k=k, n=n, **_: g[f"segment{k}.noise"][:, :, -n // 4 :]
+        )
+        x0, info = d.run(g["keyboard"][at : at + n], g["mouse"][at : at + n], "camera")
         monkeypatch.undo()
         at += n
-        right = g[f"segment{k}.latents"][:, :, -n // 4:]
+        right = g[f"segment{k}.latents"][:, :, -n // 4 :]
         if k:
-            assert [m["latent"] for m in info["memory"]] == g[f"segment{k}.memory_latents_idx"].tolist()
+            assert [m["latent"] for m in info["memory"]] == g[
+                f"segment{k}.memory_latents_idx"
+            ].tolist()
         assert (x0 - right).norm() / right.norm() < 1e-3, f"segment {k}"
 
 
 def test_flop_formulas_give_905_tf() -> None:
     exact, released, decode = realtime.segment_flops(realtime.Options(preset="5b"))
-    assert abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7      # + text K and V, per segment
+    assert (
+        abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7
+    )  # + text K and V, per segment
     assert abs(decode / 1e12 - 663.5) < 0.2
-    assert abs(realtime.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86) < 0.1
+    assert (
+        abs(
+            realtime.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12
+            - 41.86
+        )
+        < 0.1
+    )
     faster = quant.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
     # 572.5 with a first step that answers for the past, too; + text K and V
-    assert [905.5 / ratio for ratio in faster.values()] == pytest.approx([807.7, 572.5 - 3.67 + 0.6], rel=1e-3)
+    assert [905.5 / ratio for ratio in faster.values()] == pytest.approx(
+        [807.7, 572.5 - 3.67 + 0.6], rel=1e-3
+    )
     parts = quant.dit_flops(dit.PRESETS["5b"], 880)
-    for part, tf in (("self-attention", 103.06), ("feed-forward", 88.36), ("camera", 37.87), ("time", 2.24), ("rays", 1.26)):
+    for part, tf in (
+        ("self-attention", 103.06),
+        ("feed-forward", 88.36),
+        ("camera", 37.87),
+        ("time", 2.24),
+        ("rays", 1.26),
+    ):
         assert parts[part][2] / 1e12 == pytest.approx(tf, rel=5e-3), part
 
 
@@ -359,11 +512,20 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
     with FlopCounterMode(display=False) as step:
         model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, prepared)
     model.reuse = True
-    model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.9]), context, kept := model.prepare(context))
+    model(
+        torch.randn(1, model.cfg.in_dim, 10, 8, 8),
+        torch.tensor([0.9]),
+        context,
+        kept := model.prepare(context),
+    )
     with FlopCounterMode(display=False) as later:
         model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, kept)
-    ours = [sum(column) for column in zip(*quant.dit_flops(model.cfg, places).values(), strict=True)]
-    assert later.get_total_flops() == pytest.approx(sum(part[1] for part in quant.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01)
+    ours = [
+        sum(column) for column in zip(*quant.dit_flops(model.cfg, places).values(), strict=True)
+    ]
+    assert later.get_total_flops() == pytest.approx(
+        sum(part[1] for part in quant.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
+    )
     assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
     assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
     net = vae.VAE(realtime.vae_config(preset, "light50"))
@@ -376,34 +538,53 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
 
 # ---- behaviour: memory policies, bad input, cost ---------------------------------------------------------------------
 
+
 def test_memory_is_switched_live(session: realtime.Session) -> None:
     session.reset(IMAGE)
     walk(session, 2)
     picked, frames = {}, {}
     for session.policy in memory.POLICIES:
         chunk = walk(session, 1, 2)[0]
-        picked[session.policy], frames[session.policy] = [m["latent"] for m in chunk.info["memory"]], chunk.frames
+        picked[session.policy], frames[session.policy] = (
+            [m["latent"] for m in chunk.info["memory"]],
+            chunk.frames,
+        )
         session.undo()
     session.policy = "camera"
-    assert picked["none"] == [] and picked["camera"][-1] == 1 and picked["recent"] == [20, 19, 18, 17, 16]
-    assert len(set(picked["random"])) == 5 and max(picked["random"]) < 21                  # never the past window itself
+    assert (
+        picked["none"] == []
+        and picked["camera"][-1] == 1
+        and picked["recent"] == [20, 19, 18, 17, 16]
+    )
+    assert (
+        len(set(picked["random"])) == 5 and max(picked["random"]) < 21
+    )  # never the past window itself
     assert pixels(frames["none"], frames["camera"]) > 0
 
 
 def test_pitch_stops_at_85_degrees(session: realtime.Session) -> None:
     session.reset(IMAGE, pose=(1.0, -1.6, 2.0, 0.0, 0.0))
     chunk = session.step(torch.zeros(56, 6), torch.tensor([0.2, 0.0]).repeat(56, 1))
-    assert max(pose[3] for pose in chunk.info["poses"]) == 85.0 and chunk.info["poses"][-1][:3] == [1.0, -1.6, 2.0]
+    assert max(pose[3] for pose in chunk.info["poses"]) == 85.0 and chunk.info["poses"][-1][:3] == [
+        1.0,
+        -1.6,
+        2.0,
+    ]
 
 
 def test_wrong_input_says_what_is_right(session: realtime.Session) -> None:
     fresh = realtime.Session(OPTIONS)
     with pytest.raises(ValueError, match="call reset"):
         fresh.step(*actions(56))
-    with pytest.raises(ValueError, match=r"image must be \(64, 64, 3\) uint8 for preset micro, got \(32, 64, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"image must be \(64, 64, 3\) uint8 for preset micro, got \(32, 64, 3\)"
+    ):
         session.reset(IMAGE[:32])
     session.reset(IMAGE)
-    with pytest.raises(ValueError, match="segment 0 takes finite keyboard .56, 6. .* actions of the future belong to the next step"):
+    with pytest.raises(
+        ValueError,
+        match="segment 0 takes finite keyboard .56, 6. .* actions of the future belong to the next step",
+    ):
         session.step(*actions(96))
     with pytest.raises(ValueError, match="finite"):
         session.step(torch.full((56, 6), float("nan")), torch.zeros(56, 2))
@@ -428,52 +609,117 @@ def test_impossible_options_fail_before_anything_is_allocated() -> None:
         realtime.Session(realtime.Options(preset="huge"))
     with pytest.raises(ValueError, match="new must be one of 10, 5, 2"):
         realtime.Session(replace(OPTIONS, new=3))
-    with pytest.raises(ValueError, match="No model for preset micro.*train.py --stage base --preset micro.*--fake"):
+    with pytest.raises(
+        ValueError, match="No model for preset micro.*train.py --stage base --preset micro.*--fake"
+    ):
         realtime.Session(replace(OPTIONS, weights=""))
-    with pytest.raises(ValueError, match="17 denoising ranks cannot work here: micro has 16 places"):
+    with pytest.raises(
+        ValueError, match="17 denoising ranks cannot work here: micro has 16 places"
+    ):
         realtime.open_session(OPTIONS, 17)
 
 
 def test_a_small_gpu_is_told_what_would_fit() -> None:
     options = realtime.Options(preset="5b", device="cuda:0", dtype="bfloat16")
     text = realtime.will_not_fit(options, 22.1)
-    assert text.startswith("5b bfloat16 at 1280×704 needs ~") and "cuda:0 has 22.1 GB free. Options, cheapest first:" in text
+    assert (
+        text.startswith("5b bfloat16 at 1280×704 needs ~")
+        and "cuda:0 has 22.1 GB free. Options, cheapest first:" in text
+    )
     assert "--vae light75 (−" in text and "--int8 (−1.1)" in text
-    assert 19 < realtime.estimate(options) < 40                      # 12.9 weights, 6.2 camera cache, decoder, activations
-    assert realtime.estimate(replace(options, reuse=True)) - realtime.estimate(options) == pytest.approx(30 * 9 * 880 * 3072 * 4e-9, rel=0.1)
+    assert (
+        19 < realtime.estimate(options) < 40
+    )  # 12.9 weights, 6.2 camera cache, decoder, activations
+    assert realtime.estimate(replace(options, reuse=True)) - realtime.estimate(
+        options
+    ) == pytest.approx(30 * 9 * 880 * 3072 * 4e-9, rel=0.1)
     assert realtime.estimate(OPTIONS) < 0.2
 
 
 def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session) -> None:
     session.reset(IMAGE)
     t = realtime.time_segment(session, rounds=2, warmup=1)
-    assert t["predicted"] == pytest.approx(40 / max(t["D"], t["V"])) and t["serial"] == pytest.approx(40 / (t["D"] + t["V"]))
-    assert t["mean"] == pytest.approx(0.5 + t["D"] + t["V"] / 10) and t["worst"] == pytest.approx(t["mean"] + 0.5)
+    assert t["predicted"] == pytest.approx(40 / max(t["D"], t["V"])) and t[
+        "serial"
+    ] == pytest.approx(40 / (t["D"] + t["V"]))
+    assert t["mean"] == pytest.approx(0.5 + t["D"] + t["V"] / 10) and t["worst"] == pytest.approx(
+        t["mean"] + 0.5
+    )
     assert not session.pending
 
 
 def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    realtime.main(["--bench", "--preset", "5b", "--suite", "model", "--decoder", "light75", "--out", str(tmp_path)])
-    printed, saved = capsys.readouterr().out, json.loads((tmp_path / "bench-5b-model.json").read_text())
+    realtime.main(
+        [
+            "--bench",
+            "--preset",
+            "5b",
+            "--suite",
+            "model",
+            "--decoder",
+            "light75",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    printed, saved = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "bench-5b-model.json").read_text()),
+    )
     rows = {row[0]: row[2] for row in saved["rows"]}
-    assert rows["TF to denoise"] == pytest.approx(808.3, abs=0.1) and "\n".join(saved["table"]) + "\n" == printed and "threads" in printed
-    assert rows["FPS on 1 H200, projected"] < rows["FPS on 2 H200, projected"] < rows["FPS on 9 H200, projected"]
+    assert (
+        rows["TF to denoise"] == pytest.approx(808.3, abs=0.1)
+        and "\n".join(saved["table"]) + "\n" == printed
+        and "threads" in printed
+    )
+    assert (
+        rows["FPS on 1 H200, projected"]
+        < rows["FPS on 2 H200, projected"]
+        < rows["FPS on 9 H200, projected"]
+    )
 
 
-def test_bench_ladder_keeps_the_exact_row_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter([True])                                              # to the bench only: the layers take their slow product
+def test_bench_ladder_keeps_the_exact_row_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter([True])  # to the bench only: the layers take their slow product
     monkeypatch.setattr(quant, "fp8_available", lambda device: next(said, False))
-    realtime.main(["--bench", "--preset", "micro", "--suite", "ladder", "--rounds", "2", "--out", str(tmp_path)])
-    rows = {row[0].split(":")[0]: row for row in json.loads((tmp_path / "bench-micro-ladder.json").read_text())["rows"]}
-    assert rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
+    realtime.main(
+        [
+            "--bench",
+            "--preset",
+            "micro",
+            "--suite",
+            "ladder",
+            "--rounds",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    rows = {
+        row[0].split(":")[0]: row
+        for row in json.loads((tmp_path / "bench-micro-ladder.json").read_text())["rows"]
+    }
+    assert (
+        rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
+    )
     assert 1e-5 < rows["int8"][4] < 0.3 and rows["5 new"][4] is None
-    assert 1e-6 < (reuse := rows["reuse of clean keys and values (approximate)"])[4] < 0.5 and reuse[2] > rows["exact reuse"][2]
-    assert all(1e-5 < rows[name][4] < 0.3 for name in ("fast fp8 qkvo", "fast fp8 all", "fast qkvo"))
+    assert (
+        1e-6 < (reuse := rows["reuse of clean keys and values (approximate)"])[4] < 0.5
+        and reuse[2] > rows["exact reuse"][2]
+    )
+    assert all(
+        1e-5 < rows[name][4] < 0.3 for name in ("fast fp8 qkvo", "fast fp8 all", "fast qkvo")
+    )
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
-def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(three: list[realtime.Chunk], session: realtime.Session, tmp_path: Path) -> None:
+
+def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
+    three: list[realtime.Chunk], session: realtime.Session, tmp_path: Path
+) -> None:
     session.reset(IMAGE)
     walk(session, 3)
     ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0, commit=1), 2)
@@ -497,7 +743,10 @@ def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(three: list[
     for one in (alone, ranks):
         one.submit(*actions(40, 2), late=lambda: actions(40, 8))
     late, right = ranks.collect(), alone.collect()
-    assert late.info["poses"] == right.info["poses"] != chunks[2].info["poses"] and pixels(late.frames, right.frames) <= 1
+    assert (
+        late.info["poses"] == right.info["poses"] != chunks[2].info["poses"]
+        and pixels(late.frames, right.frames) <= 1
+    )
     # a rank that fails is named, and nobody is left behind
     ranks.team.post("denoise", "nonsense")
     with pytest.raises(RuntimeError, match=r"rank 1 \(denoise\) failed: AttributeError.*nonsense"):
@@ -509,7 +758,9 @@ def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(three: list[
 
 
 @pytest.mark.slow
-def test_eight_denoisers_and_a_decoder_make_the_frames_of_one_process(three: list[realtime.Chunk], session: realtime.Session) -> None:
+def test_eight_denoisers_and_a_decoder_make_the_frames_of_one_process(
+    three: list[realtime.Chunk], session: realtime.Session
+) -> None:
     """Slow: nine processes import torch. As published, 8 + 1; two heads and 16 places among eight."""
     session.reset(IMAGE)
     walk(session, 2)
@@ -528,7 +779,7 @@ def test_eight_denoisers_and_a_decoder_make_the_frames_of_one_process(three: lis
 def test_a_killed_decoder_ends_all_ranks_within_seconds(three: list[realtime.Chunk]) -> None:
     ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
     ranks.reset(IMAGE)
-    assert torch.equal(walk(ranks, 1)[0].frames, three[0].frames)    # 1 + 1 is exact
+    assert torch.equal(walk(ranks, 1)[0].frames, three[0].frames)  # 1 + 1 is exact
     os.kill(ranks.team.crew[0].pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 died"):
@@ -568,21 +819,29 @@ def test_ranks_with_other_options_or_weights_are_named() -> None:
         except ValueError as error:
             said.append(str(error))
 
-    threads = [threading.Thread(target=join, args=(r, o, b)) for r, o, b in
-               ((0, OPTIONS, 0.0), (1, OPTIONS, 1.0), (2, replace(OPTIONS, steps=4), 0.0))]
+    threads = [
+        threading.Thread(target=join, args=(r, o, b))
+        for r, o, b in ((0, OPTIONS, 0.0), (1, OPTIONS, 1.0), (2, replace(OPTIONS, steps=4), 0.0))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert len(set(said)) == 1 and len(said) == 3
-    assert "rank 1 differs from rank 0 in its weights; rank 2 differs from rank 0 in its options" in said[0]
+    assert (
+        "rank 1 differs from rank 0 in its weights; rank 2 differs from rank 0 in its options"
+        in said[0]
+    )
 
 
 @pytest.mark.slow
 def test_hours_of_play_stay_within_bounded_memory() -> None:
     """Slow: 200 segments, 8,016 frames."""
+
     def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        )
 
     session = realtime.Session(replace(OPTIONS, bank=64))
     session.reset(IMAGE)

@@ -29,7 +29,9 @@ import vae
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = ["--preset", "micro", "--dtype", "float32", "--device", "cpu", "--log-every", "1"]
-EARLY = functools.partial(error_buffer.ErrorConfig, warmup=3)      # errors are injected from the fourth step, not the 51st
+EARLY = functools.partial(
+    error_buffer.ErrorConfig, warmup=3
+)  # errors are injected from the fourth step, not the 51st
 
 # What another process runs: train.py with the same early errors, and, if STOP says so, a signal to itself once step STOP is logged.
 LAUNCH = f"""
@@ -60,11 +62,15 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.make_dataset(folder / "datasets/micro", "micro", workers=1)
     torch.manual_seed(0)
     model, norm = vae.VAE(vae.PRESETS["micro"]), vae.LatentNorm(vae.PRESETS["micro"].z_dim)
-    video = torch.from_numpy(data.read_episode(data.list_episodes(folder / "datasets/micro")[0]).video[:33].copy())
+    video = torch.from_numpy(
+        data.read_episode(data.list_episodes(folder / "datasets/micro")[0]).video[:33].copy()
+    )
     with torch.no_grad():
         norm(model.moments(video.permute(3, 0, 1, 2)[None] / 127.5 - 1))
     norm.fold(model)
-    moe.write_weights(folder / "assets/micro/vae.safetensors", model.state_dict(), vae.metadata(model))
+    moe.write_weights(
+        folder / "assets/micro/vae.safetensors", model.state_dict(), vae.metadata(model)
+    )
     return folder
 
 
@@ -111,8 +117,14 @@ def launch(*argv: str, ranks: int = 1, stop: str = "-1 0") -> list[int]:
     env = os.environ | {"STOP": stop, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if ranks > 1:
         env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    jobs = [subprocess.Popen([sys.executable, "-c", LAUNCH, *MICRO, *argv], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             stdout=subprocess.DEVNULL) for rank in range(ranks)]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *MICRO, *argv],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(ranks)
+    ]
     try:
         return [job.wait(timeout=300) for job in jobs]
     finally:
@@ -126,7 +138,9 @@ def newest(run: Path | str) -> Path:
 
 def state(run: Path | str) -> dict:
     """All that a run is at its newest checkpoint: weights, averages, optimisers, error buffer, step."""
-    files = {file.stem: moe.read_weights(file)[0] for file in sorted(newest(run).glob("*.safetensors"))}
+    files = {
+        file.stem: moe.read_weights(file)[0] for file in sorted(newest(run).glob("*.safetensors"))
+    }
     return files | torch.load(newest(run) / "train_state.pt", weights_only=True)
 
 
@@ -168,32 +182,42 @@ def interrupt() -> None:
 def clips(studio: Path) -> tuple[train.Clips, train.Run]:
     cfg = train.parse([*MICRO, "--batch", "4"])
     run = train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32)
-    return train.load_clips(run, train.load_vae(cfg, run.device), Path("datasets/micro"), "train"), run
+    return train.load_clips(
+        run, train.load_vae(cfg, run.device), Path("datasets/micro"), "train"
+    ), run
 
 
 # ---- identity: interrupted or not, the same run
 
+
 def test_resuming_continues_exactly(reference):
     start("--steps", "6")
-    assert len(log("runs/base-micro")) == 6 and len(state("runs/base-micro")["errors"]["entries"]) > 0
+    assert (
+        len(log("runs/base-micro")) == 6 and len(state("runs/base-micro")["errors"]["entries"]) > 0
+    )
     start("--steps", "12", "--save-every", "4")
     assert log("runs/base-micro") == log(reference)
     assert same(state("runs/base-micro"), state(reference))
 
 
 def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
-    assert launch("--steps", "12", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [-signal.SIGKILL]
+    assert launch("--steps", "12", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
+        -signal.SIGKILL
+    ]
     assert newest("runs/base-micro").name == "000004" and len(log("runs/base-micro")) == 6
     start("--steps", "12", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
-    assert log("runs/base-micro") == log(reference)            # the two steps that were lost stand in it once
+    assert log("runs/base-micro") == log(reference)  # the two steps that were lost stand in it once
 
 
 def test_ctrl_c_saves_exits_130_and_the_rest_resumes(reference, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at_step(patch, 7, interrupt)
         assert start("--steps", "12", "--save-every", "4") == 130
-    assert newest("runs/base-micro").name in ("000007", "000008") and "the same command resumes it" in capsys.readouterr().out
+    assert (
+        newest("runs/base-micro").name in ("000007", "000008")
+        and "the same command resumes it" in capsys.readouterr().out
+    )
     assert start("--steps", "12", "--save-every", "4") == 0
     assert same(state("runs/base-micro"), state(reference))
 
@@ -207,7 +231,11 @@ def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
 @pytest.mark.parametrize("stage", ["vae", "distill"])
 def test_the_other_stages_resume_exactly_too(stage, reference):
     how = ["--stage", stage, "--batch", "2", "--warmup", "9"]
-    how += ["--init", str(reference), "--segments", "1", "--cold-start", "1"] if stage == "distill" else []
+    how += (
+        ["--init", str(reference), "--segments", "1", "--cold-start", "1"]
+        if stage == "distill"
+        else []
+    )
     start(*how, "--steps", "4", "--run", "whole")
     start(*how, "--steps", "2", "--run", "parts")
     start(*how, "--steps", "4", "--run", "parts")
@@ -224,7 +252,11 @@ def test_the_average_of_a_recomputing_model_computes_with_the_averaged_weights()
     model = moe.build("micro")
     ema = [torch.randn_like(p) * 0.1 for p in model.parameters()]
     plain = moe.averaged(model, ema)
-    context, x, sigma = dit.random_context(model.cfg), torch.randn(1, 16, 10, 8, 8), torch.tensor([0.5])
+    context, x, sigma = (
+        dit.random_context(model.cfg),
+        torch.randn(1, 16, 10, 8, 8),
+        torch.tensor([0.5]),
+    )
     moe.twin(model, torch.float32, recompute=True)
     with torch.no_grad():
         assert torch.equal(moe.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
@@ -243,17 +275,25 @@ def test_two_ranks_compute_the_losses_of_one_process():
     how = ["--steps", "5", "--muon", "0", "--run"]
     start(*how, "one")
     assert launch(*how, "two", ranks=2) == [0, 0]
-    torch.testing.assert_close(losses("runs/two"), losses("runs/one"), atol=2e-5, rtol=0)    # 1e-5 each way: rounded in the log
+    torch.testing.assert_close(
+        losses("runs/two"), losses("runs/one"), atol=2e-5, rtol=0
+    )  # 1e-5 each way: rounded in the log
     one, two = state("runs/one"), state("runs/two")
     assert one["errors"]["counts"] == two["errors"]["counts"]
-    torch.testing.assert_close(one["errors"]["entries"], two["errors"]["entries"], atol=2e-2, rtol=0)
-    assert moe.load("runs/two")[0].cfg == dit.PRESETS["micro"]         # saved whole, not in shards
+    torch.testing.assert_close(
+        one["errors"]["entries"], two["errors"]["entries"], atol=2e-2, rtol=0
+    )
+    assert moe.load("runs/two")[0].cfg == dit.PRESETS["micro"]  # saved whole, not in shards
 
 
 @pytest.mark.slow
 def test_two_ranks_of_a_saved_run_resume_exactly():
     how = ["--muon", "0", "--run"]
-    assert launch(*how, "whole", "--steps", "4", ranks=2) == launch(*how, "parts", "--steps", "2", ranks=2) == [0, 0]
+    assert (
+        launch(*how, "whole", "--steps", "4", ranks=2)
+        == launch(*how, "parts", "--steps", "2", ranks=2)
+        == [0, 0]
+    )
     assert launch(*how, "parts", "--steps", "4", ranks=2) == [0, 0]
     assert same(state("runs/whole"), state("runs/parts"))
 
@@ -267,20 +307,42 @@ def test_a_signal_to_one_rank_stops_and_saves_all():
 
 @pytest.mark.slow
 def test_distillation_runs_on_two_ranks(reference):
-    how = ["--stage", "distill", "--init", str(reference), "--segments", "1", "--cold-start", "1", "--steps", "3", "--batch", "2"]
+    how = [
+        "--stage",
+        "distill",
+        "--init",
+        str(reference),
+        "--segments",
+        "1",
+        "--cold-start",
+        "1",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+    ]
     assert launch(*how, ranks=2) == [0, 0]
     assert moe.load("runs/distill-micro")[0].cfg == dit.PRESETS["micro"]
 
 
 # ---- every stage from nothing
 
+
 def test_base_leaves_a_run_that_loads_and_draws(reference):
     model, said = moe.load(reference)
-    assert said["step"] == 12 and said["stage"] == "base" and said["path"].endswith("ema.safetensors")
-    x = dit.sample(model, dit.random_context(model.cfg), dit.sigma_grid(2), torch.randn(1, 16, 10, 8, 8))
+    assert (
+        said["step"] == 12 and said["stage"] == "base" and said["path"].endswith("ema.safetensors")
+    )
+    x = dit.sample(
+        model, dit.random_context(model.cfg), dit.sigma_grid(2), torch.randn(1, 16, 10, 8, 8)
+    )
     assert x.isfinite().all()
-    assert {"config.json", "diffusion_pytorch_model.safetensors", "ema.safetensors", "train_state.pt"} == {
-        file.name for file in newest(reference).iterdir()}
+    assert {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "ema.safetensors",
+        "train_state.pt",
+    } == {file.name for file in newest(reference).iterdir()}
 
 
 def test_the_vae_stages_leave_vaes_that_encode_and_decode():
@@ -299,11 +361,28 @@ def test_the_vae_stages_leave_vaes_that_encode_and_decode():
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
     video = torch.rand(1, 3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "whole")
-    start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "decoder", "--init", "runs/whole/vae.safetensors", "--decoder-only")
-    before, after = (vae.from_weights(*moe.read_weights(f"runs/{run}/vae.safetensors")).float() for run in ("whole", "decoder"))
+    start(
+        "--stage",
+        "vae",
+        "--steps",
+        "4",
+        "--batch",
+        "1",
+        "--run",
+        "decoder",
+        "--init",
+        "runs/whole/vae.safetensors",
+        "--decoder-only",
+    )
+    before, after = (
+        vae.from_weights(*moe.read_weights(f"runs/{run}/vae.safetensors")).float()
+        for run in ("whole", "decoder")
+    )
     with torch.no_grad():
         assert torch.allclose(before.encode(video), after.encode(video), atol=1e-5)
-        assert (before.decode(before.encode(video)) - after.decode(before.encode(video))).abs().max() > 1e-4
+        assert (
+            before.decode(before.encode(video)) - after.decode(before.encode(video))
+        ).abs().max() > 1e-4
     caches = lambda: sorted(path.name for path in Path("datasets/micro").glob("latents-*"))
     start("--steps", "1", "--run", "a", "--vae", "runs/whole/vae.safetensors")
     known = caches()
@@ -315,14 +394,34 @@ def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch)
     monkeypatch.chdir(Path(train.__file__).parent)
     assert train.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
     assert train.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
-    assert train.parse(["--stage", "distill", "--preset", "micro"]).init == train.parse([]).init == ""
+    assert (
+        train.parse(["--stage", "distill", "--preset", "micro"]).init == train.parse([]).init == ""
+    )
 
 
 def test_distill_makes_a_student_of_a_base(reference):
-    start("--stage", "distill", "--init", str(reference), "--segments", "1", "--steps", "4", "--cold-start", "2", "--batch", "2",
-          "--ratio", "1", "--ratio-cold", "1")
+    start(
+        "--stage",
+        "distill",
+        "--init",
+        str(reference),
+        "--segments",
+        "1",
+        "--steps",
+        "4",
+        "--cold-start",
+        "2",
+        "--batch",
+        "2",
+        "--ratio",
+        "1",
+        "--ratio-cold",
+        "1",
+    )
     student, base = moe.load("runs/distill-micro")[0], moe.load(reference)[0]
-    moved = [not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)
+    ]
     assert any(moved) and all("critic" in line for line in log("runs/distill-micro"))
 
 
@@ -334,33 +433,69 @@ def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset
 
 def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
     levels, plain = [], dit.add_noise
-    monkeypatch.setattr(dit, "add_noise", lambda x0, noise, sigma: levels.append(sigma) or plain(x0, noise, sigma))
+    monkeypatch.setattr(
+        dit, "add_noise", lambda x0, noise, sigma: levels.append(sigma) or plain(x0, noise, sigma)
+    )
     seen = {}
     for expert, view in (("high-first", "first"), ("high-third", "third"), ("low", "low")):
         levels.clear()
-        start("--stage", "moe", "--expert", expert, "--run", expert, "--steps", "2", "--boundary", ".8")
+        start(
+            "--stage",
+            "moe",
+            "--expert",
+            expert,
+            "--run",
+            expert,
+            "--steps",
+            "2",
+            "--boundary",
+            ".8",
+        )
         seen[view] = torch.cat(levels)
-    assert (seen["first"] >= 0.8).all() and (seen["third"] >= 0.8).all() and (seen["low"] <= 0.8).all()
-    assert train.main(["--export", *(f"runs/{name}" for name in ("high-first", "high-third", "low")), "moe.safetensors"]) == 0
+    assert (
+        (seen["first"] >= 0.8).all() and (seen["third"] >= 0.8).all() and (seen["low"] <= 0.8).all()
+    )
+    assert (
+        train.main(
+            [
+                "--export",
+                *(f"runs/{name}" for name in ("high-first", "high-third", "low")),
+                "moe.safetensors",
+            ]
+        )
+        == 0
+    )
     joined, said = moe.load("moe.safetensors", dtype=torch.float32)
-    assert set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
+    assert (
+        set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
+    )
     with pytest.raises(ValueError, match="joined runs must be different experts"):
         train.main(["--export", "runs/low", "runs/low", "moe.safetensors"])
     with pytest.raises(ValueError, match="--export RUN ... FILE takes runs"):
         train.main(["--export", "runs/low"])
     low, _ = moe.load("runs/low")
-    torch.testing.assert_close(joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6)      # bfloat16
+    torch.testing.assert_close(
+        joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6
+    )  # bfloat16
 
 
 def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clips, monkeypatch):
-    run = dataclasses.replace(clips[1], cfg=dataclasses.replace(clips[1].cfg, stage="moe", expert="dense"))
+    run = dataclasses.replace(
+        clips[1], cfg=dataclasses.replace(clips[1].cfg, stage="moe", expert="dense")
+    )
     decoder, root = train.load_vae(run.cfg, run.device), Path(run.cfg.data or "datasets/micro")
-    one, three, both = (train.seen_by(view, run, decoder, root) for view in ("first", "third", "both"))
+    one, three, both = (
+        train.seen_by(view, run, decoder, root) for view in ("first", "third", "both")
+    )
     assert (run.view, len(one.latents), len(three.latents), len(both.latents)) == ("both", 4, 1, 8)
     assert all(torch.equal(row, three.latents[0]) for row in both.latents[4:])
     high = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, expert="high-first"))
     read = data.read_episode
-    monkeypatch.setattr(data, "read_episode", lambda path: (e := read(path), e.meta.update(action_source="inferred"))[0])
+    monkeypatch.setattr(
+        data,
+        "read_episode",
+        lambda path: (e := read(path), e.meta.update(action_source="inferred"))[0],
+    )
     with pytest.raises(ValueError, match="no episodes of split"):
         train.load_clips(high, decoder, root, "train")
 
@@ -368,7 +503,9 @@ def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clip
 def test_samples_and_held_out_scores_appear_while_training():
     start("--steps", "2", "--sample-every", "2")
     assert {file.suffix for file in Path("runs/base-micro/samples").iterdir()} == {".png", ".mp4"}
-    assert {"psnr model", "psnr no memory", "psnr wrong actions"} < log("runs/base-micro")[-1].keys()
+    assert {"psnr model", "psnr no memory", "psnr wrong actions"} < log("runs/base-micro")[
+        -1
+    ].keys()
 
 
 def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeypatch, capsys):
@@ -381,35 +518,63 @@ def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeyp
 
 # ---- behaviour: what is learned, and from what
 
+
 def test_loss_falls_on_one_clip():
-    start("--steps", "60", "--overfit", "1", "--lr", "3e-3", "--warmup", "5", "--p-error", "0", "--p-null", "0", "--p-i2v", "0")
+    start(
+        "--steps",
+        "60",
+        "--overfit",
+        "1",
+        "--lr",
+        "3e-3",
+        "--warmup",
+        "5",
+        "--p-error",
+        "0",
+        "--p-null",
+        "0",
+        "--p-i2v",
+        "0",
+    )
     curve = losses("runs/base-micro")
     assert curve[:5].mean() > 1.5 and curve[-10:].mean() < 0.75 * curve[:5].mean()
 
 
 def test_only_new_latents_carry_loss(clips, monkeypatch):
     targets, plain = [], dit.velocity
-    monkeypatch.setattr(dit, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise))
+    monkeypatch.setattr(
+        dit, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise)
+    )
     start("--steps", "1")
     (x0, noise), (drawn, context) = targets[0], train.draw(*clips, 0)
     assert torch.equal(x0, drawn)
-    new = context.times[:, -x0.shape[2]:]                      # the newest latents of the window, no past, no memory
-    assert (new.diff(dim=1) == 1).all() and (context.times[:, :-x0.shape[2]].amax(1) < new[:, 0]).all()
-    expected = plain(x0, noise).square().mean()                # a fresh network says 0
+    new = context.times[:, -x0.shape[2] :]  # the newest latents of the window, no past, no memory
+    assert (new.diff(dim=1) == 1).all() and (
+        context.times[:, : -x0.shape[2]].amax(1) < new[:, 0]
+    ).all()
+    expected = plain(x0, noise).square().mean()  # a fresh network says 0
     torch.testing.assert_close(losses("runs/base-micro")[0], expected, atol=1e-5, rtol=0)
 
 
 def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
     given, targets, inject, velocity = [], [], train.inject, dit.velocity
     monkeypatch.setattr(train, "inject", lambda *args: given.append(inject(*args)) or given[-1])
-    monkeypatch.setattr(dit, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise))
+    monkeypatch.setattr(
+        dit, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise)
+    )
     start("--steps", "10", "--p-error", "1", "--p-i2v", "0", "--p-memory-off", "0")
     for step, (context, target) in enumerate(zip(given, targets, strict=True)):
         x0, clean = train.draw(*with_flags(clips, p_i2v=0.0, p_memory_off=0.0), step)
         assert torch.equal(target, x0)
-        changed = [not torch.equal(getattr(context, name), getattr(clean, name)) for name in ("past", "memory")]
-        assert changed == [step >= 3] * 2                      # warmup=3: nothing before the fourth step
-        assert all(same(getattr(context, k), getattr(clean, k)) for k in ("times", "rays", "mouse", "keyboard", "text"))
+        changed = [
+            not torch.equal(getattr(context, name), getattr(clean, name))
+            for name in ("past", "memory")
+        ]
+        assert changed == [step >= 3] * 2  # warmup=3: nothing before the fourth step
+        assert all(
+            same(getattr(context, k), getattr(clean, k))
+            for k in ("times", "rays", "mouse", "keyboard", "text")
+        )
 
 
 @pytest.mark.parametrize("where", ["past", "memory"])
@@ -417,7 +582,10 @@ def test_errors_go_only_where_they_are_asked_to_go(where, clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, inject=where)
     clean = train.draw(clips, run, 0)[1]
     dirty = train.inject(filled("real"), clean, run, torch.Generator().manual_seed(0))
-    assert [not torch.equal(getattr(dirty, k), getattr(clean, k)) for k in ("past", "memory")] == [where == "past", where == "memory"]
+    assert [not torch.equal(getattr(dirty, k), getattr(clean, k)) for k in ("past", "memory")] == [
+        where == "past",
+        where == "memory",
+    ]
 
 
 def test_a_lone_image_is_real_data_and_stays(clips):
@@ -431,7 +599,9 @@ def test_the_gaussian_control_has_the_variance_of_the_real_errors(clips):
     clean, size = train.draw(clips, run, 0)[1], {}
     for kind in ("real", "gaussian"):
         dirty = train.inject(filled(kind), clean, run, torch.Generator().manual_seed(0))
-        size[kind] = torch.stack([(getattr(dirty, k) - getattr(clean, k)).std() for k in ("past", "memory")])
+        size[kind] = torch.stack(
+            [(getattr(dirty, k) - getattr(clean, k)).std() for k in ("past", "memory")]
+        )
     assert (size["real"] > 0.1).all()
     torch.testing.assert_close(size["gaussian"], size["real"], atol=0, rtol=0.05)
 
@@ -446,11 +616,14 @@ def filled(kind: str) -> error_buffer.ErrorBuffer:
     return buffer
 
 
-def with_flags(clips: tuple[train.Clips, train.Run], **flags: object) -> tuple[train.Clips, train.Run]:
+def with_flags(
+    clips: tuple[train.Clips, train.Run], **flags: object
+) -> tuple[train.Clips, train.Run]:
     return clips[0], dataclasses.replace(clips[1], cfg=dataclasses.replace(clips[1].cfg, **flags))
 
 
 # ---- what a batch is
+
 
 def test_shares_of_batches_are_what_was_asked_for(clips):
     shares = dict(p_i2v=0.3, p_memory_off=0.4, p_null=0.2)
@@ -458,8 +631,14 @@ def test_shares_of_batches_are_what_was_asked_for(clips):
     batches = [train.draw(*clips, step)[1] for step in range(300)]
     image = [c.past.shape[2] == 1 for c in batches]
     off = [c.memory.shape[2] == 0 for c, i in zip(batches, image, strict=True) if not i]
-    null = torch.cat([(c.keyboard == -1).flatten(1).all(1) & (c.mouse == 1).flatten(1).all(1) & (c.text == 0).flatten(1).all(1)
-                      for c in batches])
+    null = torch.cat(
+        [
+            (c.keyboard == -1).flatten(1).all(1)
+            & (c.mouse == 1).flatten(1).all(1)
+            & (c.text == 0).flatten(1).all(1)
+            for c in batches
+        ]
+    )
     for name, found in zip(shares, (image, off, null.tolist()), strict=True):
         spread = 4 * (shares[name] * (1 - shares[name]) / len(found)) ** 0.5
         assert abs(sum(found) / len(found) - shares[name]) < spread, name
@@ -482,20 +661,36 @@ def test_memory_is_always_older_than_the_past(clips):
 
 def test_without_a_sink_the_oldest_latent_is_remembered_only_where_it_is_asked_for(clips):
     sure = dict(p_i2v=0.0, p_memory_off=0.0)
-    last = [[train.draw(*with_flags(clips, **sure, sink=sink), step)[1].times[:, 4].tolist() for step in range(10)] for sink in (True, False)]
-    assert all(t <= 1 for row in last[0] for t in row) and any(t > 1 for row in last[1] for t in row)
+    last = [
+        [
+            train.draw(*with_flags(clips, **sure, sink=sink), step)[1].times[:, 4].tolist()
+            for step in range(10)
+        ]
+        for sink in (True, False)
+    ]
+    assert all(t <= 1 for row in last[0] for t in row) and any(
+        t > 1 for row in last[1] for t in row
+    )
 
 
 def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
     sure = dict(p_i2v=0.0, p_memory_off=0.0)
     waits = []
     for step in range(40):
-        (x0, then), (other, now) = (train.draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0))
+        (x0, then), (other, now) = (
+            train.draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0)
+        )
         wait = then.times - now.times
-        assert torch.equal(x0, other) and torch.equal(then.rays, now.rays) and torch.equal(then.memory, now.memory)
+        assert (
+            torch.equal(x0, other)
+            and torch.equal(then.rays, now.rays)
+            and torch.equal(then.memory, now.memory)
+        )
         assert (wait[:, :5] == 0).all() and (wait[:, 5:] == wait[:, 5:6]).all()
         waits += wait[:, 5].tolist()
-    assert min(waits) >= 1 and max(waits) <= 2000 and 20 < sorted(waits)[80] < 100          # evenly in their logarithm
+    assert (
+        min(waits) >= 1 and max(waits) <= 2000 and 20 < sorted(waits)[80] < 100
+    )  # evenly in their logarithm
 
 
 def test_revisits_are_drawn_as_often_as_asked(clips):
@@ -504,18 +699,27 @@ def test_revisits_are_drawn_as_often_as_asked(clips):
     for share in (0.0, 1.0):
         sure = with_flags((clips, run), revisit=share, p_i2v=0.0, p_later=0.0)
         starts = [(train.draw(*sure, step)[1].times[:, -10]) for step in range(40)]
-        rows = [torch.randint(len(clips.latents), (4,), generator=train.generator(run.cfg, step)) for step in range(40)]
-        worth[share] = torch.cat([clips.revisit[r, s] for r, s in zip(rows, starts, strict=True)]).mean()
+        rows = [
+            torch.randint(len(clips.latents), (4,), generator=train.generator(run.cfg, step))
+            for step in range(40)
+        ]
+        worth[share] = torch.cat(
+            [clips.revisit[r, s] for r, s in zip(rows, starts, strict=True)]
+        ).mean()
     assert worth[1.0] > 1.2 * worth[0.0] > 0
 
 
 def test_ranks_share_a_batch_without_loss(clips):
     whole = train.draw(*clips, 7)[0]
-    parts = [train.draw(clips[0], dataclasses.replace(clips[1], rank=rank, world=2), 7)[0] for rank in range(2)]
+    parts = [
+        train.draw(clips[0], dataclasses.replace(clips[1], rank=rank, world=2), 7)[0]
+        for rank in range(2)
+    ]
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
 
 
 # ---- bad input: what, why, what to type; exit 2, nothing lost
+
 
 def test_an_unknown_flag_suggests_the_nearest_name(monkeypatch, capsys):
     assert script(monkeypatch, "--stpes", "5") == 2
@@ -536,7 +740,11 @@ def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, c
     before = state("runs/base-micro")
     assert script(monkeypatch, *MICRO, "--steps", "2", "--lr", "0.5", "--batch", "8") == 2
     rows = [line.split() for line in capsys.readouterr().err.splitlines()]
-    assert ["lr", "0.001", "0.5"] in rows and ["batch", "4", "8"] in rows and "--fresh" in sum(rows, [])
+    assert (
+        ["lr", "0.001", "0.5"] in rows
+        and ["batch", "4", "8"] in rows
+        and "--fresh" in sum(rows, [])
+    )
     assert same(state("runs/base-micro"), before)
     assert start("--steps", "1", "--lr", "0.5", "--fresh") == 0 and len(log("runs/base-micro")) == 1
 
@@ -544,34 +752,91 @@ def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, c
 def test_a_run_from_before_a_flag_existed_resumes_with_its_default(monkeypatch):
     start("--steps", "1")
     said = json.loads(Path("runs/base-micro/config.json").read_text())
-    Path("runs/base-micro/config.json").write_text(json.dumps({k: v for k, v in said.items() if k not in ("sink", "net")}))
-    assert start("--steps", "2") == 0 and script(monkeypatch, *MICRO, "--steps", "3", "--no-sink") == 2
+    Path("runs/base-micro/config.json").write_text(
+        json.dumps({k: v for k, v in said.items() if k not in ("sink", "net")})
+    )
+    assert (
+        start("--steps", "2") == 0 and script(monkeypatch, *MICRO, "--steps", "3", "--no-sink") == 2
+    )
 
 
 def test_another_network_is_trained_and_its_run_says_what_it_is():
-    assert start("--steps", "1", "--net", "layers=1 sigma_theta=0.1 dim=48", "--no-sink", "--encoding", "absolute", "--p-memory-off", "1") == 0
+    assert (
+        start(
+            "--steps",
+            "1",
+            "--net",
+            "layers=1 sigma_theta=0.1 dim=48",
+            "--no-sink",
+            "--encoding",
+            "absolute",
+            "--p-memory-off",
+            "1",
+        )
+        == 0
+    )
     model, said = moe.load("runs/base-micro")
-    assert (model.cfg.layers, model.cfg.sigma_theta, model.cfg.dim, model.cfg.heads) == (1, 0.1, 48, 2)
+    assert (model.cfg.layers, model.cfg.sigma_theta, model.cfg.dim, model.cfg.heads) == (
+        1,
+        0.1,
+        48,
+        2,
+    )
     assert (said["sink"], said["encoding"], said["p_memory_off"]) == (False, "absolute", 1.0)
 
 
 def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypatch, capsys):
     assert script(monkeypatch, *MICRO, "--stage", "distill") == 2
-    assert "needs --init <base run>; make one with: python train.py --stage base" in capsys.readouterr().err
-    assert start("--stage", "distill", "--init", str(reference), "--segments", "1", "--steps", "1", "--batch", "1") == 0
+    assert (
+        "needs --init <base run>; make one with: python train.py --stage base"
+        in capsys.readouterr().err
+    )
+    assert (
+        start(
+            "--stage",
+            "distill",
+            "--init",
+            str(reference),
+            "--segments",
+            "1",
+            "--steps",
+            "1",
+            "--batch",
+            "1",
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--data", "nowhere"], "make one with: python data.py make --preset micro --out nowhere"),
-    (["--vae", "nowhere"], "python train.py --stage vae --preset micro"),
-    (["--init", "nowhere"], "No weights at nowhere"),
-    (["--stage", "vae", "--decoder-only"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
-    (["--stage", "lightvae", "--decoder-only", "--init", "x"], "--stage vae --decoder-only --init assets/tiny/vae.safetensors"),
-    (["--stage", "lightvae", "--init", "assets/micro/vae.safetensors"], "has a decoder of width 8, this run 2: see --preset and --rate"),
-    (["--net", "width=128"], "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'"),
-    (["--net", "dim"], "got 'dim'"),
-    (["--batch", "3", "--accum", "2"], "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--data", "nowhere"], "make one with: python data.py make --preset micro --out nowhere"),
+        (["--vae", "nowhere"], "python train.py --stage vae --preset micro"),
+        (["--init", "nowhere"], "No weights at nowhere"),
+        (
+            ["--stage", "vae", "--decoder-only"],
+            "--stage vae --decoder-only --init assets/tiny/vae.safetensors",
+        ),
+        (
+            ["--stage", "lightvae", "--decoder-only", "--init", "x"],
+            "--stage vae --decoder-only --init assets/tiny/vae.safetensors",
+        ),
+        (
+            ["--stage", "lightvae", "--init", "assets/micro/vae.safetensors"],
+            "has a decoder of width 8, this run 2: see --preset and --rate",
+        ),
+        (
+            ["--net", "width=128"],
+            "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
+        ),
+        (["--net", "dim"], "got 'dim'"),
+        (
+            ["--batch", "3", "--accum", "2"],
+            "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2",
+        ),
+    ],
+)
 def test_what_is_missing_or_does_not_fit_is_named(flags, says, monkeypatch, capsys):
     assert script(monkeypatch, *MICRO, *flags) == 2
     assert says in capsys.readouterr().err
@@ -591,13 +856,17 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, ca
         patch.setattr(moe, "save_file", full)
         assert script(patch, *MICRO, "--steps", "12", "--save-every", "4") == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert newest("runs/base-micro").name == "000004" and moe.load("runs/base-micro")[1]["step"] == 4
+    assert (
+        newest("runs/base-micro").name == "000004" and moe.load("runs/base-micro")[1]["step"] == 4
+    )
     start("--steps", "12", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
 
 
 def full(*_: object) -> None:
-    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeypatch, capsys):
@@ -610,16 +879,24 @@ def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeyp
     moe.write_weights(file, tensors, said)
     assert script(monkeypatch, *MICRO, "--steps", "4") == 2
     told = capsys.readouterr().err
-    assert "loss is nan" in told and "runs/base-micro/nan_dump.safetensors" in told and f"first bad weight: {name}" in told
+    assert (
+        "loss is nan" in told
+        and "runs/base-micro/nan_dump.safetensors" in told
+        and f"first bad weight: {name}" in told
+    )
     assert moe.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
 
 
 def test_old_checkpoints_are_removed_and_the_newest_kept():
     start("--steps", "6", "--save-every", "2", "--keep", "2")
-    assert sorted(file.name for file in Path("runs/base-micro/ckpt").iterdir()) == ["000004", "000006"]
+    assert sorted(file.name for file in Path("runs/base-micro/ckpt").iterdir()) == [
+        "000004",
+        "000006",
+    ]
 
 
 # ---- sizes that do not fit here
+
 
 @pytest.mark.parametrize("preset, billions", [("5b", (5, 8)), ("14b", (14, 21))])
 def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, capsys):
@@ -627,38 +904,60 @@ def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, 
     text = capsys.readouterr().out
     millions = float(text.split(": ")[1].split(" M")[0])
     assert billions[0] * 1000 < millions < billions[1] * 1000
-    assert all(row in text for row in ("| optimiser |", "| activations |", "| total |")) and not Path("runs").exists()
+    assert (
+        all(row in text for row in ("| optimiser |", "| activations |", "| total |"))
+        and not Path("runs").exists()
+    )
 
 
 @pytest.mark.parametrize("preset", ["5b", "14b"])
 def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
-    clips, cfg = clips[0], train.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"])
-    clips = dataclasses.replace(clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1))
-    x0, context = train.draw(clips, train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0)
-    assert x0.shape == (2, 48, 10, 4, 4) and context.rays.shape == (2, dit.PRESETS[preset].ray_channels, 19, 4, 4)
+    clips, cfg = (
+        clips[0],
+        train.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
+    )
+    clips = dataclasses.replace(
+        clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
+    )
+    x0, context = train.draw(
+        clips, train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0
+    )
+    assert x0.shape == (2, 48, 10, 4, 4) and context.rays.shape == (
+        2,
+        dit.PRESETS[preset].ray_channels,
+        19,
+        4,
+        4,
+    )
 
 
 @pytest.mark.parametrize("preset", ["5b", "14b"])
 def test_big_presets_build_in_shards_on_meta(preset):
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     try:
         model = moe.shard(moe.build(preset, "meta"), torch.bfloat16)
         local = sum(p.to_local().numel() for p in model.parameters())
         whole = sum(p.numel() for p in model.parameters())
         assert abs(local / whole - 1 / 8) < 0.001
-        assert {type(block).__name__ for block in model.blocks} != {"Block"}          # each block a unit of its own
+        assert {type(block).__name__ for block in model.blocks} != {
+            "Block"
+        }  # each block a unit of its own
     finally:
         dist.destroy_process_group()
 
 
 # ---- curves
 
+
 def test_plot_draws_the_curves_of_runs(reference):
     pytest.importorskip("matplotlib").use("agg")
     shutil.copytree(reference, "runs/a", ignore=shutil.ignore_patterns("ckpt"))
     (Path("runs/b")).mkdir()
-    Path("runs/b/log.jsonl").write_text('{"step": 5, "critic": 0.5, "latent_std": 1.0}\n')       # distill has no "loss"
+    Path("runs/b/log.jsonl").write_text(
+        '{"step": 5, "critic": 0.5, "latent_std": 1.0}\n'
+    )  # distill has no "loss"
     assert train.main(["--plot", "runs/a", "runs/b"]) == 0
     assert Path("runs/a/loss.png").stat().st_size > 1000
     assert train.main(["--plot", "runs/b/log.jsonl"]) == 0 and Path("runs/b/loss.png").exists()
@@ -666,7 +965,9 @@ def test_plot_draws_the_curves_of_runs(reference):
 
 def test_plot_says_how_to_get_matplotlib_and_what_a_run_is(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    assert script(monkeypatch, "--plot", "runs/none") == 2 and "runs/none" in capsys.readouterr().err
+    assert (
+        script(monkeypatch, "--plot", "runs/none") == 2 and "runs/none" in capsys.readouterr().err
+    )
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert script(monkeypatch, "--plot", "runs/none") == 2

@@ -1,4 +1,5 @@
 """vae.py, as claims: identity, limit, reference, behaviour, bad input."""
+
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import vae
-from vae import PRESETS, VAE, LatentNorm, Projections, Stream, VAEConfig, light_loss, pruned, vae_loss
+from vae import (
+    PRESETS,
+    VAE,
+    LatentNorm,
+    Projections,
+    Stream,
+    VAEConfig,
+    light_loss,
+    pruned,
+    vae_loss,
+)
 
 MICRO = PRESETS["micro"]
 WAN = replace(PRESETS["wan2.2"], mean=(), std=())
@@ -33,29 +44,40 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------------ identity
 
+
 def test_patchify_round_trips_and_orders_channels_as_released() -> None:
     video = torch.randn(2, 3, 5, 8, 12)
     x = vae.patchify(video, 2)
     assert torch.equal(vae.unpatchify(x, 2), video)
-    assert torch.equal(x[:, 4 * 1 + 2 * 1 + 0], video[:, 1, :, 0::2, 1::2])       # colour 1, odd columns, even rows
+    assert torch.equal(
+        x[:, 4 * 1 + 2 * 1 + 0], video[:, 1, :, 0::2, 1::2]
+    )  # colour 1, odd columns, even rows
 
 
-@pytest.mark.parametrize(("C", "out", "ft", "fs"), [(8, 8, 2, 2), (8, 16, 2, 2), (8, 8, 1, 2), (8, 8, 1, 1)])
-def test_avg_down_averages_consecutive_channel_time_row_column(C: int, out: int, ft: int, fs: int) -> None:
+@pytest.mark.parametrize(
+    ("C", "out", "ft", "fs"), [(8, 8, 2, 2), (8, 16, 2, 2), (8, 8, 1, 2), (8, 8, 1, 1)]
+)
+def test_avg_down_averages_consecutive_channel_time_row_column(
+    C: int, out: int, ft: int, fs: int
+) -> None:
     x = torch.randn(2, C, 3, 8, 6)
-    padded = F.pad(x, (0, 0, 0, 0, 3 % ft, 0))                                    # in FRONT
+    padded = F.pad(x, (0, 0, 0, 0, 3 % ft, 0))  # in FRONT
     T = padded.shape[2] // ft
     plain = padded.reshape(2, C, T, ft, 8 // fs, fs, 6 // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
     plain = plain.reshape(2, out, -1, T, 8 // fs, 6 // fs).mean(2)
     torch.testing.assert_close(vae.avg_down(x, out, ft, fs), plain)
 
 
-@pytest.mark.parametrize(("C", "out", "ft", "fs"), [(8, 8, 2, 2), (8, 8, 1, 2), (8, 4, 2, 2), (8, 4, 1, 2)])
-def test_dup_up_equals_its_plain_form_and_drops_the_first_frames_once(C: int, out: int, ft: int, fs: int) -> None:
+@pytest.mark.parametrize(
+    ("C", "out", "ft", "fs"), [(8, 8, 2, 2), (8, 8, 1, 2), (8, 4, 2, 2), (8, 4, 1, 2)]
+)
+def test_dup_up_equals_its_plain_form_and_drops_the_first_frames_once(
+    C: int, out: int, ft: int, fs: int
+) -> None:
     x = torch.randn(2, C, 3, 4, 5)
     plain = vae.dup_up_plain(x, out, ft, fs)
     assert torch.equal(vae.dup_up(x, out, ft, fs, first=False), plain)
-    assert torch.equal(vae.dup_up(x, out, ft, fs, first=True), plain[:, :, ft - 1:])
+    assert torch.equal(vae.dup_up(x, out, ft, fs, first=True), plain[:, :, ft - 1 :])
 
 
 def test_norm_silu_equals_its_plain_form_with_gradient() -> None:
@@ -74,8 +96,12 @@ def test_norm_silu_equals_its_plain_form_with_gradient() -> None:
 
 def test_causal_conv3d_equals_its_conv2d_form() -> None:
     x, conv = torch.randn(2, 4, 5, 6, 7), vae.CausalConv3d(4, 8, 3, padding=1)
-    torch.testing.assert_close(vae.conv3d_as_conv2d(x, conv.weight, conv.bias),
-                               F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        vae.conv3d_as_conv2d(x, conv.weight, conv.bias),
+        F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 @torch.inference_mode()
@@ -86,14 +112,16 @@ def test_streamed_decode_equals_whole_decode(name: str) -> None:
     whole = model.decode(z)
     assert whole.shape == (1, 3, 21, 16, 32)
     for sizes in ([1] * 6, [2, 2, 2], [4, 2], [1, 5], [3, 1, 2]):
-        assert torch.equal(pieces(model, z, sizes), whole)                        # every bit
+        assert torch.equal(pieces(model, z, sizes), whole)  # every bit
 
 
 def test_the_training_decode_is_the_same_function(micro: VAE) -> None:
     z = torch.randn(1, 16, 4, 4, 4)
     with torch.no_grad():
         streamed = micro.decode(z)
-    torch.testing.assert_close(micro.decode(z).detach(), streamed, atol=2e-5, rtol=1e-4)      # all at once
+    torch.testing.assert_close(
+        micro.decode(z).detach(), streamed, atol=2e-5, rtol=1e-4
+    )  # all at once
 
 
 @torch.no_grad()
@@ -116,20 +144,25 @@ def test_a_saved_state_can_be_decoded_from_again(micro: VAE) -> None:
 
 # --------------------------------------------------------------------------------------------------------- limit
 
+
 @torch.no_grad()
 def test_the_future_never_changes_the_past(micro: VAE) -> None:
     z, video = torch.randn(1, 16, 4, 4, 4), torch.rand(1, 3, 13, 32, 32)
     z2, video2 = z.clone(), video.clone()
     z2[:, :, 2:], video2[:, :, 5:] = 0, 0
     assert torch.equal(micro.decode(z)[:, :, :5], micro.decode(z2)[:, :, :5])
-    torch.testing.assert_close(micro.encode(video)[:, :, :2], micro.encode(video2)[:, :, :2], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        micro.encode(video)[:, :, :2], micro.encode(video2)[:, :, :2], atol=1e-6, rtol=1e-5
+    )
     assert not torch.equal(micro.decode(z)[:, :, 5:], micro.decode(z2)[:, :, 5:])
 
 
 @torch.no_grad()
 def test_an_image_is_a_video_of_one_frame(micro: VAE) -> None:
     video = torch.rand(1, 3, 9, 32, 32)
-    torch.testing.assert_close(micro.encode(video[:, :, :1]), micro.encode(video)[:, :, :1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        micro.encode(video[:, :, :1]), micro.encode(video)[:, :, :1], atol=1e-6, rtol=1e-5
+    )
     assert micro.decode(torch.randn(1, 16, 1, 4, 4)).shape == (1, 3, 1, 32, 32)
 
 
@@ -140,60 +173,89 @@ def test_memory_does_not_grow_over_2000_frames() -> None:
     for _ in range(51):
         video, state = model.decode_stream(torch.randn(1, 16, 10, 2, 2).bfloat16(), state)
         frames += video.shape[2]
-        sizes.add(sum(x.untyped_storage().nbytes() for x in state.values()))      # storage: no view keeps a chunk alive
+        sizes.add(
+            sum(x.untyped_storage().nbytes() for x in state.values())
+        )  # storage: no view keeps a chunk alive
     assert frames > 2000 and len(sizes) == 1 and sizes.pop() < 1e6
 
 
 # ----------------------------------------------------------------------------------------------------- reference
+
 
 @torch.no_grad()
 @pytest.mark.parametrize(("file", "width"), [("vae_full", 8), ("vae_pruned50", 4)])
 def test_matches_official(file: str, width: int) -> None:
     golden = load_file(f"tests/golden/{file}.safetensors")
     model = VAE(replace(WAN, dim=width, dec_dim=width))
-    model.load_state_dict({k[8:]: v.float() for k, v in golden.items() if k.startswith("weights.")}, strict=True)
+    model.load_state_dict(
+        {k[8:]: v.float() for k, v in golden.items() if k.startswith("weights.")}, strict=True
+    )
     video = golden["video"].float()
     assert relative(model.encode(video), golden["latent"]) < 5e-6
     assert relative(model.encode(video, chunk=1), golden["latent"]) < 5e-6
     assert relative(model.decode(golden["z"]), golden["decoded"]) < 5e-6
-    with torch.enable_grad():                                                     # the path that training takes
+    with torch.enable_grad():  # the path that training takes
         assert relative(model.decode(golden["z"]).detach(), golden["decoded"]) < 5e-6
 
 
 def test_wan_has_the_released_tensors() -> None:
     with torch.device("meta"):
-        full, half, quarter = (VAE(c) for c in (WAN, pruned(WAN, 0.5, encoder=True), pruned(WAN, 0.75, encoder=True)))
-    names = {k[8:] for k in load_file("tests/golden/vae_full.safetensors") if k.startswith("weights.")}
+        full, half, quarter = (
+            VAE(c) for c in (WAN, pruned(WAN, 0.5, encoder=True), pruned(WAN, 0.75, encoder=True))
+        )
+    names = {
+        k[8:] for k in load_file("tests/golden/vae_full.safetensors") if k.startswith("weights.")
+    }
     shapes = {k: tuple(v.shape) for k, v in full.state_dict().items()}
     assert set(shapes) == names and len(names) == 196
     for key, shape in {
-        "encoder.conv1.weight": (160, 12, 3, 3, 3), "encoder.downsamples.1.downsamples.2.time_conv.weight": (320, 320, 3, 1, 1),
-        "encoder.downsamples.2.downsamples.0.shortcut.weight": (640, 320, 1, 1, 1), "encoder.head.2.weight": (96, 640, 3, 3, 3),
-        "conv1.weight": (96, 96, 1, 1, 1), "conv2.weight": (48, 48, 1, 1, 1), "decoder.conv1.weight": (1024, 48, 3, 3, 3),
-        "decoder.middle.1.to_qkv.weight": (3072, 1024, 1, 1), "decoder.middle.1.norm.gamma": (1024, 1, 1),
-        "decoder.upsamples.1.upsamples.3.time_conv.weight": (2048, 1024, 3, 1, 1), "decoder.head.2.weight": (12, 256, 3, 3, 3),
+        "encoder.conv1.weight": (160, 12, 3, 3, 3),
+        "encoder.downsamples.1.downsamples.2.time_conv.weight": (320, 320, 3, 1, 1),
+        "encoder.downsamples.2.downsamples.0.shortcut.weight": (640, 320, 1, 1, 1),
+        "encoder.head.2.weight": (96, 640, 3, 3, 3),
+        "conv1.weight": (96, 96, 1, 1, 1),
+        "conv2.weight": (48, 48, 1, 1, 1),
+        "decoder.conv1.weight": (1024, 48, 3, 3, 3),
+        "decoder.middle.1.to_qkv.weight": (3072, 1024, 1, 1),
+        "decoder.middle.1.norm.gamma": (1024, 1, 1),
+        "decoder.upsamples.1.upsamples.3.time_conv.weight": (2048, 1024, 3, 1, 1),
+        "decoder.head.2.weight": (12, 256, 3, 3, 3),
         "decoder.upsamples.2.upsamples.0.residual.2.weight": (512, 1024, 3, 3, 3),
     }.items():
         assert shapes[key] == shape, key
-    millions = [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in (full, half, quarter)]
+    millions = [
+        round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in (full, half, quarter)
+    ]
     assert millions == [704.69, 176.98, 44.65]
-    assert quarter.decoder.conv1.weight.shape[0] == 256 and quarter.decoder.head["2"].weight.shape == (12, 64, 3, 3, 3)
-    assert len({m.slot for m in full.decoder.modules() if isinstance(m, vae.CausalConv3d)} - {-1}) == 32
-    assert PRESETS["wan2.2"].stride == PRESETS["small"].stride == (4, 16, 16) and PRESETS["tiny"].stride == (4, 8, 8)
+    assert quarter.decoder.conv1.weight.shape[0] == 256 and quarter.decoder.head[
+        "2"
+    ].weight.shape == (12, 64, 3, 3, 3)
+    assert (
+        len({m.slot for m in full.decoder.modules() if isinstance(m, vae.CausalConv3d)} - {-1})
+        == 32
+    )
+    assert PRESETS["wan2.2"].stride == PRESETS["small"].stride == (4, 16, 16) and PRESETS[
+        "tiny"
+    ].stride == (4, 8, 8)
 
 
 def diffusers_name(key: str) -> str:
     """Our name -> the name in MG-LightVAE.pth, written as a table of its own."""
-    for new, old in {"downsamples.2.resample": "downsampler.resample", "downsamples.2.time_conv": "downsampler.time_conv",
-                     "upsamples.3.": "upsampler."}.items():
+    for new, old in {
+        "downsamples.2.resample": "downsampler.resample",
+        "downsamples.2.time_conv": "downsampler.time_conv",
+        "upsamples.3.": "upsampler.",
+    }.items():
         head, _, tail = key.partition(".downsamples." if "down" in new else ".upsamples.")
         if tail[1:].startswith("." + new):
-            return f"{head}.{'down' if 'down' in new else 'up'}_blocks.{tail[0]}.{old}{tail[2 + len(new):]}"
+            return f"{head}.{'down' if 'down' in new else 'up'}_blocks.{tail[0]}.{old}{tail[2 + len(new) :]}"
     p = key.split(".")
     inner = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
     def block(rest: list[str]) -> str:
-        return ".".join([inner[rest[1]], *rest[2:]] if rest[0] == "residual" else ["conv_shortcut", *rest[1:]])
+        return ".".join(
+            [inner[rest[1]], *rest[2:]] if rest[0] == "residual" else ["conv_shortcut", *rest[1:]]
+        )
 
     if p[0] in ("conv1", "conv2"):
         return f"{'quant_conv' if p[0] == 'conv1' else 'post_quant_conv'}.{p[1]}"
@@ -201,16 +263,24 @@ def diffusers_name(key: str) -> str:
         where = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[p[2]]
         return f"{p[0]}.mid_block.{where}." + (".".join(p[3:]) if p[2] == "1" else block(p[3:]))
     if p[1] in ("downsamples", "upsamples"):
-        return f"{p[0]}.{'down' if p[1][0] == 'd' else 'up'}_blocks.{p[2]}.resnets.{p[4]}." + block(p[5:])
-    return f"{p[0]}." + {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}[
-        ".".join(p[1:-1])] + f".{p[-1]}"
+        return f"{p[0]}.{'down' if p[1][0] == 'd' else 'up'}_blocks.{p[2]}.resnets.{p[4]}." + block(
+            p[5:]
+        )
+    return (
+        f"{p[0]}."
+        + {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}[".".join(p[1:-1])]
+        + f".{p[-1]}"
+    )
 
 
 def test_the_released_light_vae_loads_by_its_own_names() -> None:
     torch.manual_seed(0)
     model = VAE(pruned(replace(PRESETS["wan2.2"], dim=8, dec_dim=8), 0.5, encoder=True))
     named = {diffusers_name(k): v for k, v in model.state_dict().items()}
-    assert "decoder.up_blocks.0.upsampler.time_conv.weight" in named and "encoder.mid_block.resnets.1.norm1.gamma" in named
+    assert (
+        "decoder.up_blocks.0.upsampler.time_conv.weight" in named
+        and "encoder.mid_block.resnets.1.norm1.gamma" in named
+    )
     named["dynamic_feature_projection_heads.up_block_1.weight"] = torch.zeros(1)
     named["dynamic_feature_projection_heads.up_block_1.bias"] = torch.zeros(1)
     assert len(named) == 198
@@ -223,8 +293,12 @@ def test_the_released_light_vae_loads_by_its_own_names() -> None:
 def test_our_files_carry_their_config() -> None:
     model = VAE(pruned(MICRO, 0.5))
     model.set_statistics([0.5] * 16, [2.0] * 16)
-    back = vae.from_weights({k: v.bfloat16() for k, v in model.state_dict().items()}, vae.metadata(model))
-    assert back.cfg == model.cfg and back.encoder is None and back.conv2.weight.dtype == torch.float32
+    back = vae.from_weights(
+        {k: v.bfloat16() for k, v in model.state_dict().items()}, vae.metadata(model)
+    )
+    assert (
+        back.cfg == model.cfg and back.encoder is None and back.conv2.weight.dtype == torch.float32
+    )
     z = torch.randn(1, 16, 1, 2, 2)
     assert relative(back.decode(z), model.decode(z)) < 0.05 and float(back.latent_std[0]) == 2
 
@@ -234,16 +308,22 @@ def test_the_shipped_files_fit_in_8_mb() -> None:
     with torch.device("meta"):
         for cfg in (tiny, pruned(tiny, 0.5), pruned(tiny, 0.75)):
             files += sum(2 * p.numel() for p in VAE(cfg).parameters())
-    assert files < 8e6 - 100_000                                                  # less some room for the headers
+    assert files < 8e6 - 100_000  # less some room for the headers
 
 
 # ----------------------------------------------------------------------------------------------------- behaviour
 
+
 def clip(seed: int) -> torch.Tensor:
     """Smooth coloured waves that move: (2, 3, 5, 16, 16)."""
     g = torch.Generator().manual_seed(seed)
-    phase, speed = torch.rand(2, 3, 1, 1, 1, generator=g) * 6, torch.randn(2, 3, 1, 1, 1, generator=g) * 0.3
-    t, y, x = torch.meshgrid(torch.arange(5.0), torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    phase, speed = (
+        torch.rand(2, 3, 1, 1, 1, generator=g) * 6,
+        torch.randn(2, 3, 1, 1, 1, generator=g) * 0.3,
+    )
+    t, y, x = torch.meshgrid(
+        torch.arange(5.0), torch.arange(16.0), torch.arange(16.0), indexing="ij"
+    )
     return torch.sin(phase + speed * t + 0.2 * x - 0.15 * y) * 0.8
 
 
@@ -272,16 +352,19 @@ def test_latents_are_white_and_folding_changes_nothing() -> None:
         model.decoder.conv1.weight.mul_(5)
         for seed in range(30):
             z = norm(model.moments(clip(seed)))
-            assert z.mean((0, 2, 3, 4)).abs().max() < 1e-3 and (z.std((0, 2, 3, 4), correction=0) - 1).abs().max() < 0.02
+            assert (
+                z.mean((0, 2, 3, 4)).abs().max() < 1e-3
+                and (z.std((0, 2, 3, 4), correction=0) - 1).abs().max() < 0.02
+            )
         norm.eval()
         z = norm(model.moments(clip(1)))
         trained = model.decode(z)
-        for _ in range(2):                                                        # again: from folded to folded
+        for _ in range(2):  # again: from folded to folded
             norm.fold(model)
             torch.testing.assert_close(model.encode(clip(1)), z, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(model.decode(z), trained, atol=1e-4, rtol=1e-4)
         assert model.cfg.std != () and model.latent_mean.abs().max() > 0.1
-        assert "latent_mean" not in model.state_dict()                            # the released names stay alone
+        assert "latent_mean" not in model.state_dict()  # the released names stay alone
 
 
 def test_pruned_decoder_reads_the_same_latents() -> None:
@@ -298,10 +381,10 @@ def test_pruned_decoder_reads_the_same_latents() -> None:
         opt.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.85 * losses[0] and parts["features"] < 2
-    assert all(p.grad is None for p in teacher.parameters())                      # the teacher only shows
+    assert all(p.grad is None for p in teacher.parameters())  # the teacher only shows
     assert student.decode(teacher.encode(video)).shape == video.shape
     counts = [sum(p.numel() for p in m.decoder.parameters()) for m in (teacher, student)]
-    assert 3 < counts[0] / counts[1] < 4.5                                        # half the width, a quarter of the weights
+    assert 3 < counts[0] / counts[1] < 4.5  # half the width, a quarter of the weights
 
 
 def test_structure_sees_blur_and_ignores_brightness() -> None:
@@ -313,10 +396,17 @@ def test_structure_sees_blur_and_ignores_brightness() -> None:
 
 # ----------------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((1, 3, 8, 32, 32), "cut it to 5"), ((1, 3, 5, 30, 32), "multiples of 8, got 30x32"),
-    ((1, 4, 5, 32, 32), "must be (B, 3, F, H, W)"), ((3, 5, 32, 32), "must be (B, 3, F, H, W)"), ((1, 3, 0, 32, 32), "got 0"),
-])
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 8, 32, 32), "cut it to 5"),
+        ((1, 3, 5, 30, 32), "multiples of 8, got 30x32"),
+        ((1, 4, 5, 32, 32), "must be (B, 3, F, H, W)"),
+        ((3, 5, 32, 32), "must be (B, 3, F, H, W)"),
+        ((1, 3, 0, 32, 32), "got 0"),
+    ],
+)
 def test_a_bad_video_is_named(micro: VAE, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError) as error:
         micro.encode(torch.zeros(shape))
@@ -350,12 +440,12 @@ def test_corrupt_and_foreign_files_are_named(micro: VAE) -> None:
     with pytest.raises(ValueError, match=r"conv2.bias is \(3,\), expected \(16,\)"):
         vae.from_weights(good | {"conv2.bias": torch.zeros(3)}, said)
     with pytest.raises(ValueError, match="do not fit"):
-        vae.from_weights(good)                                                    # tiny weights without their config
+        vae.from_weights(good)  # tiny weights without their config
 
 
 def test_a_stage_number_is_not_a_stream_slot() -> None:
     layer, stream = vae.CausalConv3d(4, 4, 1), Stream()
-    layer(torch.zeros(1, 4, 1, 2, 2), stream)                                     # 1×1×1: nothing to remember
+    layer(torch.zeros(1, 4, 1, 2, 2), stream)  # 1×1×1: nothing to remember
     assert stream.next == {}
 
 

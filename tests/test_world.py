@@ -26,17 +26,26 @@ def psnr(a, b):
 
 def poses_in(scene, count, seed=0, pitch=0.0):
     rng, nav = np.random.default_rng(seed), NavMesh(scene)
-    places = (nav.cells[rng.integers(len(nav.cells), size=count)] + rng.random((count, 2))) * nav.cell
-    columns = places[:, 0], np.full(count, -world.EYE), places[:, 1], np.full(count, pitch), rng.uniform(-180, 180, count)
+    places = (
+        nav.cells[rng.integers(len(nav.cells), size=count)] + rng.random((count, 2))
+    ) * nav.cell
+    columns = (
+        places[:, 0],
+        np.full(count, -world.EYE),
+        places[:, 1],
+        np.full(count, pitch),
+        rng.uniform(-180, 180, count),
+    )
     return np.stack(columns, 1).astype(np.float32).astype(np.float64)
 
 
-def rays(c2w, size):                                                  # (4, 4) -> (size, size, 3), z-depth 1
+def rays(c2w, size):  # (4, 4) -> (size, size, 3), z-depth 1
     u = (np.arange(size) + 0.5) / (size / 2) - 1
     return np.stack(np.broadcast_arrays(u, u[:, None], 1.0), -1) @ c2w[:3, :3].T
 
 
 # ---- scenes
+
 
 def test_a_thousand_seeds_are_a_thousand_worlds():
     began, worlds = time.process_time(), set()
@@ -51,7 +60,9 @@ def test_a_thousand_seeds_are_a_thousand_worlds():
 
 def test_the_same_seed_is_the_same_place():
     one, two = make_scene(11, "maze"), make_scene(11, "maze")
-    assert (one.solid == two.solid).all() and all(np.array_equal(one.style[k], two.style[k]) for k in one.style)
+    assert (one.solid == two.solid).all() and all(
+        np.array_equal(one.style[k], two.style[k]) for k in one.style
+    )
     assert np.array_equal(world._bake(one)[0], world._bake(two)[0])
 
 
@@ -65,25 +76,34 @@ def test_free_space_is_connected(kind):
 def test_no_scene_is_in_two_splits():
     ranges = list(world.SPLITS.values())
     assert all(not set(a[:: len(a) - 1]) & set(b) and a[-1] < b[0] for a, b in pairwise(ranges))
-    assert len(world.SPLITS["train"]) > 1000                          # the paper: more than a thousand scenes
+    assert len(world.SPLITS["train"]) > 1000  # the paper: more than a thousand scenes
 
 
 # ---- renderer
 
+
 @pytest.mark.parametrize("pitch", [0.0, 20.0, -20.0])
 def test_depth_matches_the_closed_form(pitch):
-    solid = np.pad(np.zeros((10, 10), bool), 1, constant_values=True)                 # one empty room, 1 to 11 metres
+    solid = np.pad(
+        np.zeros((10, 10), bool), 1, constant_values=True
+    )  # one empty room, 1 to 11 metres
     blank = np.zeros((12, 12), int)
-    room = dataclasses.replace(make_scene(0, "rooms"), solid=solid, region=blank, height=np.full((12, 12), 3, np.float32))
+    room = dataclasses.replace(
+        make_scene(0, "rooms"), solid=solid, region=blank, height=np.full((12, 12), 3, np.float32)
+    )
     poses = np.array([(4.3, -1.6, 6.1, pitch, yaw) for yaw in (0.0, 33.0, 90.0, -140.0, 179.9)])
     c2w = cameras(room, poses)
     _, depth = render(room, c2w, lens(64), 64, 64, supersample=1)
     low, high = np.array([1, -3, 1]), np.array([11, 0, 11])
     for camera, seen in zip(c2w, depth, strict=True):
         d = rays(camera, 64)
-        true = (np.where(d > 0, high - camera[:3, 3], low - camera[:3, 3]) / d).min(-1)     # first of the six planes
+        true = (np.where(d > 0, high - camera[:3, 3], low - camera[:3, 3]) / d).min(
+            -1
+        )  # first of the six planes
         close = np.abs(seen - true) < 1e-5 * true
-        assert close.mean() > (0.9999 if pitch == 0 else 0.99)         # tilted: a corner may choose the wrong wall
+        assert close.mean() > (
+            0.9999 if pitch == 0 else 0.99
+        )  # tilted: a corner may choose the wrong wall
 
 
 def test_tilted_rays_agree_with_level_ones():
@@ -92,14 +112,20 @@ def test_tilted_rays_agree_with_level_ones():
         scene = make_scene(3, kind)
         level = poses_in(scene, 8)
         tilted = level + (0, 0, 0, 1e-3, 0)
-        a, b = (render(scene, cameras(scene, p), lens(64), 64, 64, supersample=1) for p in (level, tilted))
+        a, b = (
+            render(scene, cameras(scene, p), lens(64), 64, 64, supersample=1)
+            for p in (level, tilted)
+        )
         assert (np.abs(a[1] / b[1] - 1) < 1e-2).mean() > 0.98
 
 
 def test_looking_up_shows_more_sky():
     scene = make_scene(2, "plaza")
     pose = poses_in(scene, 1)[0]
-    sky = [(render(scene, cameras(scene, [pose + (0, 0, 0, p, 0)]), lens(64), 64, 64)[1] > 500).mean() for p in (-30, 0, 30)]
+    sky = [
+        (render(scene, cameras(scene, [pose + (0, 0, 0, p, 0)]), lens(64), 64, 64)[1] > 500).mean()
+        for p in (-30, 0, 30)
+    ]
     assert sky[0] < sky[1] < sky[2] - 0.1
 
 
@@ -108,7 +134,9 @@ def test_reprojection_agrees_where_both_cameras_see(kind):
     scene = make_scene(5, kind)
     one = poses_in(scene, 6, seed=4)
     c2w, other = cameras(scene, one), cameras(scene, one + (0.25, 0, 0.2, 0, 9))
-    (rgb, depth), (rgb2, depth2) = (render(scene, c, lens(64), 64, 64, supersample=1) for c in (c2w, other))
+    (rgb, depth), (rgb2, depth2) = (
+        render(scene, c, lens(64), 64, 64, supersample=1) for c in (c2w, other)
+    )
     agree, errors = [], []
     for k in range(6):
         point = c2w[k, :3, 3] + rays(c2w[k], 64) * depth[k][..., None]
@@ -117,8 +145,10 @@ def test_reprojection_agrees_where_both_cameras_see(kind):
         both = (z > 0.1) & (i >= 0) & (i < 64) & (j >= 0) & (j < 64) & (depth[k] < 500)
         seen = depth2[k][i[both], j[both]]
         same = np.abs(seen / z[both] - 1) < 0.08
-        agree.append(same.sum() / max(1, (seen > 0.92 * z[both]).sum()))               # what is nearer hides it
-        errors.append(np.square(rgb[k][both][same].astype(float) - rgb2[k][i[both], j[both]][same]).mean())
+        agree.append(same.sum() / max(1, (seen > 0.92 * z[both]).sum()))  # what is nearer hides it
+        errors.append(
+            np.square(rgb[k][both][same].astype(float) - rgb2[k][i[both], j[both]][same]).mean()
+        )
     assert np.mean(agree) >= 0.9
     assert 10 * math.log10(255**2 / np.mean(errors)) >= 25
 
@@ -128,9 +158,22 @@ def test_a_frame_redrawn_from_its_stored_camera_is_identical():
         scene = make_scene(8, kind)
         walk = simulate(scene, 1, 65, "loop", view)
         stored, player = walk["c2w"].astype(np.float32), walk["player"].astype(np.float32)
-        rgb, depth = render(scene, walk["c2w"], lens(64), 64, 64, (walk["player"], 77) if view == "third" else None)
-        for rows in ([40], [3, 64, 17], list(range(20, 37))):          # alone, in another order, in another batch
-            again, deep = render(make_scene(8, kind), stored[rows], lens(64), 64, 64, (player[rows], 77) if view == "third" else None)
+        rgb, depth = render(
+            scene, walk["c2w"], lens(64), 64, 64, (walk["player"], 77) if view == "third" else None
+        )
+        for rows in (
+            [40],
+            [3, 64, 17],
+            list(range(20, 37)),
+        ):  # alone, in another order, in another batch
+            again, deep = render(
+                make_scene(8, kind),
+                stored[rows],
+                lens(64),
+                64,
+                64,
+                (player[rows], 77) if view == "third" else None,
+            )
             assert np.array_equal(again, rgb[rows]) and np.array_equal(deep, depth[rows])
 
 
@@ -169,6 +212,7 @@ def test_rendering_is_fast_enough_to_make_data():
 
 # ---- characters
 
+
 def test_more_than_1e8_characters():
     assert world.N_CHARACTERS == math.prod(world.SLOTS.values()) > 1e8
     for number in np.random.default_rng(0).integers(0, world.N_CHARACTERS, 10_000).tolist():
@@ -179,12 +223,22 @@ def test_more_than_1e8_characters():
 
 def test_every_character_slot_changes_pixels():
     scene = make_scene(2, "plaza")
-    player = next(p for p in poses_in(scene, 50) if np.linalg.norm(cameras(scene, [p], "third")[0, :3, 3] - p[:3]) > 2.7)[None]
+    player = next(
+        p
+        for p in poses_in(scene, 50)
+        if np.linalg.norm(cameras(scene, [p], "third")[0, :3, 3] - p[:3]) > 2.7
+    )[None]
     c2w = cameras(scene, player, "third")
     base = dict.fromkeys(world.SLOTS, 0)
     for slot, size in world.SLOTS.items():
-        dress = [world.character_id(base | ({"pattern": 1} if slot == "torso" else {}) | {slot: k}) for k in range(size)]
-        looks = {render(scene, c2w, lens(256), 256, 256, (player, number), supersample=1)[0].tobytes() for number in dress}
+        dress = [
+            world.character_id(base | ({"pattern": 1} if slot == "torso" else {}) | {slot: k})
+            for k in range(size)
+        ]
+        looks = {
+            render(scene, c2w, lens(256), 256, 256, (player, number), supersample=1)[0].tobytes()
+            for number in dress
+        }
         assert len(looks) == size, f"{slot} has values that look alike"
 
 
@@ -207,16 +261,23 @@ def test_the_camera_is_never_inside_a_wall():
             c2w = cameras(scene, player, "third")
             eye = c2w[:, :3, 3]
             for dx, dz in ((-0.1, 0), (0.1, 0), (0, -0.1), (0, 0.1)):
-                assert not scene.solid[(eye[:, 0] + dx).astype(int), (eye[:, 2] + dz).astype(int)].any()
+                assert not scene.solid[
+                    (eye[:, 0] + dx).astype(int), (eye[:, 2] + dz).astype(int)
+                ].any()
             assert (eye[:, 1] < 0).all() and (scene.outdoor or (eye[:, 1] > -world.CEILING).all())
             away = np.linalg.norm(eye - player[:, :3], axis=1)
-            assert (away > 0.1).all()                                   # it is not the eye of the player
-            x, y, z = np.moveaxis(np.einsum("nji,nj->ni", c2w[:, :3, :3], player[:, :3] + (0, 0.6, 0) - eye), -1, 0)
+            assert (away > 0.1).all()  # it is not the eye of the player
+            x, y, z = np.moveaxis(
+                np.einsum("nji,nj->ni", c2w[:, :3, :3], player[:, :3] + (0, 0.6, 0) - eye), -1, 0
+            )
             far = away > 1.5
-            assert (np.abs(x / z)[far] < 1).all() and (np.abs(y / z)[far] < 1).all()        # and it looks at the player
+            assert (np.abs(x / z)[far] < 1).all() and (
+                np.abs(y / z)[far] < 1
+            ).all()  # and it looks at the player
 
 
 # ---- clock
+
 
 def test_a_tick_records_frame_camera_player_and_action_of_one_moment():
     scene = make_scene(4)
@@ -225,8 +286,14 @@ def test_a_tick_records_frame_camera_player_and_action_of_one_moment():
     for t in range(5):
         before = game.pose
         record = game.tick(keys, turn)
-        assert record["time"] == t and np.allclose(record["player"], before, atol=1e-6) and game.pose != before
-        assert np.array_equal(record["frame"], render(scene, cameras(scene, [before]), lens(64), 64, 64)[0][0])
+        assert (
+            record["time"] == t
+            and np.allclose(record["player"], before, atol=1e-6)
+            and game.pose != before
+        )
+        assert np.array_equal(
+            record["frame"], render(scene, cameras(scene, [before]), lens(64), 64, 64)[0][0]
+        )
         assert record["keyboard"].tolist() == list(keys) and np.allclose(record["mouse"], turn)
 
 
@@ -234,21 +301,28 @@ def errors_of_step(walk, shift):
     still = [t for t in range(2, 238) if not walk["contact"][t]]
     keyboard, mouse = walk["keyboard"].tolist(), walk["mouse"].tolist()
     step = [step_pose(walk["player"][t], keyboard[t + shift], mouse[t + shift]) for t in still]
-    return np.abs(np.array(step) - walk["player"][np.array(still) + 1])[:, (0, 2, 4)] / (1, 1, 10)      # m, m, 10 degrees
+    return np.abs(np.array(step) - walk["player"][np.array(still) + 1])[:, (0, 2, 4)] / (
+        1,
+        1,
+        10,
+    )  # m, m, 10 degrees
 
 
 def test_the_stored_action_explains_the_next_pose():
     for kind in KINDS:
         walk = simulate(make_scene(9, kind), 5, 241)
         assert errors_of_step(walk, 0).max() < 1e-5
-        for shift in (-1, 1):                                           # one tick early or late must show
+        for shift in (-1, 1):  # one tick early or late must show
             assert (errors_of_step(walk, shift).max(1) > 1e-3).mean() > 0.05
 
 
 def test_actions_then_inverses_return_home():
     rng, pose, done = np.random.default_rng(0), START, []
     for _ in range(50):
-        keys, turn = tuple(rng.integers(0, 2, 6).tolist()), tuple(rng.uniform(-0.4, 0.4, 2).tolist())
+        keys, turn = (
+            tuple(rng.integers(0, 2, 6).tolist()),
+            tuple(rng.uniform(-0.4, 0.4, 2).tolist()),
+        )
         done += [(keys, turn)] * 12
     for keys, turn in done + world.undo(done):
         pose = step_pose(pose, keys, turn)
@@ -259,7 +333,9 @@ def test_a_circle_closes_across_the_yaw_seam():
     pose = start = (0.0, -world.EYE, 0.0, 0.0, 170.0)
     for _ in range(240):
         pose = step_pose(pose, world.W, (0.0, 0.1))
-    assert math.dist(pose[:3], start[:3]) < 1e-9 and abs(pose[4] - 530) < 1e-9      # the released formula: 0.247 m
+    assert (
+        math.dist(pose[:3], start[:3]) < 1e-9 and abs(pose[4] - 530) < 1e-9
+    )  # the released formula: 0.247 m
 
 
 def test_the_room_looks_the_same_on_return():
@@ -284,6 +360,7 @@ def test_a_player_slides_along_a_wall_and_is_flagged():
 
 # ---- navmesh, explorer, behaviour
 
+
 def test_paths_stay_in_free_space():
     for seed in range(8):
         scene = make_scene(seed)
@@ -293,11 +370,13 @@ def test_paths_stay_in_free_space():
             way = [a, *nav.path(a, b)]
             for (x0, z0), (x1, z1) in pairwise(way):
                 line = np.linspace((x0, z0), (x1, z1), 2 + int(20 * math.dist((x0, z0), (x1, z1))))
-                gap = np.linalg.norm(line[:, None] - np.clip(line[:, None], solid, solid + 1), axis=-1).min()
-                assert gap > world.RADIUS                               # of the body's centre to any wall
+                gap = np.linalg.norm(
+                    line[:, None] - np.clip(line[:, None], solid, solid + 1), axis=-1
+                ).min()
+                assert gap > world.RADIUS  # of the body's centre to any wall
             grid = nav.astar(*(tuple(int(v / nav.cell) for v in end) for end in (a, b)))
             length = lambda points: sum(math.dist(p, q) for p, q in pairwise(points))
-            assert length(way) <= 1.001 * nav.cell * length(grid)       # pulled tight
+            assert length(way) <= 1.001 * nav.cell * length(grid)  # pulled tight
 
 
 def test_astar_finds_what_a_slow_search_finds():
@@ -305,12 +384,17 @@ def test_astar_finds_what_a_slow_search_finds():
     rng = np.random.default_rng(0)
     start, goal = (tuple(cell) for cell in rng.choice(nav.cells, 2).tolist())
     best, front = {start: 0.0}, {start}
-    while front:                                                        # Bellman-Ford
+    while front:  # Bellman-Ford
         new = set()
         for i, j in front:
             for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
                 far = best[i, j] + math.hypot(a, b)
-                if nav.open[i + a][j + b] and nav.open[i + a][j] and nav.open[i][j + b] and far < best.get((i + a, j + b), 1e9) - 1e-9:
+                if (
+                    nav.open[i + a][j + b]
+                    and nav.open[i + a][j]
+                    and nav.open[i][j + b]
+                    and far < best.get((i + a, j + b), 1e9) - 1e-9
+                ):
                     best[i + a, j + b] = far
                     new.add((i + a, j + b))
         front = new
@@ -322,11 +406,25 @@ def test_learned_explorer_covers_more_than_waypoints_than_random():
     scenes = [make_scene(seed) for seed in world.SPLITS["test"][:40]]
     trained = world.train_explorer([make_scene(seed) for seed in world.SPLITS["train"][:64]])
     interval = {}
-    for name, weights in (("random", None), ("waypoints", np.zeros(4)), ("learned", trained), ("shipped", world.POLICY)):
-        share = [np.mean([world.explore(s, weights, np.random.default_rng(k))[0] for k in range(2)]) for s in scenes]
+    for name, weights in (
+        ("random", None),
+        ("waypoints", np.zeros(4)),
+        ("learned", trained),
+        ("shipped", world.POLICY),
+    ):
+        share = [
+            np.mean([world.explore(s, weights, np.random.default_rng(k))[0] for k in range(2)])
+            for s in scenes
+        ]
         interval[name] = np.mean(share), 1.96 * np.std(share) / math.sqrt(40)
-    for better, worse in (("waypoints", "random"), ("learned", "waypoints"), ("shipped", "waypoints")):
-        assert interval[better][0] - interval[better][1] > interval[worse][0] + interval[worse][1], interval
+    for better, worse in (
+        ("waypoints", "random"),
+        ("learned", "waypoints"),
+        ("shipped", "waypoints"),
+    ):
+        assert (
+            interval[better][0] - interval[better][1] > interval[worse][0] + interval[worse][1]
+        ), interval
 
 
 def test_walks_explore_without_touching_and_come_back():
@@ -348,10 +446,15 @@ def test_simulation_is_repeatable_and_quick():
     one, two = simulate(scene, 9), simulate(make_scene(3), 9)
     assert all(np.array_equal(one[key], two[key]) for key in one)
     assert not np.array_equal(one["player"], simulate(scene, 10)["player"])
-    assert not one["keyboard"][-1].any() and one["c2w"].astype(np.float32).astype(np.float64).tobytes() == one["c2w"].tobytes()
+    assert (
+        not one["keyboard"][-1].any()
+        and one["c2w"].astype(np.float32).astype(np.float64).tobytes() == one["c2w"].tobytes()
+    )
     began = time.process_time()
     for seed in range(5):
         simulate(scene, seed, 241)
     assert 5 * 241 / (time.process_time() - began) > 2000
-    with pytest.raises(ValueError, match="behaviour must be one of rl, walk, loop, palindrome, random"):
+    with pytest.raises(
+        ValueError, match="behaviour must be one of rl, walk, loop, palindrome, random"
+    ):
         simulate(scene, 0, behaviour="dance")
