@@ -518,8 +518,9 @@ class Head(nn.Module):
 def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """(B, C, T, h, w) → (B, T, places, C·ph·pw): channel, row in the patch, column in the patch."""
     (B, C, T, h, w), (_, ph, pw) = x.shape, patch
-    x = x.reshape(B, C, T, h // ph, ph, w // pw, pw)
-    return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T, -1, C * ph * pw)
+    rows, columns = h // ph, w // pw
+    x = x.reshape(B, C, T, rows, ph, columns, pw)
+    return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T, rows * columns, C * ph * pw)
 
 
 def unpatchify(
@@ -656,6 +657,7 @@ class DiT(nn.Module):
         context,  # memory.Context
         prepared: Prepared | None = None,  # from prepare(context): same result, less work
         return_past: bool = False,  # also what is predicted at the past latents, in front
+        return_features: bool = False,  # the last block's tokens instead, (B, N, S, D)
     ) -> Tensor:  # (B, C, N, h, w) float32 velocity of the new latents
         (B, C, P, h, w), T = context.past.shape, context.times.shape[1]
         new = T - P - context.memory.shape[2]
@@ -683,6 +685,8 @@ class DiT(nn.Module):
                 wanted if i == len(self.blocks) - 1 and block.action_model is None else T
             )  # answer where it is read
             x = block(x, e0, shared, shared.blocks and shared.blocks[i], keep)
+        if return_features:
+            return x[:, -wanted:]
         y = self.head(x[:, -wanted:], e[:, -wanted:])  # (B, wanted, S, 4·C)
         if shared.group is not None:
             shapes = [(B, wanted, S, y.shape[-1]) for S in shared.places]

@@ -53,7 +53,8 @@ class DMDConfig:
     tau_min: float = 0.02  # below, teacher and critic agree on everything
     tau_max: float = 0.98  # above, they know nothing
     guidance: float = 1.0  # of the teacher, as in dit.sample: 1 is none, 4 the lineage's "w = 3"
-    segments: int = 6  # K: longest self-rollout
+    segments: int = 6  # K: longest self-rollout, in segments of 10 new latents
+    most: int = 12  # segments of a rollout when they are short: as far in time, if these suffice
     p_mask: float = 0.2  # share of rollouts without past and memory: one image-to-video segment
 
 
@@ -74,10 +75,14 @@ class Clip:
 # ---- what an iteration draws -----------------------------------------------------------------------------
 
 
-def draw_segments(cfg: DMDConfig, generator: torch.Generator | None = None) -> int:
+def draw_segments(
+    cfg: DMDConfig, generator: torch.Generator | None = None, new: int = Window.new
+) -> int:
     """k ~ U{1..K}, or 1 where past and memory are masked. The same on every rank that has the same seed."""
     masked = float(torch.rand((), generator=generator)) < cfg.p_mask
-    k = int(torch.randint(1, cfg.segments + 1, (), generator=generator))
+    as_far = 1 + (cfg.segments - 1) * Window.new // new
+    longest = min(as_far, max(cfg.segments, cfg.most))
+    k = int(torch.randint(1, longest + 1, (), generator=generator))
     return 1 if masked else k
 
 
@@ -150,6 +155,58 @@ def critic_loss(
     return (v - dit.velocity(x, noise)).square().mean()  # ‖v_fake − (ε' − x)‖²
 
 
+# ---- a judge of sharpness, off by default ------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """Tells true latents from generated ones by the critic's last features: one logit per token.
+
+    DMD can be no sharper than its teacher; data are. The judge sees the new latents alone, at noise
+    level τ: with past and memory it would find the student by its blurred context, not by its picture.
+    """
+
+    def __init__(self, width: int, hidden: int = 64):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, hidden)
+        self.logit = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor) -> Tensor:  # (B, N, S, D) -> (B, N, S)
+        return self.logit(F.silu(self.hidden(self.norm(features.float())))).squeeze(-1)
+
+
+def judge_loss(
+    x0: Tensor,  # (B, C, N, h, w) of the student
+    true: Tensor,  # (B, C, N, h, w) what the world showed there
+    context: Context,
+    features: Callable,  # the critic's: (x_τ, τ, context) -> (B, N, S, D)
+    judge: nn.Module,
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Cross-entropy of a judge that should say yes to true and no to generated latents, equally noisy."""
+    tau = draw_tau(len(x0), cfg, generator).to(x0)
+    noise = fresh(x0, generator)
+    alone = context.alone()
+    says_true = judge(features(dit.add_noise(true, noise, tau), tau, alone))
+    says_made = judge(features(dit.add_noise(x0.detach(), noise, tau), tau, alone))
+    return F.softplus(-says_true).mean() + F.softplus(says_made).mean()
+
+
+def adversarial_loss(
+    x0: Tensor,  # (B, C, N, h, w) of the student, with its graph
+    context: Context,
+    features: Callable,
+    judge: nn.Module,
+    cfg: DMDConfig = DMDConfig(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What the student pays for being recognised."""
+    tau = draw_tau(len(x0), cfg, generator).to(x0)
+    x_tau = dit.add_noise(x0, fresh(x0, generator), tau)
+    return F.softplus(-judge(features(x_tau, tau, context.alone()))).mean()
+
+
 # ---- the student at work ---------------------------------------------------------------------------------
 
 
@@ -184,47 +241,54 @@ def rollout(
     exit_step: int | None = None,  # of the last segment; None finishes it
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
+    new: int = Window.new,  # latents per segment after the first
 ) -> tuple[Tensor, Context]:  # the last segment's x0 (B, C, N, h, w), and its context
     """Let the student live on its own output; only the exit step of the last segment has a graph."""
-    frames = Window().frames(segments)
+    window = Window(new=new)
+    frames = window.frames(segments)
     if segments < 1 or clip.c2w.shape[1] < frames:
         raise ValueError(
             f"{segments} segments need cameras and actions of {frames} frames (and at least one "
             f"segment), the clip has {clip.c2w.shape[1]}"
         )
-    past, graph = clip.image, torch.is_grad_enabled()
-    banks = [MemoryBank("released" if clip.encoding == "released" else "uniform") for _ in past]
-    remember(banks, past, memory.segment_cameras(clip.c2w, 0, 1), torch.zeros(1, dtype=torch.long))
+    graph = torch.is_grad_enabled()
+    past = clip.image
+    rule = "released" if clip.encoding == "released" else "uniform"
+    banks = [MemoryBank(rule) for _ in past]
+    first_camera = memory.segment_cameras(clip.c2w, 0, 1)
+    remember(banks, past, first_camera, torch.zeros(1, dtype=torch.long))
+
     for k in range(segments):
-        (first, end, P), last = Window().segment(k), k == segments - 1
-        times, cameras = (
-            torch.arange(first, end),
-            memory.segment_cameras(clip.c2w, first, end - first),
-        )
-        asks = [latent - first for latent in Window().queries(k)]
-        found = recall(banks, cameras[:, asks, -1], first, clip.sink) if k else None
-        mouse, keyboard = (
-            memory.action_windows(a, first, end - first) for a in (clip.mouse, clip.keyboard)
-        )
+        last = k == segments - 1
+        first, end, P = window.segment(k)
+        past = past[:, :, -P:]
+        times = torch.arange(first, end)
+        cameras = memory.segment_cameras(clip.c2w, first, end - first)
+
+        # what the student is told: what it made, what it remembers, where the player goes
+        found = None
+        if k > 0:
+            asks = [latent - first for latent in window.queries(k)]
+            found = recall(banks, cameras[:, asks, -1], first, clip.sink)
         context = memory.make_context(
             past,
             times.expand(len(past), -1),
             cameras,
-            mouse,
-            keyboard,
+            memory.action_windows(clip.mouse, first, end - first),
+            memory.action_windows(clip.keyboard, first, end - first),
             clip.text,
             found,
             clip.encoding,
             clip.stride,
         ).to(past.device)
+
+        # one segment; the gradient is that of the last one's exit step
         noise = fresh(past[:, :, :1].expand(-1, -1, end - first - P, -1, -1), generator)
         with torch.set_grad_enabled(graph and last):
             x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
         if not last:
             remember(banks, x0, cameras[:, P:], times[P:])
-            past = torch.cat([past, x0.to(past)], 2)[
-                :, :, -Window.past :
-            ]  # the next past: its own tail
+            past = torch.cat([past, x0.to(past)], 2)[:, :, -window.past :]
     return x0, context
 
 

@@ -16,9 +16,6 @@ both: call perturb once with γ_h for the past and once with γ_m for the memory
 Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per clip. Ours are in
 ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per sample.
 
-The alternative, buckets=50, is the parent method (Stable Video Infinity): one shelf per noise level.
-E then no longer follows the density of training σ, and perturb(..., sigma=σ) draws from one level alone.
-
 Whether it helps is read off rollouts: the slope of their scores (theil_sen) and how long they keep to the
 truth, S(t) = Π (1 − lost / still there), of which the area is the restricted mean (kaplan_meier); beside them
 how sure one can be of a mean over worlds (bca, equivalent, holm).
@@ -40,162 +37,126 @@ from torch import Tensor
 class ErrorConfig:
     gamma: float = 1.0  # γ: scale of an injected error
     jitter: float = 0.2  # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
-    probability: float = (
-        0.5  # chance that a sample is perturbed at all; the others stay bit-identical
-    )
-    capacity: int = 500  # latent frames kept, per bucket if there are buckets
+    probability: float = 0.5  # that a sample is perturbed at all; the others stay bit-identical
+    capacity: int = 500  # latent frames kept
     warmup: int = 50  # pushes before the first injection: early errors are an untrained net's
     per_push: int = 16  # frames banked per step: an entry lives about capacity / per_push steps
-    replacement: str = (
-        "random"  # or "nearest": the L2-nearest old entry makes room, so rare ones stay
-    )
     kind: str = "real"  # or "gaussian": noise of each entry's size, no structure: the control
-    buckets: int = 0  # 0: one shelf for every σ (the paper); 50: shelves by noise level
-    shift: float = 5.0  # buckets are even along the unshifted σ, like the sampler's steps
     dtype: str = "float16"  # storage on the CPU; "bfloat16" has range instead of precision
 
     def __post_init__(self):
-        allowed = {
-            "replacement": ("random", "nearest"),
-            "kind": ("real", "gaussian"),
-            "dtype": ("float16", "bfloat16", "float32"),
-        }
+        allowed = {"kind": ("real", "gaussian"), "dtype": ("float16", "bfloat16", "float32")}
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"ErrorConfig.{name} must be one of {values}, got {getattr(self, name)!r}"
-                )
-        if (
-            self.capacity < 1
-            or self.per_push < 1
-            or self.buckets < 0
-            or not 0 <= self.probability <= 1
-        ):
-            raise ValueError(
-                f"need capacity, per_push >= 1, buckets >= 0, 0 <= probability <= 1, got {self}"
-            )
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"ErrorConfig.{name} must be one of {values}, got {value!r}")
+        if self.capacity < 1 or self.per_push < 1 or not 0 <= self.probability <= 1:
+            raise ValueError(f"need capacity, per_push >= 1 and 0 <= probability <= 1, got {self}")
 
 
 class ErrorBuffer:
-    """State: the stored frames, how many each shelf holds, how many pushes there were."""
+    """State: the stored frames, how many of them are filled, how many pushes there were."""
 
     def __init__(self, cfg: ErrorConfig = ErrorConfig()):
-        self.cfg, self.pushes = cfg, 0
-        self.shelves = max(1, cfg.buckets)
-        self.counts = [0] * self.shelves
-        self.entries: Tensor | None = (
-            None  # (shelves·capacity, C, h, w), allocated by the first push
-        )
+        self.cfg = cfg
+        self.size = 0
+        self.pushes = 0
+        self.entries: Tensor | None = None  # (capacity, C, h, w), allocated by the first push
 
     def __len__(self) -> int:
-        return sum(self.counts)
-
-    def shelf(self, sigma: float) -> int:
-        """The bucket of a noise level: 0 holds the noisiest."""
-        # σ = s·u / (1 + (s−1)·u)  ⇔  u = σ / (s − (s−1)·σ)
-        u = sigma / (self.cfg.shift - (self.cfg.shift - 1) * sigma)
-        return min(self.shelves - 1, max(0, int((1 - u) * self.shelves)))
+        return self.size
 
     def push(
         self,
         delta: Tensor,  # (B, C, T, h, w) δ = x̂0 − x0 of the current latents
-        sigma: Tensor,  # (B,) noise level at which δ was made
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
     ) -> None:
-        if delta.ndim != 5 or sigma.shape != delta.shape[:1]:
-            raise ValueError(
-                "push needs delta (B, C, T, h, w) and sigma (B,), "
-                f"got {tuple(delta.shape)} and {tuple(sigma.shape)}"
-            )
+        if delta.ndim != 5:
+            raise ValueError(f"push needs delta (B, C, T, h, w), got {tuple(delta.shape)}")
         B, C, T, h, w = delta.shape
         self._check(C, h, w)
+
+        # some latent frames of the batch, each on its own
         picks = torch.randperm(B * T, generator=generator)[: self.cfg.per_push].to(delta.device)
-        frames = (
-            delta.detach()
-            .transpose(1, 2)
-            .flatten(0, 1)[picks]
-            .to("cpu", getattr(torch, self.cfg.dtype))
-        )
+        frames = delta.detach().transpose(1, 2).flatten(0, 1)[picks]
+        frames = frames.to("cpu", getattr(torch, self.cfg.dtype))
         if not frames.isfinite().all():
             raise ValueError(
                 f"push got NaN or more than {self.cfg.dtype} can hold: the step diverged"
             )
+
         if self.entries is None:
-            self.entries = torch.empty(
-                self.shelves * self.cfg.capacity, C, h, w, dtype=frames.dtype
-            )
-        for frame, level in zip(frames, sigma[picks // T].tolist(), strict=True):
-            self.entries[self._slot(frame, self.shelf(level), generator)] = frame
+            self._allocate(frames)
+        for frame in frames:
+            self.entries[self._slot(generator)] = frame
         self.pushes += 1
+
+    def ready(self) -> bool:
+        """Early errors are those of an untrained network: nothing is injected before the warm-up."""
+        return self.size > 0 and self.pushes >= self.cfg.warmup
+
+    def amplitude(
+        self, B: int, gamma: float | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """(B,) γ with its jitter for the samples that are perturbed, 0 for the others."""
+        gamma = self.cfg.gamma if gamma is None else gamma
+        hit = torch.rand(B, generator=generator) < self.cfg.probability
+        spread = 1 + self.cfg.jitter * (2 * torch.rand(B, generator=generator) - 1)
+        return gamma * spread * hit * self.ready()
 
     def perturb(
         self,
         x: Tensor,  # (B, C, T, h, w) past or memory latents, clean
         gamma: float | None = None,  # γ_h or γ_m; None takes the config's
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
-        sigma: float | None = None,  # with buckets: only errors made at this level
     ) -> Tensor:  # (B, C, T, h, w) x̃; x itself until the warm-up is over
         if x.ndim != 5:
             raise ValueError(f"perturb needs latents (B, C, T, h, w), got {tuple(x.shape)}")
         B, C, T, h, w = x.shape
         self._check(C, h, w)
-        gamma = self.cfg.gamma if gamma is None else gamma
-        slots = self._filled(None if sigma is None else self.shelf(sigma))
-        if gamma == 0 or T == 0 or not len(slots) or self.pushes < self.cfg.warmup:
+        if gamma == 0 or T == 0 or not self.ready():
             return x
-        hit = torch.rand(B, generator=generator) < self.cfg.probability
-        scale = gamma * (1 + self.cfg.jitter * (2 * torch.rand(B, generator=generator) - 1))
-        picks = slots[torch.randint(len(slots), (B, T), generator=generator)]
+
+        scale = self.amplitude(B, gamma, generator).to(x)
+        picks = torch.randint(self.size, (B, T), generator=generator)
         delta = self.entries[picks].transpose(1, 2).to(x)  # (B, C, T, h, w)
         if self.cfg.kind == "gaussian":
             size = delta.std((1, 3, 4), keepdim=True)  # of every latent frame
             delta = size * torch.randn(delta.shape, generator=generator).to(x)
-        # Eq. 2, 5  x̃ = x + γ·δ′
-        x_tilde = x + scale.to(x).view(B, 1, 1, 1, 1) * delta
-        return torch.where(hit.to(x.device).view(B, 1, 1, 1, 1), x_tilde, x)
+
+        return x + scale.view(B, 1, 1, 1, 1) * delta  # x̃ = x + γ·δ′      Eq. 2, 5
 
     def state_dict(self) -> dict:
         """Plain tensors, numbers and strings: torch.load(weights_only=True) reads it back."""
-        kept = None if self.entries is None else self.entries[self._filled()].clone()
-        return {
-            "cfg": asdict(self.cfg),
-            "pushes": self.pushes,
-            "counts": list(self.counts),
-            "entries": kept,
-        }
+        kept = None if self.entries is None else self.entries[: self.size].clone()
+        return {"cfg": asdict(self.cfg), "pushes": self.pushes, "entries": kept}
 
     def load_state_dict(self, state: dict) -> None:
-        layout = [(self.cfg.capacity, self.cfg.buckets, self.cfg.dtype)]
-        layout += [tuple(state["cfg"][name] for name in ("capacity", "buckets", "dtype"))]
-        if layout[0] != layout[1]:
+        here = (self.cfg.capacity, self.cfg.dtype)
+        saved = (state["cfg"]["capacity"], state["cfg"]["dtype"])
+        if here != saved or state["cfg"].get("buckets", 0):
             raise ValueError(
-                f"this error buffer has (capacity, buckets, dtype) = {layout[0]}, the saved one "
-                f"{layout[1]}: pass the saved values, or start a new run with --fresh"
+                f"this error buffer has (capacity, dtype) = {here}, the saved one {saved}"
+                f" in {state['cfg'].get('buckets', 0) or 1} shelves: "
+                "pass the saved values, or start a new run with --fresh"
             )
-        self.pushes, self.counts, self.entries = state["pushes"], list(state["counts"]), None
-        if state["entries"] is not None:
-            self.entries = torch.empty(
-                self.shelves * self.cfg.capacity,
-                *state["entries"].shape[1:],
-                dtype=state["entries"].dtype,
-            )
-            self.entries[self._filled()] = state["entries"]
+        kept = state["entries"]
+        self.pushes = state["pushes"]
+        self.size = 0 if kept is None else len(kept)
+        self.entries = None
+        if kept is not None:
+            self._allocate(kept)
+            self.entries[: self.size] = kept
 
-    def _filled(self, shelf: int | None = None) -> Tensor:  # (n,) slots that hold an entry
-        shelves = range(self.shelves) if shelf is None else [shelf]
-        start = [torch.arange(self.counts[s]) + s * self.cfg.capacity for s in shelves]
-        return torch.cat(start)
+    def _allocate(self, like: Tensor) -> None:
+        self.entries = torch.empty(self.cfg.capacity, *like.shape[1:], dtype=like.dtype)
 
-    def _slot(self, frame: Tensor, shelf: int, generator: torch.Generator | None) -> int:
-        """Where the next frame of this shelf goes: a free slot, else by the replacement rule."""
-        first = shelf * self.cfg.capacity
-        if self.counts[shelf] < self.cfg.capacity:
-            self.counts[shelf] += 1
-            return first + self.counts[shelf] - 1
-        if self.cfg.replacement == "random":
-            return first + int(torch.randint(self.cfg.capacity, (), generator=generator))
-        stored = self.entries[first : first + self.cfg.capacity].flatten(1).float()
-        return first + int(torch.cdist(frame.float().view(1, -1), stored).argmin())
+    def _slot(self, generator: torch.Generator | None) -> int:
+        """Where the next frame goes: a free slot, else in the place of a random old one."""
+        if self.size == self.cfg.capacity:
+            return int(torch.randint(self.cfg.capacity, (), generator=generator))
+        self.size += 1
+        return self.size - 1
 
     def _check(self, *frame: int) -> None:
         if self.entries is not None and tuple(self.entries.shape[1:]) != frame:
@@ -418,28 +379,27 @@ def verdict(
     return said, p_value(x, *ends) if ends and interval else None, interval
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """A pushed error comes back in other latents; the Gaussian control has its size, not its shape."""
     g = torch.Generator().manual_seed(0)
-    sigma = torch.tensor([0.95, 0.7, 0.4, 0.1])
-    x0, v_error = (
-        torch.randn(4, 16, 10, 8, 8, generator=g),
-        torch.randn(4, 16, 10, 8, 8, generator=g),
-    )
-    delta = -sigma.view(-1, 1, 1, 1, 1) * v_error  # Eq. 1  δ = −σ·(v̂ − v)
-    for name, cfg in {
-        "one shelf": ErrorConfig(warmup=1, probability=1.0, per_push=40),
-        "50 shelves": ErrorConfig(warmup=1, probability=1.0, per_push=40, buckets=50),
-    }.items():
-        buffer = ErrorBuffer(cfg)
-        before = (buffer.perturb(x0) - x0).square().mean().sqrt()
-        buffer.push(delta, sigma, g)
-        after = (buffer.perturb(x0, generator=g) - x0).square().mean().sqrt()
+    sigma = torch.tensor([0.95, 0.7, 0.4, 0.1]).view(-1, 1, 1, 1, 1)
+    x0 = torch.randn(4, 16, 10, 8, 8, generator=g)
+    v_error = torch.randn(4, 16, 10, 1, 1, generator=g).expand_as(x0)  # the same in every cell
+    delta = -sigma * v_error  # Eq. 1  δ = −σ·(v̂ − v)
+    print(f"rms of the errors: {delta.square().mean().sqrt():.3f}")
+
+    for kind in ("real", "gaussian"):
+        buffer = ErrorBuffer(ErrorConfig(warmup=1, probability=1.0, per_push=40, kind=kind))
+        before = buffer.perturb(x0) - x0
+        buffer.push(delta, g)
+        after = buffer.perturb(x0, generator=g) - x0
+        likeness = after.mean((3, 4)).square().mean() / after.square().mean()
         print(
-            f"{name:10s}: rms of x̃ − x  empty {before:.3f}  ·  {len(buffer)} stored frames {after:.3f}"
-            f"  (rms of δ {delta.square().mean().sqrt():.3f})"
+            f"{kind:8s}: rms of x̃ − x  empty {before.square().mean().sqrt():.3f}, "
+            f"with {len(buffer)} stored frames {after.square().mean().sqrt():.3f}; "
+            f"share of it that is alike in all cells {likeness:.2f}"
         )
-    for level in sigma.tolist():
-        rms = (buffer.perturb(x0, generator=g, sigma=level) - x0).square().mean().sqrt()
-        print(
-            f"            errors of shelf {buffer.shelf(level):2d} (σ {level:.2f}) alone: rms {rms:.3f}"
-        )
+
+
+if __name__ == "__main__":
+    main()

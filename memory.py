@@ -45,6 +45,7 @@ RULES = ("uniform", "released", "exact")  # of overlap
 ENCODINGS = ("anchored", "absolute", "none", "released")  # of rays
 POLICIES = ("camera", "recent", "random", "none")  # of what to remember
 ANCHORED_SCALE = 2.0  # metres per unit of o: a segment is 7 m, so |o| is about 1
+LENGTHS = (10, 5, 2)  # new latents of a segment that our own models are trained for
 BRUTE_FORCE = 512  # a bank scores up to so many candidates one by one;
 SURVIVORS, FINALISTS, GROUP = (
     160,
@@ -365,6 +366,20 @@ class Context:
             mouse=self.mouse[:, M:],
             keyboard=self.keyboard[:, M:],
         )
+
+    def alone(self) -> "Context":
+        """The new latents and their cameras, without anything that came before, text or actions."""
+        T = self.times.shape[1] - self.memory.shape[2] - self.past.shape[2]
+        bare = replace(
+            self,
+            memory=self.memory[:, :, :0],
+            past=self.past[:, :, :0],
+            times=self.times[:, -T:],
+            rays=self.rays[:, :, -T:],
+            mouse=self.mouse[:, -T:],
+            keyboard=self.keyboard[:, -T:],
+        )
+        return bare.mute(torch.ones(len(self.past), dtype=torch.bool))
 
     def mute(self, where: Tensor) -> "Context":  # (B,) bool
         """Null actions, zero text for some samples: so training learns the branch guidance subtracts."""

@@ -141,6 +141,12 @@ class TrainConfig:
         "anchored", "ray encoding", "memory", "frame-wise relative", memory.ENCODINGS
     )
     sink: bool = opt(True, "the last memory is always the oldest latent", "memory", "yes")
+    new: str = opt(
+        "10 5 2",
+        "lengths of segments in new latents; every step draws one",
+        "memory",
+        "10",
+    )
     gamma: float = opt(
         1.0, "scale of injected errors, times U(0.8, 1.2)", "error buffer", "not stated"
     )
@@ -160,6 +166,12 @@ class TrainConfig:
         "error buffer",
         "real",
         ("real", "gaussian"),
+    )
+    p_own: float = opt(
+        0.0,
+        "share of steps whose errors are the model's own of this very scene, not stored foreign ones",
+        "error buffer",
+        "not stated",
     )
     decoder_only: bool = opt(
         False,
@@ -188,6 +200,12 @@ class TrainConfig:
     ratio: int = opt(3, "critic updates per student update afterwards", "distillation", "3")
     segments: int = opt(6, "K: longest self-rollout", "distillation", "6")
     lr_critic: float = opt(1e-4, "critic learning rate", "distillation", "1e-7, §5.1")
+    adversarial: float = opt(
+        0.0,
+        "weight of a judge on the critic's features, as in DMD2; 0 = none",
+        "distillation",
+        "none",
+    )
     guidance: float = opt(1.0, "teacher guidance scale; 1 = none", "distillation", "not stated")
     exit: str = opt(
         "random",
@@ -206,6 +224,7 @@ BIG = dict(
     batch=64,
     steps=50_000,
     encoding="released",
+    new="10",
     checkpoint_activations=True,
     ema=0.999,
 )
@@ -246,6 +265,7 @@ FREE = {
     "device",
     "tensorboard",
 }  # may change on resume
+BEFORE = {"new": "10"}  # what runs did that are older than a flag whose default is something else
 VAES = vae_file.PRESETS | {"5b": vae_file.PRESETS["wan2.2"], "14b": vae_file.PRESETS["wan2.2"]}
 VIEWS = {
     "high-first": "first",
@@ -364,6 +384,9 @@ def setup(cfg: TrainConfig) -> Run:
         raise ValueError(
             "several ranks hold shards, and Muon needs whole matrices: add --muon 0 (the VAE stages run on one rank)"
         )
+    if world > 1 and cfg.adversarial:
+        raise ValueError("the judge of --adversarial is not sharded: one rank, or --adversarial 0")
+    lengths(cfg)
     if world > 1:
         torch.cuda.set_device(device) if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -377,7 +400,7 @@ def setup(cfg: TrainConfig) -> Run:
     rows = [
         f"  {k:<24}{old.get(k)!s:<16}{new[k]!s}"
         for k in new
-        if old and k not in FREE and old.get(k, getattr(TrainConfig, k)) != new[k]
+        if old and k not in FREE and old.get(k, BEFORE.get(k, getattr(TrainConfig, k))) != new[k]
     ]
     if rows:
         raise ValueError(
@@ -447,6 +470,7 @@ def save(
         "seed",
         "expert",
         "boundary",
+        "new",
     )
     said = {name: getattr(run.cfg, name) for name in names} | {"step": run.step, "view": run.view}
     moe.save(run.folder, said, models, ema, opts, run.cfg.keep, **state)
@@ -643,49 +667,137 @@ def revisit_score(c2w: Tensor) -> Tensor:  # (F, 4, 4) -> (T,)
     return score
 
 
-def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
-    """The batch of a step: a share of the episodes, a window in each, and its memory."""
+def lengths(cfg: TrainConfig) -> list[int]:
+    """The segments that a run is trained for: --new "10 5 2"."""
+    words = cfg.new.split()
+    allowed = [str(n) for n in memory.LENGTHS]
+    if not words or not set(words) <= set(allowed):
+        raise ValueError(
+            f"--new takes some of {' '.join(allowed)} in quotes, as in '10 5 2', got {cfg.new!r}"
+        )
+    return [int(word) for word in words]
+
+
+def draw_length(run: Run, step: int) -> tuple[int, int]:
+    """How many new latents the segment of this step has, and how far into ten it begins."""
+    choices = lengths(run.cfg)
+    if choices == [WINDOW.new]:
+        return WINDOW.new, 0
+    g = generator(run.cfg, step + 900_000_000)
+    n_new = choices[int(torch.randint(len(choices), (), generator=g))]
+    return n_new, int(torch.randint(WINDOW.new - n_new + 1, (), generator=g))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which windows a step takes out of which episodes: this rank's rows of the batch."""
+
+    rows: Tensor  # (B,) episodes
+    start: Tensor  # (B,) their first new latents
+    n_past: int
+    n_new: int
+    memory: Tensor | None  # (B, M) latents to remember
+    null: Tensor  # (B,) bool: without text and actions
+    later: Tensor  # (B,) latents of silence between memory and past
+
+
+def draw_cut(clips: Clips, run: Run, step: int) -> Cut:
+    """Everything random about a step's windows. The order of the draws is a contract: resuming is exact."""
     cfg, g = run.cfg, generator(run.cfg, step)
-    E, T = clips.revisit.shape
-    rows = torch.randint(E, (cfg.batch,), generator=g)
-    i2v, off = (torch.rand(2, generator=g) < torch.tensor([cfg.p_i2v, cfg.p_memory_off])).tolist()
-    uniform = torch.ones(cfg.batch, T)
-    uniform[:, : WINDOW.past + 1], uniform[:, T - WINDOW.new + 1 :] = (
-        0,
-        0,
-    )  # a past of whole latents, a window inside the clip
-    often = torch.rand(cfg.batch, 1, generator=g) < cfg.revisit
-    start = torch.multinomial(
-        torch.where(often, clips.revisit[rows] + 1e-6 * uniform, uniform), 1, generator=g
-    )[:, 0]
+    episodes, latents = clips.revisit.shape
+    rows = torch.randint(episodes, (cfg.batch,), generator=g)
+    chances = torch.tensor([cfg.p_i2v, cfg.p_memory_off])
+    i2v, off = (torch.rand(2, generator=g) < chances).tolist()
+
+    # where the windows begin: anywhere with a whole past, or where an old place comes back into view
+    anywhere = torch.ones(cfg.batch, latents)
+    anywhere[:, : WINDOW.past + 1] = 0
+    anywhere[:, latents - WINDOW.new + 1 :] = 0
+    looks_back = torch.rand(cfg.batch, 1, generator=g) < cfg.revisit
+    weights = torch.where(looks_back, clips.revisit[rows] + 1e-6 * anywhere, anywhere)
+    start = torch.multinomial(weights, 1, generator=g)[:, 0]
+    n_new, offset = draw_length(run, step)
+
     null = share(run, torch.rand(cfg.batch, generator=g) < cfg.p_null)
-    rows, start = share(run, rows), share(run, torch.ones_like(start) if i2v else start)
-    n_past, n_new = (1, WINDOW.first - 1) if i2v else (WINDOW.past, WINDOW.new)
-    index = (
-        None
-        if i2v or off
-        else memory.select_training(clips.c2w[rows], start, n_new, sink=cfg.sink, generator=g)
-    )
-    x0, context = memory.clip_context(
+    rows, start = share(run, rows), share(run, start + offset)
+    if i2v:
+        start, n_past, n_new = torch.ones_like(start), 1, WINDOW.first - 1
+    else:
+        n_past = WINDOW.past
+
+    index = None
+    if not (i2v or off):
+        index = memory.select_training(clips.c2w[rows], start, n_new, sink=cfg.sink, generator=g)
+
+    # an hour-long session asks for old memories too: 1 to 2000 latents of silence, evenly on a log scale
+    is_late = torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)
+    silence = 2000 ** torch.rand(cfg.batch, generator=g)
+    later = share(run, (is_late * silence).long())
+    return Cut(rows, start, n_past, n_new, index, null, later)
+
+
+def windows(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, memory.Context]:
+    """The new latents of a cut and what the network is told about them."""
+    rows = cut.rows
+    return memory.clip_context(
         clips.latents[rows].float(),
         clips.c2w[rows],
         clips.keyboard[rows].float(),
         clips.mouse[rows],
         clips.text[rows].float(),
-        start,
-        n_new,
-        n_past,
-        index,
-        cfg.encoding,
-        VAES[cfg.preset].stride[1],
+        cut.start,
+        cut.n_new,
+        cut.n_past,
+        cut.memory,
+        run.cfg.encoding,
+        VAES[run.cfg.preset].stride[1],
     )
-    later = (
-        torch.rand(cfg.batch, generator=g) < cfg.p_later * (index is not None)
-    ) * 2000 ** torch.rand(cfg.batch, generator=g)
-    context.times[:, context.memory.shape[2] :] += share(run, later.long())[
-        :, None
-    ]  # an hour-long session asks for old memories too
-    return x0.to(run.device), context.mute(null).to(run.device)
+
+
+def batch(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, memory.Context]:
+    """What a step learns from, on its device: x0 (B, C, N, h, w) and its context."""
+    x0, context = windows(clips, run, cut)
+    context.times[:, context.memory.shape[2] :] += cut.later[:, None]
+    return x0.to(run.device), context.mute(cut.null).to(run.device)
+
+
+def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, memory.Context]:
+    """The batch of a step: a share of the episodes, a window in each, and its memory."""
+    return batch(clips, run, draw_cut(clips, run, step))
+
+
+@torch.no_grad()
+def own_errors(
+    model: Callable, clips: Clips, run: Run, cut: Cut, g: torch.Generator
+) -> dict[str, Tensor]:
+    """δ of these very past and memory latents: how the model errs on them in one step from a random σ.
+
+    Stored errors come from other scenes. What a player sees drift is a blur of this one: noise the
+    latents to σ ~ U(0, 1) and ask for the clean estimate x̂0, told only the latent before the past.
+    """
+    P = cut.n_past
+    earlier = dataclasses.replace(cut, start=cut.start - P, n_new=P, n_past=1)
+    past, context = windows(clips, run, earlier)
+    M = context.memory.shape[2]
+
+    # [memory | latent before | past]  ->  [latent before | memory, past]: all but one are asked for
+    order = [M, *range(M), *range(M + 1, M + 1 + P)]
+    x0 = torch.cat([context.memory, past], 2).to(run.device)
+    context = dataclasses.replace(
+        context,
+        memory=context.memory[:, :, :0],
+        times=context.times[:, order],
+        rays=context.rays[:, :, order],
+        mouse=context.mouse[:, order],
+        keyboard=context.keyboard[:, order],
+    ).to(run.device)
+
+    sigma = share(run, torch.rand(run.cfg.batch, generator=g)).to(run.device)
+    noise = share(run, torch.randn(run.cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
+    x_sigma = dit.add_noise(x0, noise, sigma)
+    v = model(x_sigma.to(run.dtype), sigma, context.to(dtype=run.dtype)).float()
+    delta = dit.x0_from_v(x_sigma, v, sigma) - x0
+    return {"memory": delta[:, :, :M], "past": delta[:, :, M:]}
 
 
 # ------------------------------------------------------------------------------------------------ stages: vae, lightvae
@@ -794,15 +906,18 @@ def train_base(run: Run) -> None:
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
     low, progress = moe.twin(model, run.dtype, cfg.checkpoint_activations), Progress(run)
     while run.step < cfg.steps and not run.stop:
-        x0, context = draw(clips, run, run.step)
+        cut = draw_cut(clips, run, run.step)
+        x0, context = batch(clips, run, cut)
         g = generator(cfg, run.step + 500_000_000)
         sigma = share(
             run, low_sigma + (high_sigma - low_sigma) * dit.sample_sigma(cfg.batch, cfg.shift, g)
         ).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
-        context = inject(errors, context, run, g)  # imperfect past and memory     Eq. 2, 5
+        refreshed = moe.refresh(low, model)
+        own = own_errors(refreshed, clips, run, cut, g) if turn_of_own(run, cut, g) else None
+        context = inject(errors, context, run, g, own)  # imperfect past and memory     Eq. 2, 5
         x_sigma = dit.add_noise(x0, noise, sigma)  # x_σ = (1 − σ)·x0 + σ·ε
-        losses, delta, refreshed = [], torch.empty_like(x0), moe.refresh(low, model)
+        losses, delta = [], torch.empty_like(x0)
         for rows in (slice(i, None, cfg.accum) for i in range(cfg.accum)):
             part = dataclasses.replace(
                 context,
@@ -821,7 +936,7 @@ def train_base(run: Run) -> None:
             delta[rows] = (
                 dit.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]
             )  # δ = x̂0 − x0      Eq. 1, 4
-        errors.push(moe.gathered(delta), moe.gathered(sigma), g)
+        errors.push(moe.gathered(delta), g)
         norm = moe.update(
             opts, model, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
         )
@@ -838,20 +953,36 @@ def train_base(run: Run) -> None:
             look(run, moe.averaged(model, ema), decoder, held)
 
 
+def turn_of_own(run: Run, cut: Cut, g: torch.Generator) -> bool:
+    """Whether this step's errors are the model's own of the same scene."""
+    if not run.cfg.p_own or cut.n_past == 1:
+        return False
+    return float(torch.rand((), generator=g)) < run.cfg.p_own
+
+
 def inject(
-    errors: error_buffer.ErrorBuffer, context: memory.Context, run: Run, g: torch.Generator
+    errors: error_buffer.ErrorBuffer,
+    context: memory.Context,
+    run: Run,
+    g: torch.Generator,
+    own: dict[str, Tensor] | None = None,
 ) -> memory.Context:
     """x̃ = x + γ_h·δ on the past, m̃ = m + γ_m·δ on the memory; a lone image is real data and stays."""
-    clean = {"past": context.past, "memory": context.memory} if context.past.shape[2] > 1 else {}
-    return dataclasses.replace(
-        context,
-        **{  # drawn for the whole batch: every rank takes its rows
-            name: x
-            + share(run, errors.perturb(x.new_zeros(run.cfg.batch, *x.shape[1:]), run.cfg.gamma, g))
-            for name, x in clean.items()
-            if run.cfg.inject in ("both", name)
-        },
-    )
+    if context.past.shape[2] == 1:
+        return context
+    perturbed = {}
+    for name in ("past", "memory"):
+        if run.cfg.inject not in ("both", name):
+            continue
+        x = getattr(context, name)
+        if own is None:  # drawn for the whole batch: every rank takes its rows
+            zeros = x.new_zeros(run.cfg.batch, *x.shape[1:])
+            delta = share(run, errors.perturb(zeros, run.cfg.gamma, g))
+        else:
+            amplitude = share(run, errors.amplitude(run.cfg.batch, run.cfg.gamma, g)).to(x)
+            delta = amplitude.view(-1, 1, 1, 1, 1) * own[name]
+        perturbed[name] = x + delta
+    return dataclasses.replace(context, **perturbed)
 
 
 def start_model(run: Run) -> nn.Module:
@@ -874,87 +1005,110 @@ def train_distill(run: Run) -> None:
             "--stage distill needs --init <base run>; make one with: python train.py --stage base"
         )
     root, decoder = dataset(run), load_vae(cfg, run.device)
-    clips, held = (load_clips(run, decoder, root, split) for split in ("train", "tune"))
-    real = moe.twin(start_model(run), run.dtype).requires_grad_(False)
-    student, fake = start_model(run), start_model(run)
+    clips = load_clips(run, decoder, root, "train")
+    held = load_clips(run, decoder, root, "tune")
     how = dmd.DMDConfig(
         shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v
     )
-    opts, opts_fake = (
-        moe.optimizers(m, lr, cfg.muon, cfg.decay, (0.0, 0.95))
-        for m, lr in ((student, cfg.lr), (fake, cfg.lr_critic))
-    )
-    ema, models = moe.average(student), {"diffusion_pytorch_model": student, "critic": fake}
-    restore(run, models, ema, opts + opts_fake)
-    low, low_fake, progress = (
-        moe.twin(student, run.dtype, cfg.checkpoint_activations),
-        moe.twin(fake, run.dtype),
-        Progress(run),
-    )
+
+    # three copies of the base: one is asked, one learns what the student makes, one is the student
+    real = moe.twin(start_model(run), run.dtype).requires_grad_(False)
+    student, fake = start_model(run), start_model(run)
+    judge = dmd.Judge(network(cfg).dim).to(run.device)
+    betas = (0.0, 0.95)
+    opts = moe.optimizers(student, cfg.lr, cfg.muon, cfg.decay, betas)
+    opts_fake = moe.optimizers(fake, cfg.lr_critic, cfg.muon, cfg.decay, betas)
+    opts_judge = moe.optimizers(judge, cfg.lr_critic, 0.0, cfg.decay, betas)
+    ema = moe.average(student)
+    models = {"diffusion_pytorch_model": student, "critic": fake}
+    every = opts + opts_fake
+    if cfg.adversarial:
+        models["judge"] = judge
+        every = every + opts_judge
+    restore(run, models, ema, every)
+    low = moe.twin(student, run.dtype, cfg.checkpoint_activations)
+    low_fake = moe.twin(fake, run.dtype)
+    progress = Progress(run)
+
     while run.step < cfg.steps and not run.stop:
-        g, cold = (
-            generator(cfg, run.step + 700_000_000),
-            run.step < cfg.cold_start,
-        )  # g: the same on every rank
+        g = generator(cfg, run.step + 700_000_000)  # the same on every rank
         own = generator(cfg, run.step + 800_000_000 + 1_000_000 * run.rank)
+        cold = run.step < cfg.cold_start
         critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
-        student_in, fake_in = (
-            in_dtype(moe.refresh(*pair), run) for pair in ((low, student), (low_fake, fake))
-        )
+        student_in = in_dtype(moe.refresh(low, student), run)
+        fast_fake = moe.refresh(low_fake, fake)
+        fake_in, features = in_dtype(fast_fake, run), features_of(fast_fake, run)
         exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
+
+        # what the student makes, and in the place of what
         with torch.set_grad_enabled(students_turn):
             if cold:  # one segment, true past and memory
-                x0, context = draw(clips, run, run.step)
-                x0 = dmd.few_step(student_in, context, dmd.fresh(x0, own), exit_step, how, own)
+                true, context = draw(clips, run, run.step)
+                x0 = dmd.few_step(student_in, context, dmd.fresh(true, own), exit_step, how, own)
             else:  # on its own outputs
-                x0, context = dmd.rollout(
-                    student_in,
-                    scene(clips, run, run.step),
-                    dmd.draw_segments(how, g),
-                    exit_step,
-                    how,
-                    own,
-                )
+                new, _ = draw_length(run, run.step)
+                clip, latents = scene(clips, run, run.step)
+                k = dmd.draw_segments(how, g, new)
+                x0, context = dmd.rollout(student_in, clip, k, exit_step, how, own, new)
+                true = latents[:, :, context.times[0, -x0.shape[2] :]]
+
         numbers = {}
         if students_turn:
             loss = dmd.generator_loss(x0, context, in_dtype(real, run), fake_in, how, own)  # Eq. 8
+            if cfg.adversarial:
+                fooled = dmd.adversarial_loss(x0, context, features, judge, how, own)
+                loss = loss + cfg.adversarial * fooled
             moe.check_finite(loss, student, run.folder, x0=x0)
             loss.backward()
             moe.collect(low, student)
-            numbers["norm"] = moe.update(
-                opts, student, moe.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
-            )
+            low_fake.zero_grad(set_to_none=True)  # the student's loss went through both
+            judge.zero_grad(set_to_none=True)
+            rate = moe.lr_at(run.step, cfg.steps, cfg.warmup)
+            numbers["norm"] = moe.update(opts, student, rate, cfg.clip, ema, cfg.ema)
         if critics_turn:
             loss = dmd.critic_loss(x0.detach(), context, fake_in, how, own)
+            numbers["critic"] = loss.detach()
+            if cfg.adversarial:
+                caught = dmd.judge_loss(x0, true, context, features, judge, how, own)
+                loss = loss + caught
+                numbers["judge"] = caught.detach()
             moe.check_finite(loss, fake, run.folder, x0=x0)
             loss.backward()
             moe.collect(low_fake, fake)
             moe.update(opts_fake, fake, 1.0, cfg.clip, [], 0.0)
-            numbers["critic"] = loss.detach()
+            if cfg.adversarial:
+                moe.update(opts_judge, judge, 1.0, cfg.clip, [], 0.0)
         run.step += 1
         progress(**numbers, latent_std=x0.detach().std())
         if run.stop or run.due(cfg.save_every):
-            save(run, models, ema, opts + opts_fake)
+            save(run, models, ema, every)
         if cfg.sample_every and run.world == 1 and run.due(cfg.sample_every):
             look(run, moe.averaged(student, ema), decoder, held, steps=how.steps, method="renoise")
 
 
-def in_dtype(
-    model: nn.Module, run: Run
-) -> Callable:  # as dmd.py calls it: float32 outside, the run's precision inside
+def in_dtype(model: nn.Module, run: Run) -> Callable:
+    """As dmd.py calls a network: float32 outside, the run's precision inside."""
     return lambda x, sigma, context: model(
         x.to(run.dtype), sigma, context.to(dtype=run.dtype)
     ).float()
 
 
-def scene(
-    clips: Clips, run: Run, step: int
-) -> dmd.Clip:  # where the rollouts of a step begin, and the ways they go
-    rows = share(
-        run, torch.randint(len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step))
+def features_of(model: nn.Module, run: Run) -> Callable:
+    """The same network up to its last block: what the judge looks at."""
+    return lambda x, sigma, context: model(
+        x.to(run.dtype), sigma, context.to(dtype=run.dtype), return_features=True
     )
-    return dmd.Clip(
-        clips.latents[rows, :, :1].float().to(run.device),
+
+
+def scene(clips: Clips, run: Run, step: int) -> tuple[dmd.Clip, Tensor]:
+    """Where the rollouts of a step begin and the ways they go; and the true latents along them."""
+    episodes = torch.randint(
+        len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)
+    )
+    rows = share(run, episodes)
+    latents = clips.latents[rows].float().to(run.device)
+    clip = dmd.Clip(
+        latents[:, :, :1],
         clips.c2w[rows],
         clips.keyboard[rows].float(),
         clips.mouse[rows],
@@ -963,6 +1117,7 @@ def scene(
         VAES[run.cfg.preset].stride[1],
         run.cfg.sink,
     )
+    return clip, latents
 
 
 # ------------------------------------------------------------------------------------------------------- looking at a model
@@ -972,7 +1127,7 @@ def look(
 ) -> None:
     """Held-out revisits: reconstruction | model | without memory | with another clip's actions, as a picture, a film and numbers."""
     sure = dataclasses.replace(
-        run.cfg, batch=8, revisit=1.0, p_i2v=0.0, p_memory_off=0.0, p_null=0.0
+        run.cfg, batch=8, new="10", revisit=1.0, p_i2v=0.0, p_memory_off=0.0, p_null=0.0
     )
     x0, context = draw(held, dataclasses.replace(run, cfg=sure), 0)
     wrong = dataclasses.replace(

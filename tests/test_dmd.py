@@ -1,6 +1,7 @@
 """Distillation: the gradient is Eq. 8's, the right networks move, and a student lives on what it made itself."""
 
 import math
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -460,3 +461,54 @@ def test_a_reader_learns_which_way_pictures_moved():
             dmd.balanced_accuracy(reader(wide[160:, ..., 4:68], after[160:]), held[160:])[4:].min()
             > 0.9
         )
+
+
+def test_a_judge_learns_to_tell_true_from_generated_and_the_student_is_told_how_to_pass():
+    torch.manual_seed(0)
+    cfg = DMDConfig(tau_min=0.02, tau_max=0.02)
+    apart = torch.tensor([2.0, 0, 0, 0]).view(1, 4, 1, 1, 1)  # in one channel
+    true = torch.randn(8, 4, 2, 2, 2) + apart
+    made = torch.randn(8, 4, 2, 2, 2) - apart
+
+    def features(x, tau, context):  # each cell is a token of four numbers
+        return x.flatten(3).permute(0, 2, 3, 1)
+
+    context = types.SimpleNamespace(alone=lambda: None)
+    judge = dmd.Judge(4)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2)
+    before = dmd.judge_loss(made, true, context, features, judge, cfg)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = dmd.judge_loss(made, true, context, features, judge, cfg)
+        loss.backward()
+        optimizer.step()
+    assert before > 1.2 and loss < 0.3  # chance is 2 ln 2 = 1.39
+
+    x0 = made.clone().requires_grad_()
+    dmd.adversarial_loss(x0, context, features, judge, cfg).backward()
+    assert x0.grad[:, 0].mean() < 0  # a step against it moves towards the true ones
+
+
+def test_the_judge_sees_the_new_latents_alone_in_the_real_network():
+    x0, context = rollout(network(), clip(2), 2, generator=seeded())
+    alone = context.alone()
+    new = x0.shape[2]
+    assert alone.memory.shape[2] == alone.past.shape[2] == 0
+    assert torch.equal(alone.times, context.times[:, -new:])
+    sigma = torch.full((len(x0),), 0.5)
+    tokens = network()(x0.detach(), sigma, alone, return_features=True)
+    assert (
+        tokens.shape == (len(x0), new, x0.shape[3] * x0.shape[4] // 4, MICRO.dim)
+        and tokens.isfinite().all()
+    )
+
+
+def test_short_rollouts_go_as_far_in_time_as_long_ones_up_to_a_number_of_segments():
+    cfg = DMDConfig(segments=5, p_mask=0.0)
+    longest = {
+        new: max(dmd.draw_segments(cfg, torch.Generator().manual_seed(i), new) for i in range(300))
+        for new in (10, 5, 2)
+    }
+    assert longest == {10: 5, 5: 9, 2: 12}
+    frames = {new: dmd.Window(new=new).frames(k) for new, k in longest.items()}
+    assert all(n <= 241 for n in frames.values())  # they fit into an episode
