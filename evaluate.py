@@ -14,7 +14,7 @@ held-out world; arms share worlds, paths and noise; intervals are 95 % BCa over 
 does. Predictions are stored before the run; every table and figure comes from results/*.json alone. What needs retraining:
 --weights RUN --out DIR/ARM-SEED (`ablation` is a short command for it); then `compare --out DIR` sets the arms side by side. Departures:
 LPIPS, FID, FVD need downloaded networks and are not computed; TWFD uses principal components of pixels, not a trained network.
-Commands: python evaluate.py {sanity,memory,drift,action,distill,int8,vae,retrieval,rope,moe,latency,ablation,all,report,compare}
+Commands: python evaluate.py {sanity,memory,drift,explore,action,distill,int8,vae,retrieval,rope,moe,latency,ablation,all,report,compare}
 Tests: pytest tests/test_evaluate.py
 """
 
@@ -303,7 +303,9 @@ def rollout(
     )
     latents = [denoiser.now.past]
     ends = (
-        range(4 * new, 40 * segments + 1, 4 * new) if K > 1 else range(56, 40 * segments + 17, 40)
+        range(4 * new, 40 * segments + 1, 4 * new)
+        if K > 1
+        else range(56, 40 * segments + 17, 4 * new)
     )  # the first segment of all is longer
     for t, end in zip((0, *ends), ends, strict=False):
         x0, info = denoiser.run(keyboard[t:end], mouse[t:end], policy)
@@ -636,6 +638,54 @@ def drift(run: Run) -> None:
             )
     for where, pairs in made.items():
         run.distances(*where, pairs)
+
+
+LONG = 24  # segments of 40 frames: a minute at 16 frames/s
+SEEN_AT = (0, 64, 160, 320, 640, 960)  # frames that the strip shows: 0, 4, 10, 20, 40 and 60 s
+SCORED_AT = (56, 256, 640, 976)  # frames of which the last forty before are scored
+
+
+def explore(run: Run) -> None:
+    """A start picture, and a minute of walking to where nobody has been: is it still a world?
+
+    Truth above, model below, a pair of rows per world, in OUT/explore.png; sharpness against the truth and
+    against what the VAE can show of it, for segments of 10, 5 and 2 new latents, as far as they are trained.
+    """
+    p = run.player
+    strips = []
+    for seed in run.worlds[:10]:
+        script = journey(seed, LONG)._replace(known=1)
+        frames = draw(script, slice(0, 40 * LONG + 17))[0]
+        z = opened(p, script, frames)[2]
+        shown = decode(p, z, len(frames) - 1)[0].numpy()  # by the VAE, the most a model could do
+        for new in (int(n) for n in p.meta["new"].split()):
+            latents = rollout(p, script, z, LONG, new=new)[0]
+            film = decode(p, latents, len(frames) - 1)[0].numpy()
+            score_walk(run, f"{new} at once", film, frames[1:], shown)
+            if str(new) == p.meta["new"].split()[0]:
+                rows = np.concatenate([frames[:1], np.uint8(255 * film + 0.5)])
+                pair = [np.concatenate(x[list(SEEN_AT)], 1) for x in (frames, rows)]
+                strips.append(np.concatenate(pair))
+    half = -(-len(strips) // 2)
+    left, right = np.concatenate(strips[:half]), np.concatenate(strips[-half:])
+    gap = np.full((len(left), 8, 3), 255, np.uint8)
+    picture = np.concatenate([left, gap, right], 1).repeat(2, 0).repeat(2, 1)
+    data.write_png(run.out / "explore.png", picture)
+    run.notes.append(f"strip: {run.out / 'explore.png'}, after {SEEN_AT} frames")
+
+
+def score_walk(run: Run, row: str, film: ndarray, true: ndarray, shown: ndarray) -> None:
+    """Sharpness and PSNR of the forty frames before each of SCORED_AT."""
+    for end in SCORED_AT:
+        last = slice(end - 40, end)
+        made = dmd.sharpness(film[last], true[last]).mean()
+        most = dmd.sharpness(shown[last], true[last]).mean()
+        values = {
+            f"sharpness after {end}": made,
+            f"sharpness of the VAE after {end}": most,
+            f"psnr after {end}": data.psnr(film[last], true[last]).mean(),
+        }
+        run.put(row, values)
 
 
 def errand(seed: int, view: str = "first") -> tuple[Script, dict[str, tuple[Tensor, Tensor]]]:
@@ -1664,11 +1714,62 @@ CLAIMS: dict[str, list[Claim]] = {
             ),
         ),
     ],
+    "explore": [
+        C(
+            "256 frames out: sharpness",
+            None,
+            ">= 0.6",
+            "x",
+            "M4",
+            of("sharpness after 256", "10 at once"),
+        ),
+        C(
+            "640 frames out: sharpness",
+            None,
+            ">= 0.6",
+            "x",
+            "M4",
+            of("sharpness after 640", "10 at once"),
+        ),
+        C(
+            "256 frames out: sharpness of the VAE",
+            None,
+            "",
+            "x",
+            "M4",
+            of("sharpness of the VAE after 256", "10 at once"),
+        ),
+        C(
+            "640 frames out: sharpness of the VAE",
+            None,
+            "",
+            "x",
+            "M4",
+            of("sharpness of the VAE after 640", "10 at once"),
+        ),
+        C(
+            "640 frames out: sharpness, 5 at once",
+            None,
+            "",
+            "x",
+            "M4",
+            of("sharpness after 640", "5 at once"),
+        ),
+        C(
+            "640 frames out: sharpness, 2 at once",
+            None,
+            "",
+            "x",
+            "M4",
+            of("sharpness after 640", "2 at once"),
+        ),
+    ],
 }
 COMMANDS = {
     "sanity": sanity,
     "memory": remember,
     "drift": drift,
+    "explore": explore,
     "action": action,
     "distill": distill,
     "int8": int8,

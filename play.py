@@ -720,7 +720,7 @@ class Player(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.open()
+            self.open(live=True)
             while not self.args.stop.is_set():
                 while not self.commands.empty():
                     self.obey(self.commands.get())
@@ -736,7 +736,7 @@ class Player(threading.Thread):
         finally:
             self.save()
 
-    def open(self) -> None:
+    def open(self, live: bool = False) -> None:
         """Load the model, then the start picture or the session that goes on."""
         self.screen.note(
             stage="loading the model"
@@ -758,6 +758,8 @@ class Player(threading.Thread):
             if args.fake
             else realtime.open_session(options_of(args), args.dit_ranks)
         )
+        if not args.fake:
+            self.settle(live)
         self.session.policy, self.size = (
             args.memory,
             args.size if args.fake else realtime.SIZES[args.preset],
@@ -784,6 +786,14 @@ class Player(threading.Thread):
         print(self.begun.note, flush=True)
         self.screen.note(stage="")
 
+    def settle(self, live: bool) -> None:
+        """What was measured on this machine is written down: a replay must not measure again."""
+        self.args.dtype = self.session.options.dtype
+        if live and not self.args.new:
+            self.args.new = realtime.shortest_sustained(self.session, self.fps)
+        else:
+            self.args.new = self.session.options.new
+
     def reset(
         self, start: Start, state: Path | None = None, trail: list[tuple] | None = None
     ) -> None:
@@ -793,7 +803,7 @@ class Player(threading.Thread):
             start,
             [],
             None,
-            LATENT * (1 if self.args.fake else self.args.new),
+            LATENT * (1 if self.args.fake else self.session.options.new),
         )
         self.undone, self.ring = (
             deque(maxlen=40 if self.args.fake else realtime.UNDO),
@@ -1297,7 +1307,11 @@ FLAGS = {  # name: default (its type is the flag's; a tuple: choices, the first 
     "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
     "seed": (42, "of the noise"),
     "steps": (3, "network calls per chunk"),
-    "new": (10, "new latents per chunk, 10, 5, 2: few act sooner, cost more"),
+    "new": (
+        0,
+        "new latents per chunk, 10, 5 or 2: few act sooner, cost more; 0: in the page the fewest "
+        "that this machine sustains, without it 10",
+    ),
     "fps": (0, f"of page and films; 0: up to {SHOW_FPS} in the page, {FILE_FPS} without"),
     "pace": (("auto", "live", "turn"), "turn: plan a chunk, press Enter; auto: below 8 fps"),
     "prompt": ("", "what the world is, for models with a text encoder"),
@@ -1371,7 +1385,7 @@ def options_of(args: argparse.Namespace) -> realtime.Options:
         weights=args.weights,
         decoder=args.vae,
         steps=args.steps,
-        new=args.new,
+        new=args.new or realtime.Options.new,
         device=args.device,
         dtype=args.dtype,
         quantize="qkvo" if args.int8 else "",

@@ -116,7 +116,7 @@ def resolve(options: Options) -> Options:
     for name, allowed in (
         ("preset", SIZES),
         ("decoder", DECODERS),
-        ("new", (10, 5, 2)),
+        ("new", memory.LENGTHS),
         ("policy", memory.POLICIES),
         ("view", ("first", "third")),
         ("commit", range(options.steps)),
@@ -230,6 +230,8 @@ def load_parts(
         "shift": 5.0,
         "sink": True,
         "p_memory_off": 0.0,
+        # lengths of segments that were trained; random weights are equally bad at all
+        "new": "10 5 2" if options.weights == "random" else "10",
     }
     return nets, {name: meta.get(name, default) for name, default in said.items()} | {
         "method": method
@@ -789,6 +791,14 @@ class Session:
         self.nets, meta = load_parts(
             self.options, "dit", "encoder", *(() if store else ("decoder",))
         )
+        self.lengths = [int(n) for n in meta["new"].split()]
+        if self.options.new not in self.lengths:
+            print(
+                f"these weights never saw segments of {self.options.new} new latents: "
+                f"playing {self.lengths[0]} at once",
+                flush=True,
+            )
+            self.options = replace(self.options, new=self.lengths[0])
         self.team = (
             Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew) if store else None
         )
@@ -990,6 +1000,27 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
         "predicted": n / max(D, V),
         "serial": n / (D + V),
     } | wait
+
+
+def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> int:
+    """The fewest new latents at once that this machine makes `margin` times faster than they are shown.
+
+    Short segments act sooner and cost more per frame: each pays for memory and past again. Measured on
+    a grey picture, a moment before play; where nothing keeps up, the longest is the smoothest.
+    """
+    grey = torch.full((*SIZES[session.options.preset], 3), 128, dtype=torch.uint8)
+    session.reset(grey)
+    session.step(*walk_actions(session.frames_needed))
+    for new in sorted(session.lengths):
+        session.options = replace(session.options, new=new)
+        n = session.frames_needed
+        session.step(*walk_actions(n))  # the first of its shape is slower
+        began = time.perf_counter()
+        for _ in range(2):
+            session.step(*walk_actions(n))
+        if 2 * n / (time.perf_counter() - began) >= margin * fps:
+            break
+    return session.options.new
 
 
 def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:

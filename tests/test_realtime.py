@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -176,6 +177,7 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
         "sink": True,
         "p_memory_off": 0.0,
         "method": "renoise",
+        "new": "10",
     }
     session.reset(IMAGE)
     assert walk(session, 1)[0].frames.float().std() > 5
@@ -861,3 +863,45 @@ def test_a_gpu_session_plays_like_a_cpu_session() -> None:
     session.reset(IMAGE)
     chunks = walk(session, 2)
     assert all(c.frames.device.type == "cpu" and c.frames.float().std() > 5 for c in chunks)
+
+
+# ---- short segments
+
+
+def with_lengths(tmp_path: Path, lengths: str) -> realtime.Options:
+    """Weights that say which lengths of segments they were trained for."""
+    torch.manual_seed(0)
+    file = tmp_path / "base.safetensors"
+    tensors = moe.build("micro").state_dict()
+    config = asdict(dit.PRESETS["micro"])
+    said = {"config": config, "stage": "base", "preset": "micro", "new": lengths}
+    moe.write_weights(file, tensors, said)
+    shutil.copy(realtime.ROOT / "assets/tiny/vae.safetensors", tmp_path)
+    return realtime.Options("micro", str(file), device="cpu", dtype="float32", steps=1)
+
+
+def test_weights_that_never_saw_short_segments_keep_ten_and_say_so(tmp_path, capsys) -> None:
+    options = with_lengths(tmp_path, "10")
+    session = realtime.Session(replace(options, new=2))
+    assert session.options.new == 10
+    assert "never saw segments of 2 new latents" in capsys.readouterr().out
+
+
+def test_trained_short_segments_act_after_eight_frames(tmp_path, capsys) -> None:
+    session = realtime.Session(replace(with_lengths(tmp_path, "10 5 2"), new=2))
+    assert session.options.new == 2 and not capsys.readouterr().out
+    session.reset(torch.zeros(64, 64, 3, dtype=torch.uint8))
+    session.step(*realtime.walk_actions(session.frames_needed))
+    assert session.frames_needed == 8
+    assert session.step(*realtime.walk_actions(8)).frames.shape == (8, 64, 64, 3)
+
+
+def test_a_live_player_gets_the_shortest_segments_that_are_made_fast_enough(tmp_path) -> None:
+    session = realtime.Session(with_lengths(tmp_path, "10 5 2"))
+    assert realtime.shortest_sustained(session, 1e-3) == 2  # anything keeps up with this
+    assert realtime.shortest_sustained(session, 1e9) == 10  # nothing does with that
+
+
+def test_a_length_that_nobody_trains_is_refused() -> None:
+    with pytest.raises(ValueError, match="new must be one of 10, 5, 2, got 3"):
+        realtime.resolve(realtime.Options("micro", "random", device="cpu", new=3))
