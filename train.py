@@ -26,6 +26,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -364,6 +365,28 @@ def parse(argv: list[str]) -> TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------------ setup
+def run_folder(name: str) -> Path:
+    """runs/NAME; a name is one folder there, so that nothing outside runs/ is ever written or deleted."""
+    if not re.fullmatch(r"[\w][\w.+=-]*", name):
+        raise ValueError(
+            f"--run takes a name under runs/: letters, digits and . _ - + = after a letter or digit, "
+            f"got {name!r}; as in --run mine-2"
+        )
+    return Path("runs") / name
+
+
+def start_over(folder: Path) -> None:
+    """Delete a run, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if folder.is_symlink() or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"--fresh deletes runs of train.py only, and {folder} has no config.json of one; "
+            "remove it yourself, or choose another --run NAME"
+        )
+    shutil.rmtree(folder)
+
+
 def setup(cfg: TrainConfig) -> Run:
     """Ranks, device, precision and the run folder; refuses a folder that holds another configuration."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -391,9 +414,9 @@ def setup(cfg: TrainConfig) -> Run:
         torch.cuda.set_device(device) if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.use_deterministic_algorithms(cfg.deterministic)
-    folder = Path("runs") / cfg.run
+    folder = run_folder(cfg.run)
     if cfg.fresh and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        start_over(folder)
     dist.barrier() if world > 1 else None
     old = json.loads((folder / "config.json").read_text()) if (folder / "latest").exists() else {}
     new = dataclasses.asdict(cfg)

@@ -786,6 +786,36 @@ def test_ranks_share_a_batch_without_loss(clips):
 # ---- bad input: what, why, what to type; exit 2, nothing lost
 
 
+@pytest.mark.parametrize("name", ["../../victim", "..", ".", "/victim", "a/b", "-x", "runs\\x"])
+def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
+    """A name that leads out of runs/ is refused before anything is touched."""
+    place = tmp_path / "w"
+    victim = tmp_path / "victim"
+    for folder in (place / "runs", victim):
+        folder.mkdir(parents=True)
+    (victim / "precious").write_text("kept")
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match="--run takes a name under runs/"):
+        train.setup(train.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
+    assert (victim / "precious").read_text() == "kept" and (place / "runs").is_dir()
+
+
+def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notes = tmp_path / "runs/notes"
+    notes.mkdir(parents=True)
+    (notes / "thesis.txt").write_text("kept")
+    with pytest.raises(ValueError, match="no config.json"):
+        train.start_over(Path("runs/notes"))
+    assert (notes / "thesis.txt").exists()
+    (tmp_path / "runs/link").symlink_to(notes)
+    (notes / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="deletes runs"):
+        train.start_over(Path("runs/link"))
+    train.start_over(Path("runs/notes"))
+    assert not notes.exists()
+
+
 def test_an_unknown_flag_suggests_the_nearest_name(monkeypatch, capsys):
     assert script(monkeypatch, "--stpes", "5") == 2
     assert "did you mean --steps?" in capsys.readouterr().err
