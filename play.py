@@ -21,6 +21,7 @@ import argparse
 import base64
 import contextlib
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -163,6 +164,9 @@ def read_actions(
         )
     keyboard, mouse, _ = data.infer_wsad(poses[0][:, :3], poses[0][:, 4], poses[0][:, 3])
     return keyboard[:-1].astype(np.float32), mouse[:-1], ["the keys were read off the poses"]
+
+
+known_scene = functools.lru_cache(maxsize=4)(world.make_scene)
 
 
 def legal(
@@ -934,15 +938,30 @@ class Player(threading.Thread):
         )
         return self.plan is not None if tempo == "turn" else self.once or ready
 
+    @property
+    def max_pitch(self) -> float:
+        """Degrees: a known world is drawn up to its own limit, any other up to the model's."""
+        return world.MAX_PITCH if self.begun.truth else realtime.Options.max_pitch
+
+    def in_rooms(self, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
+        """Keys that do not lead into the walls of a known world; the game itself pushes back on its own."""
+        if self.args.fake or not self.begun.truth:
+            return keyboard
+        scene = known_scene(**self.begun.truth["scene"])
+        return world.stop_at_walls(scene, self.poses[-1], keyboard, mouse)
+
     def decide(self, n: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        pitch, limit = self.poses[-1][3], world.MAX_PITCH if self.begun.truth else 85.0
+        """What the player asks for in the next n frames, as late as possible."""
+        pitch = self.poses[-1][3]
         if self.tempo() == "live":
-            return self.controls.read(n, self.fps, pitch, limit)
-        slots, self.plan = self.plan or ["_"], None
-        keyboard, mouse = data.actions_from_keys(
-            [slots[min(t // LATENT, len(slots) - 1)] for t in range(n)]
-        )
-        return *legal(keyboard.numpy(), mouse.numpy(), pitch, limit), {"keys": slots}
+            keyboard, mouse, said = self.controls.read(n, self.fps, pitch, self.max_pitch)
+        else:
+            slots, self.plan = self.plan or ["_"], None
+            chords = [slots[min(t // LATENT, len(slots) - 1)] for t in range(n)]
+            keyboard, mouse = data.actions_from_keys(chords)
+            keyboard, mouse = legal(keyboard.numpy(), mouse.numpy(), pitch, self.max_pitch)
+            said = {"keys": slots}
+        return self.in_rooms(keyboard, mouse), mouse, said
 
     def chunk(self, keyboard: np.ndarray, mouse: np.ndarray, said: dict) -> None:
         """One step of the model and all that follows from it: judged, remembered, recorded, shown."""
@@ -1488,30 +1507,32 @@ def about(args: argparse.Namespace) -> dict:
 
 
 def headless(
-    args: argparse.Namespace, keyboard: np.ndarray, mouse: np.ndarray, policies: list[str], fps: int
+    args: argparse.Namespace,
+    keyboard: np.ndarray,
+    mouse: np.ndarray,
+    policies: list[str],
+    fps: int,
+    again: bool = False,  # a replay: its actions were decided when it was played
 ) -> list[dict]:
     """Walk given actions without a page. The last chunk is filled with standing still; Ctrl-C keeps what is done."""
-    player, t, k = Player(args, fps), 0, 0
+    player = Player(args, fps)
     player.open()
+    t = k = 0
     try:
         while t < len(keyboard) and not args.stop.is_set():
-            n, player.session.policy = (
-                player.session.frames_needed,
-                policies[min(k, len(policies) - 1)],
-            )
-            rows = [
-                np.concatenate(
-                    [
-                        part[t : t + n],
-                        np.zeros((max(0, t + n - len(part)), part.shape[1]), np.float32),
-                    ]
-                )
-                for part in (keyboard, mouse)
-            ]
-            player.chunk(
-                *legal(*rows, player.poses[-1][3], 85.0),
-                {"keys": [data.keys_from_action(keyboard[t], mouse[t])]},
-            )
+            n = player.session.frames_needed
+            player.session.policy = policies[min(k, len(policies) - 1)]
+
+            # the next n rows, filled up with standing still
+            rows = []
+            for part in (keyboard, mouse):
+                rest = np.zeros((max(0, t + n - len(part)), part.shape[1]), np.float32)
+                rows.append(np.concatenate([part[t : t + n], rest]))
+            keys, turns = legal(*rows, player.poses[-1][3], player.max_pitch)
+            if not again:
+                keys = player.in_rooms(keys, turns)
+
+            player.chunk(keys, turns, {"keys": [data.keys_from_action(keyboard[t], mouse[t])]})
             t, k = t + n, k + 1
             if t % 40 < n:
                 print(
@@ -1595,7 +1616,9 @@ def replay(args: argparse.Namespace) -> int:
     )
     keyboard, mouse = (np.array(said[key], np.float32) for key in ("keyboard", "mouse"))
     new, old = (
-        headless(args, keyboard, mouse, [chunk["policy"] for chunk in said["chunks"]], said["fps"]),
+        headless(
+            args, keyboard, mouse, [chunk["policy"] for chunk in said["chunks"]], said["fps"], True
+        ),
         said["chunks"],
     )
     same, now = sum(a["sha"] == b["sha"] for a, b in zip(new, old, strict=False)), about(args)

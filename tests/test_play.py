@@ -419,6 +419,21 @@ def test_a_fake_undo_and_a_restored_state_go_on_alike(tmp_path: Path) -> None:
     assert torch.equal(other.step(keyboard, mouse).frames, first)
 
 
+def test_looking_up_and_walking_into_walls_stays_in_the_known_world(tmp_path: Path) -> None:
+    """The shipped picture names its world: pitch ends where its renderer does, steps end at its walls."""
+    flags = ("--steps", "1", "--new", "2", "--actions", "i:40, w:80", "--out", "walk")
+    done = run(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "walk/session.json").read_text())
+    highest = max(pose[3] for pose in said["poses"])
+    assert world.MAX_PITCH - 1e-4 < highest < world.MAX_PITCH + 1e-4
+    walked = np.array(said["keyboard"])[:, 0]
+    assert 0 < walked.sum() < 80
+    scene = world.make_scene(**said["truth"]["scene"])
+    for pose in said["poses"]:
+        assert not scene.solid[int(pose[0]), int(pose[2])]
+
+
 # ---- without a page --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -316,6 +316,37 @@ def test_the_stored_action_explains_the_next_pose():
             assert (errors_of_step(walk, shift).max(1) > 1e-3).mean() > 0.05
 
 
+def test_steps_into_a_wall_are_not_taken_and_all_others_are():
+    scene = make_scene(3, "rooms")
+    start = tuple(poses_in(scene, 1)[0])
+    keyboard, mouse = np.zeros((400, 6), np.float32), np.zeros((400, 2), np.float32)
+    keyboard[:, 0] = 1
+    mouse[200:, 1] = 0.1  # straight into a wall, then along it, turning
+    kept = world.stop_at_walls(scene, start, keyboard, mouse)
+    assert 0 < kept[:, 0].sum() < 400 and keyboard.all(0)[0]
+
+    player = World(scene, pose=start, size=0)
+    rows = list(zip(kept.tolist(), mouse.tolist(), strict=True))
+    assert not any(player.move(keys, turn) for keys, turn in rows)
+    pose = start
+    for keys, turn in rows:
+        pose = step_pose(pose, keys, turn, world.MAX_PITCH)
+    assert math.dist(pose, player.pose) < 1e-9  # what the model integrates is where the game is
+
+    free = world.stop_at_walls(scene, start, 0 * keyboard, mouse)
+    assert not free.any()
+
+
+def test_a_walk_that_begins_in_a_wall_is_left_alone():
+    scene = make_scene(3, "rooms")
+    i, j = np.argwhere(scene.solid[1:-1, 1:-1])[0] + 1
+    keyboard, mouse = np.ones((8, 6), np.float32), np.zeros((8, 2), np.float32)
+    touching = (i + 0.5, -world.EYE, j + 1.1, 0.0, 0.0)
+    player = World(scene, pose=touching, size=0)
+    assert player.move([0.0] * 6, [0.0, 0.0])
+    assert np.array_equal(world.stop_at_walls(scene, touching, keyboard, mouse), keyboard)
+
+
 def test_actions_then_inverses_return_home():
     rng, pose, done = np.random.default_rng(0), START, []
     for _ in range(50):
