@@ -1,4 +1,4 @@
-"""Turn video, pose, action and prompt into tensors, recorded in the game or read from real footage.
+"""Keep video, pose, action and prompt together, recorded in the game or read from real footage.
 
 Paper: §4, the data engine; nothing of it is released. An episode is its quadruplet, T = 4k+1 frames, a folder in ViPE's layout:
     video[t]; c2w[t] = [Ry(yaw) Rx(pitch) | p], x right, y DOWN, z forward, metres; K[t] = (fx, fy, cx, cy) pixels, centres at +.5
@@ -48,7 +48,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import memory
@@ -786,50 +785,6 @@ def make_dataset(
             f"{len(failed)} episodes failed three times, the others are in {root}; the first: {failed[0]}"
         )
     return root
-
-
-_open = functools.lru_cache(maxsize=256)(read_episode)  # per process; each holds one file open
-
-
-class ClipDataset(Dataset):
-    """Windows of F frames that begin on a latent's border. Item i depends on (seed, epoch, i) only: workers change nothing."""
-
-    def __init__(
-        self, episodes: Sequence[Path], frames: int = 57, per_episode: int = 4, seed: int = 0
-    ) -> None:
-        if frames % 4 != 1:
-            raise ValueError(
-                f"a clip has 4k+1 frames, got {frames}; nearest: {(frames - 1) // 4 * 4 + 1}"
-            )
-        self.episodes, self.frames, self.per_episode, self.seed, self.epoch = (
-            list(episodes),
-            frames,
-            per_episode,
-            seed,
-            0,
-        )
-
-    def __len__(self) -> int:
-        return len(self.episodes) * self.per_episode
-
-    def __getitem__(self, i: int) -> dict:
-        e = _open(self.episodes[i // self.per_episode])
-        room = (len(e.video) - self.frames) // 4
-        if room < 0:
-            raise ValueError(
-                f"{e.path} has {len(e.video)} frames, a clip needs {self.frames}; use frames={len(e.video)} or less"
-            )
-        start = 4 * int(np.random.default_rng((self.seed, self.epoch, i)).integers(room + 1))
-        span, names = (
-            slice(start, start + self.frames),
-            ("video", "c2w", "K", "keyboard", "mouse", "valid"),
-        )
-        part = {name: torch.from_numpy(np.array(getattr(e, name)[span])) for name in names}
-        part |= {
-            "video": part["video"].permute(3, 0, 1, 2).float() / 127.5 - 1,
-            "keyboard": part["keyboard"].float(),
-        }
-        return part | {"frames": torch.arange(start, span.stop), "text": e.text}
 
 
 # ------------------------------------------------------------------------------------- real footage: path, size → Episode
