@@ -1,4 +1,4 @@
-"""Turn video, pose, action and prompt into tensors, recorded in the game or read from real footage.
+"""Keep video, pose, action and prompt together, recorded in the game or read from real footage.
 
 Paper: §4, the data engine; nothing of it is released. An episode is its quadruplet, T = 4k+1 frames, a folder in ViPE's layout:
     video[t]; c2w[t] = [Ry(yaw) Rx(pitch) | p], x right, y DOWN, z forward, metres; K[t] = (fx, fy, cx, cy) pixels, centres at +.5
@@ -48,7 +48,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import memory
@@ -788,50 +787,6 @@ def make_dataset(
     return root
 
 
-_open = functools.lru_cache(maxsize=256)(read_episode)  # per process; each holds one file open
-
-
-class ClipDataset(Dataset):
-    """Windows of F frames that begin on a latent's border. Item i depends on (seed, epoch, i) only: workers change nothing."""
-
-    def __init__(
-        self, episodes: Sequence[Path], frames: int = 57, per_episode: int = 4, seed: int = 0
-    ) -> None:
-        if frames % 4 != 1:
-            raise ValueError(
-                f"a clip has 4k+1 frames, got {frames}; nearest: {(frames - 1) // 4 * 4 + 1}"
-            )
-        self.episodes, self.frames, self.per_episode, self.seed, self.epoch = (
-            list(episodes),
-            frames,
-            per_episode,
-            seed,
-            0,
-        )
-
-    def __len__(self) -> int:
-        return len(self.episodes) * self.per_episode
-
-    def __getitem__(self, i: int) -> dict:
-        e = _open(self.episodes[i // self.per_episode])
-        room = (len(e.video) - self.frames) // 4
-        if room < 0:
-            raise ValueError(
-                f"{e.path} has {len(e.video)} frames, a clip needs {self.frames}; use frames={len(e.video)} or less"
-            )
-        start = 4 * int(np.random.default_rng((self.seed, self.epoch, i)).integers(room + 1))
-        span, names = (
-            slice(start, start + self.frames),
-            ("video", "c2w", "K", "keyboard", "mouse", "valid"),
-        )
-        part = {name: torch.from_numpy(np.array(getattr(e, name)[span])) for name in names}
-        part |= {
-            "video": part["video"].permute(3, 0, 1, 2).float() / 127.5 - 1,
-            "keyboard": part["keyboard"].float(),
-        }
-        return part | {"frames": torch.arange(start, span.stop), "text": e.text}
-
-
 # ------------------------------------------------------------------------------------- real footage: path, size → Episode
 Z_UP_TO_Y_DOWN = np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # world axes
 
@@ -880,9 +835,8 @@ def _clip(
     source: str,
     shares: bool = False,
     text: str = "",
-    actions: tuple | None = None,
 ) -> Episode:
-    """What every reader ends with: 4k+1 frames, intrinsics of the stored size, keys inferred where the source has none."""
+    """What every reader ends with: 4k+1 frames, intrinsics of the stored size, keys inferred from the poses."""
     (frames, native), K = video, np.asarray(K, float)
     K = (
         np.stack([K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]], -1)
@@ -904,15 +858,13 @@ def _clip(
         ],
         1,
     )
-    keyboard, mouse, valid = (
-        x[:T] for x in actions or infer_wsad(player[:, :3], player[:, 4], player[:, 3])
-    )
+    keyboard, mouse, valid = (x[:T] for x in infer_wsad(player[:, :3], player[:, 4], player[:, 3]))
     meta = {
         "source": source,
         "view": "first",
-        "metric": bool(actions),
+        "metric": False,
         "fps": 16,
-        "action_source": "engine" if actions else "inferred",
+        "action_source": "inferred",
     }
     words = caption(
         text or "a place filmed by a moving camera", keyboard, mouse, player[:T], source
@@ -1012,73 +964,6 @@ def read_spatialvid(path: Path, size: tuple | None = None) -> Episode:
     return _clip(video, c2w, K, "SpatialVID-HQ", shares=True)
 
 
-def read_sekai(path: Path, size: tuple | None = None) -> Episode:
-    """Sekai `<name>.npz` beside `<name>.mp4`: c2w, intrinsics as shares, positions in an unpublished unit."""
-    with np.load(path) as stored:
-        return _clip(
-            read_video(_beside(path), size),
-            _square(stored["extrinsic"]),
-            stored["intrinsic"],
-            "Sekai",
-            shares=True,
-        )
-
-
-def _minecraft(video: tuple, pose5: np.ndarray, acts: np.ndarray, source: str) -> Episode:
-    """x east, y UP, z south, pitch > 0 looks DOWN. acts: forward, side (1 is forward or left, 2 back or right), jump, mouse pitch, yaw.
-    Entry t PRODUCED frame t, so our action[t] is entry[t+1]. No intrinsics are published: 90° across is assumed."""
-    keys = [
-        acts[:, 0] == 1,
-        acts[:, 0] == 2,
-        acts[:, 1] == 1,
-        acts[:, 1] == 2,
-        acts[:, 2] == 1,
-        np.zeros(len(acts), bool),
-    ]
-    actions = (
-        np.roll(np.stack(keys, 1), -1, 0),
-        np.roll(acts[:, 3:], -1, 0),
-        np.ones(len(acts), bool),
-    )
-    return _clip(
-        video,
-        poses_to_c2w(pose5 * [-1, -1, 1, -1, 1]),
-        memory.intrinsics(*video[1]).numpy(),
-        source,
-        actions=actions,
-    )
-
-
-def read_gf_minecraft(path: Path, size: tuple | None = None) -> Episode:
-    """GameFactory Minecraft `metadata/<name>.json` with `video/<name>.mp4`; mouse in units of 15°."""
-    stored = json.loads(path.read_text())["actions"]
-    rows = [stored[str(t)] for t in range(len(stored))]
-    acts = np.array(
-        [[row["ws"], row["ad"], row["scs"], -row["pitch_delta"], row["yaw_delta"]] for row in rows],
-        float,
-    )
-    pose5 = np.array([[*row["pos"], row["pitch"], row["yaw"]] for row in rows], float)
-    return _minecraft(
-        read_video(path.parents[1] / "video" / f"{path.stem}.mp4", size),
-        pose5,
-        acts,
-        "GF-Minecraft",
-    )
-
-
-def read_worldmem(path: Path, size: tuple | None = None) -> Episode:
-    """WorldMem `NNNNNN.npz` beside `.mp4`: MineDojo actions, camera bins of 15° around 12; the first 100 frames settle."""
-    with np.load(path) as stored:
-        acts, pose5 = stored["actions"].astype(float), stored["poses"].astype(float)
-    pose5[0, 1] = pose5[1, 1]  # stored wrongly, as its own loader says
-    (frames, native), acts = (
-        read_video(_beside(path), size),
-        np.concatenate([acts[:, :3], 12 - acts[:, 3:4], acts[:, 4:5] - 12], 1),
-    )
-    part = slice(100 if len(frames) > 200 else 0, None)
-    return _minecraft((frames[part], native), pose5[part], acts[part], "WorldMem")
-
-
 def read_vipe(path: Path, size: tuple | None = None) -> Episode:
     """ViPE `<base>/pose/<name>.npz` and its neighbours: c2w, pixels; `inds` may be missing or skip frames (slerp fills)."""
     base, name, got = path.parents[1], path.stem, []
@@ -1113,9 +998,6 @@ READERS = {
     "dl3dv": read_dl3dv,
     "omniworld": read_omniworld,
     "spatialvid": read_spatialvid,
-    "sekai": read_sekai,
-    "gf-minecraft": read_gf_minecraft,
-    "worldmem": read_worldmem,
     "vipe": read_vipe,
 }
 
@@ -1374,7 +1256,7 @@ def parser() -> argparse.ArgumentParser:
         help="where to write (default datasets/PRESET, datasets/recorded, datasets/FORMAT, view.mp4)",
     )
     p.add_argument("--workers", type=int, help="make: processes (default: one per core)")
-    p.add_argument("--format", choices=[*READERS], help="ingest: whose layout")
+    p.add_argument("--format", help=f"ingest: whose layout, {', '.join(READERS)}")
     p.add_argument(
         "--size",
         type=int,
@@ -1391,6 +1273,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    if args.format and args.format not in READERS:
+        raise ValueError(
+            f"--format must be one of {', '.join(READERS)}, got {args.format!r}; another set comes in "
+            "as ViPE poses (--format vipe) or as a plain folder of frames (README: Your own data)"
+        )
     if args.command in ("check", "view", "ingest") and (
         not args.paths or (args.command == "ingest" and not args.format)
     ):

@@ -16,9 +16,9 @@ cast to int8 before it is added), its weight scales end up bf16 with the rest of
 product to bf16 before adding the bias. An all-zero token gives the bias, not NaN. Shapes and devices that
 torch._int_mm refuses take padding or an exact product in float64, never another number.
 
-Speed: on a CPU this is a correctness path (at width 256 a little slower than bf16, see README). On CUDA the plain form pays
-for passes over the int32 product; fuse_() compiles them into the kernels. Fp8Linear (e4m3, scales per row
-inside torch._scaled_mm) is the fast form of GPUs that have it; elsewhere the same product in float32.
+Speed: on a CPU this is a correctness path (at width 256 a little slower than bf16, see README). On CUDA it pays for
+passes over the int32 product. Fp8Linear (e4m3, scales per row inside torch._scaled_mm) is the fast form of GPUs that
+have it; elsewhere the same product in float32.
 
 Demo: python quant.py      Tests: pytest tests/test_quant.py
 """
@@ -222,32 +222,6 @@ def approximate_(model: nn.Module, layers: str = "", reuse: bool = False) -> Non
         quantize_(model, layers)
     for network in (m for m in model.modules() if hasattr(m, "reuse")):
         network.reuse = reuse
-
-
-def load_quantized_(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Load the state_dict() of a quantised model into the float model it came from (even on meta)."""
-    names = []
-    for key in tensors:
-        layer, _, buffer = key.rpartition(".")
-        if buffer in ("weight_int8", "weight_fp8"):
-            model.set_submodule(
-                layer, quantised(model.get_submodule(layer), buffer.removeprefix("weight_"))
-            )
-            names.append(layer)
-    if not names:
-        raise ValueError(
-            "these weights are not quantised: load them as they are, then call quantize_(model)"
-        )
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return names
-
-
-def fuse_(model: nn.Module) -> None:
-    """Compile each quantised layer: row quantisation, both scales, bias and cast join the GEMM's kernels."""
-    torch._inductor.config.force_fuse_int_mm_with_mul = True
-    for module in model.modules():
-        if isinstance(module, Int8Linear | Fp8Linear):
-            module.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def nbytes(model: nn.Module) -> int:

@@ -237,14 +237,9 @@ def dup_up(
     ]  # first chunk: ft·T − (ft−1) frames
 
 
-def norm_silu_plain(x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:
-    """cat(past, silu(γ·x / √(mean x² + 1e-6))): (B, C, T, H, W) -> (B, C, 2+T, H, W). The form to read."""
-    y = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6).to(x.dtype)
-    return torch.cat([past.to(x.dtype), F.silu(y * gamma.to(x.dtype))], 2)
-
-
 class NormSiLU(torch.autograd.Function):
-    """`norm_silu_plain`, written straight into the padded tensor and keeping only x: fewer passes over memory."""
+    """cat(past, silu(γ·x / √(mean x² + 1e-6))): (B, C, T, H, W) -> (B, C, 2+T, H, W), written straight into the padded
+    tensor and keeping only x: fewer passes over memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:

@@ -611,17 +611,13 @@ N_CHARACTERS = math.prod(SLOTS.values())  # 15,925,248,000
 
 
 def character(number: int) -> dict[str, int]:
-    """A number in mixed radix, one digit per slot; character_id() is its inverse."""
+    """A number in mixed radix, one digit per slot."""
     if not 0 <= number < N_CHARACTERS:
         raise ValueError(f"a character is a number from 0 to {N_CHARACTERS - 1}, got {number}")
     return {
         slot: number // math.prod(list(SLOTS.values())[:k]) % size
         for k, (slot, size) in enumerate(SLOTS.items())
     }
-
-
-def character_id(digits: dict[str, int]) -> int:
-    return sum(digits[slot] * math.prod(list(SLOTS.values())[:k]) for k, slot in enumerate(SLOTS))
 
 
 @lru_cache(256)

@@ -3,6 +3,7 @@
 import math
 import types
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,37 @@ def test_gradient_is_the_difference_of_clean_estimates_over_the_teachers_error()
     x_real, x_fake = real.calls[0]["x0"], fake.calls[0]["x0"]
     error = (x0.detach() - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(x0.grad, (x_fake - x_real) / error / x0.numel())  # ∂L/∂x = g / numel
+
+
+def test_guidance_pushes_the_teacher_away_from_its_null_answer():
+    """By hand: v_null = 1/2, v_full = 2, guidance 3 give v = 1/2 + 3·3/2 = 5. With the critic at 1,
+    x̂_fake − x̂_real = τ·(5 − 1) and x − x̂_real = τ·(x − ε + 5): τ drops out of the gradient."""
+    full, null = SimpleNamespace(v=2.0), SimpleNamespace(v=0.5)
+    full.null = lambda: null
+    x0 = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1, 1).requires_grad_()
+    asked = []
+
+    def teacher(x_tau, tau, context):
+        asked.append((context, x_tau, tau))
+        return torch.full_like(x_tau, context.v)
+
+    def critic(x_tau, tau, context):
+        return torch.ones_like(x_tau)
+
+    cfg = replace(CFG, guidance=3.0)
+    generator_loss(x0, full, teacher, critic, cfg, seeded()).backward()
+    (first, x_tau, tau), (second, again, _) = asked
+    assert first is full and second is null and torch.equal(x_tau, again)
+    noise = (x_tau - (1 - tau) * x0.detach()) / tau
+    g = 4 / (x0.detach() - noise + 5).abs().mean()
+    torch.testing.assert_close(x0.grad, torch.full_like(x0, g.item() / 2))
+
+
+def test_without_guidance_the_teacher_is_asked_once():
+    x0, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    real = Spy(network(1))
+    generator_loss(x0, context, real, network(2), replace(CFG, guidance=1.0), seeded(1))
+    assert [call["context"] for call in real.calls] == [context]
 
 
 def test_a_perfect_student_gives_no_nan():

@@ -501,7 +501,7 @@ def test_a_quantised_file_says_where_it_belongs(tmp_path):
     tensors = {n: t for n, t in model.state_dict().items() if n != "blocks.0.self_attn.q.weight"}
     tensors["blocks.0.self_attn.q.weight_int8"] = torch.ones(2, dtype=torch.int8)
     moe.write_weights(tmp_path / "q.safetensors", tensors, {"model": asdict(model.cfg)})
-    with pytest.raises(ValueError, match="load_quantized_"):
+    with pytest.raises(ValueError, match="It is quantised: load the float weights"):
         moe.load(tmp_path / "q.safetensors")
 
 

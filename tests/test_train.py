@@ -228,18 +228,22 @@ def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
     assert newest("runs/base-micro").name in ("000003", "000004")
 
 
+DISTILL = ["--segments", "1", "--cold-start", "1", "--ratio", "1"]
+
+
 @pytest.mark.parametrize("stage", ["vae", "distill"])
-def test_the_other_stages_resume_exactly_too(stage, reference):
-    how = ["--stage", stage, "--batch", "2", "--warmup", "9"]
-    how += (
-        ["--init", str(reference), "--segments", "1", "--cold-start", "1"]
-        if stage == "distill"
-        else []
-    )
+def test_the_other_stages_resume_exactly_too(stage, reference, capsys):
+    how = ["--stage", stage, "--batch", "1", "--warmup", "9"]
+    how += ["--init", str(reference), *DISTILL] if stage == "distill" else []
     start(*how, "--steps", "4", "--run", "whole")
     start(*how, "--steps", "2", "--run", "parts")
+    assert newest("runs/parts").name == "000002" and len(log("runs/parts")) == 2
+    capsys.readouterr()
     start(*how, "--steps", "4", "--run", "parts")
-    assert same(state("runs/whole"), state("runs/parts"))
+    # a run from the start would end in the same state: only its messages and its log tell
+    assert "resuming runs/parts at step 2" in capsys.readouterr().out
+    assert log("runs/parts") == log("runs/whole")
+    assert same(state("runs/parts"), state("runs/whole"))
 
 
 def test_activation_checkpointing_changes_nothing(reference):
@@ -980,6 +984,23 @@ def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeyp
         and f"first bad weight: {name}" in told
     )
     assert moe.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "stage, file",
+    [("vae", "training"), ("distill", "diffusion_pytorch_model"), ("distill", "critic")],
+)
+def test_the_other_stages_stop_at_it_too(stage, file, reference):
+    how = ["--stage", stage, "--batch", "1"]
+    how += ["--init", str(reference), *DISTILL] if stage == "distill" else []
+    start(*how, "--steps", "1")
+    path = newest(f"runs/{stage}-micro") / f"{file}.safetensors"
+    tensors, said = moe.read_weights(path)
+    name = next(n for n in tensors if tensors[n].ndim >= 2 and n.endswith("weight"))
+    moe.write_weights(path, tensors | {name: torch.full_like(tensors[name], torch.nan)}, said)
+    with pytest.raises(ValueError, match=f"loss is nan.*first bad weight: {name}"):
+        start(*how, "--steps", "2")
+    assert newest(f"runs/{stage}-micro").name == "000001"
 
 
 def test_old_checkpoints_are_removed_and_the_newest_kept():

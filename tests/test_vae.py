@@ -80,12 +80,18 @@ def test_dup_up_equals_its_plain_form_and_drops_the_first_frames_once(
     assert torch.equal(vae.dup_up(x, out, ft, fs, first=True), plain[:, :, ft - 1 :])
 
 
+def norm_silu_plain(x: torch.Tensor, gamma: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """cat(past, silu(γ·x / √(mean x² + 1e-6))): (B, C, T, H, W) -> (B, C, 2+T, H, W)."""
+    y = x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6).to(x.dtype)
+    return torch.cat([past.to(x.dtype), F.silu(y * gamma.to(x.dtype))], 2)
+
+
 def test_norm_silu_equals_its_plain_form_with_gradient() -> None:
     x = torch.randn(2, 8, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
     gamma, past = torch.rand(8, 1, 1, 1) + 0.5, torch.randn(2, 8, 2, 4, 5)
     weight = torch.randn(2, 8, 5, 4, 5)
     results = []
-    for form in (vae.norm_silu, vae.norm_silu_plain):
+    for form in (vae.norm_silu, norm_silu_plain):
         a, g = x.clone().requires_grad_(), gamma.clone().requires_grad_()
         out = form(a, g, past)
         (out * weight).sum().backward()

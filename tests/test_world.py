@@ -153,6 +153,80 @@ def test_reprojection_agrees_where_both_cameras_see(kind):
     assert 10 * math.log10(255**2 / np.mean(errors)) >= 25
 
 
+def seen_points(scene, pitch):
+    """Every pixel of forty views, (40, 32, 32, ...): colour, way of its ray, place in the world, and how far that is:
+    along the ground, and along the heading of the view."""
+    c2w = cameras(scene, poses_in(scene, 40, seed=1, pitch=pitch))
+    rgb, depth = render(scene, c2w, lens(32), 32, 32, supersample=1)
+    way = np.stack([rays(camera, 32) for camera in c2w])
+    step = way * depth[..., None]
+    heading = c2w[:, None, None, :3, 2] * (1, 0, 1)
+    heading /= np.linalg.norm(heading, axis=-1, keepdims=True)
+    flat = np.hypot(step[..., 0], step[..., 2])
+    return rgb, way, c2w[:, None, None, :3, 3] + step, flat, (step * heading).sum(-1)
+
+
+def share_shown(rgb, image, fog, row, column, density, distance):
+    """Of the pixels whose texel, and its size, are beyond doubt: how many have its colour, dimmed by the fog."""
+    agree = []
+    sure = np.abs(np.log2(density) % 1 - 0.5) < 0.48
+    for level in range(3):
+        n = 2**level  # texels of the full picture that one of this level is the mean of
+        mean = image.reshape(3, image.shape[1] // n, n, image.shape[2] // n, n).mean((2, 4))
+        i, j = np.floor(row / n), np.floor(column / n)
+        inside = (np.abs(row / n - i - 0.5) < 0.47) & (np.abs(column / n - j - 0.5) < 0.47)
+        some = inside & sure & (np.floor(np.log2(np.maximum(density, 1))) == level)
+        colour = mean[:, i[some].astype(int), j[some].astype(int)].T
+        clear = 1 / (1 + (distance[some] / world.FOG) ** 2)[:, None]
+        expected = 255 * ((colour - fog) * clear + fog)
+        agree.append(np.abs(rgb[some] - expected).max(-1) < 1)
+    assert all(len(part) > 300 for part in agree), [len(part) for part in agree]
+    return np.concatenate(agree).mean()
+
+
+@pytest.mark.parametrize("pitch, share", [(0.0, 0.999), (15.0, 0.98)])
+def test_a_wall_shows_the_texel_that_was_painted_there(monkeypatch, pitch, share):
+    """Column: the face's first, and 16 per metre along z (faces to ±x) or x (faces to ±z). Row: 16 per metre upwards."""
+    scene = make_scene(0, "rooms")
+    size = 3, world.CEILING * 16, 16 * (scene.faces.max() + 1)
+    image = np.random.default_rng(0).random(size, np.float32)
+    monkeypatch.setattr(world, "_paint_walls", lambda scene: image)
+    rgb, way, point, flat, forward = seen_points(scene, pitch)
+    above = -point[..., 1]
+    for axis in (0, 2):
+        line = np.rint(point[..., axis])
+        wall = (np.abs(point[..., axis] - line) < 1e-4) & (way[..., axis] != 0)
+        wall &= (above > 0.01) & (above < world.CEILING - 0.01)
+        # the solid cell behind the line, and which of its faces looks at the camera: to -x, +x, -z or +z
+        back = way[..., axis][wall] < 0
+        along = point[..., 2 - axis][wall]
+        cell = line[wall].astype(int) - back, along.astype(int)
+        face = scene.faces[axis + back, *(cell if axis == 0 else cell[::-1])]
+        assert (face >= 0).mean() > share and {*back} == {True, False}
+        column = 16 * (face + along % 1)
+        fog = scene.style["fog"]
+        agree = share_shown(
+            rgb[wall], image, fog, 16 * above[wall], column, forward[wall], flat[wall]
+        )
+        assert agree > share, (axis, agree)
+
+
+@pytest.mark.parametrize("above", [0, world.CEILING])
+def test_floor_and_ceiling_show_the_texel_that_was_painted_there(monkeypatch, above):
+    """Row: 16 per metre along x. Column: 16 per metre along z."""
+    scene = make_scene(0, "rooms")
+    n = 16 * len(scene.solid)
+    floor, ceiling = np.random.default_rng(0).random((2, 3, n, n), np.float32)
+    monkeypatch.setattr(world, "_paint_ground", lambda scene: [floor, ceiling])
+    rgb, _, point, flat, forward = seen_points(scene, 0.0)
+    level = np.abs(point[..., 1] + above) < 1e-4
+    x, _, z = 16 * point[level].T
+    density = forward[level] * np.sqrt(np.maximum(forward[level] / world.EYE, 1))
+    image = ceiling if above else floor
+    agree = share_shown(rgb[level], image, scene.style["fog"], x, z, density, flat[level])
+    assert agree > 0.999, agree
+
+
 def test_a_frame_redrawn_from_its_stored_camera_is_identical():
     for kind, view in zip(KINDS, ("first", "third", "third", "first"), strict=True):
         scene = make_scene(8, kind)
@@ -213,10 +287,17 @@ def test_rendering_is_fast_enough_to_make_data():
 # ---- characters
 
 
+def character_id(digits: dict[str, int]) -> int:
+    return sum(
+        digits[slot] * math.prod(list(world.SLOTS.values())[:k])
+        for k, slot in enumerate(world.SLOTS)
+    )
+
+
 def test_more_than_1e8_characters():
     assert world.N_CHARACTERS == math.prod(world.SLOTS.values()) > 1e8
     for number in np.random.default_rng(0).integers(0, world.N_CHARACTERS, 10_000).tolist():
-        assert world.character_id(world.character(number)) == number
+        assert character_id(world.character(number)) == number
     with pytest.raises(ValueError, match="a character is a number from 0"):
         world.character(world.N_CHARACTERS)
 
@@ -232,7 +313,7 @@ def test_every_character_slot_changes_pixels():
     base = dict.fromkeys(world.SLOTS, 0)
     for slot, size in world.SLOTS.items():
         dress = [
-            world.character_id(base | ({"pattern": 1} if slot == "torso" else {}) | {slot: k})
+            character_id(base | ({"pattern": 1} if slot == "torso" else {}) | {slot: k})
             for k in range(size)
         ]
         looks = {
