@@ -9,7 +9,7 @@ Paper: §5 and Tables 1-2. It reports speed and VAE fidelity and no metric of th
     E     = S/2F + T_gen + T_dec                        action to photon: S frames a segment, shown at F per second
 
 We own the renderer: true frames at any pose, exact depth, what an old frame saw (bank-only pixels: seen in the bank, not in the past
-window), where a generated frame was taken (registration). Scores of pictures are in dmd.py, statistics in error_buffer.py. Unit: the
+window), where a generated frame was taken (registration). Scores of pictures are in lab/metrics.py, statistics in lab/stats.py. Unit: the
 held-out world; arms share worlds, paths and noise; intervals are 95 % BCa over worlds. Rollouts go through realtime.Denoiser, as play
 does. Predictions are stored before the run; every table and figure comes from results/*.json alone. What needs retraining:
 --weights RUN --out DIR/ARM-SEED (`ablation` is a short command for it); then `compare --out DIR` sets the arms side by side. Departures:
@@ -20,7 +20,6 @@ Tests: pytest tests/test_evaluate.py
 
 import argparse
 import base64
-import contextlib
 import copy
 import hashlib
 import json
@@ -44,34 +43,28 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
-import data
+import attention
+import camera
 import dit
-import dmd
-import error_buffer
+import flow
 import memory
 import moe
 import quant
 import realtime
 import world
+from context import clip_context, query_offsets, segment_cameras
+from dataset import episode
+from dataset.prompt import embed_prompt
+from engine import weights
+from lab import bench, claims, metrics, report, stats, truth
+from memory import MemoryBank
 
 ROOT = Path(__file__).resolve().parent
 SIZE, KNOWN, SCORED = 64, 177, 12  # pixels; true frames in the bank; frames that are scored
-PLACES, PANES = (
-    {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9},
-    {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"},
-)
-METRICS = {
-    "psnr": data.psnr,
-    "ssim": data.ssim,
-    "gmsd": dmd.gmsd,
-    "haarpsi": dmd.haarpsi,
-    "zncc": dmd.zncc,
-}
-BETTER = {name: -1 if name == "gmsd" else 1 for name in METRICS}
-Raw = dict[str, list[float]]  # "row/column" -> one value per world
-
 
 # ---- truth from geometry ---------------------------------------------------------------------------------------------
+
+
 def shoot(
     scene: world.Scene, poses: ndarray, size: int = SIZE, samples: int = 2, view: str = "first"
 ) -> tuple[ndarray, ndarray, ndarray]:
@@ -83,7 +76,7 @@ def shoot(
     return *world.render(
         scene,
         c2w,
-        memory.intrinsics(size, size).numpy(),
+        camera.intrinsics(size, size).numpy(),
         size,
         size,
         figure if view == "third" else None,
@@ -91,18 +84,20 @@ def shoot(
     ), c2w
 
 
-def register(scene: world.Scene, frame: ndarray | Tensor, pose: Sequence[float]) -> dmd.Found:
+def register(scene: world.Scene, frame: ndarray | Tensor, pose: Sequence[float]) -> truth.Found:
     """Where in this world was a frame taken, near a pose (5,) and not inside a wall?"""
     look = lambda poses, size, samples: shoot(scene, poses.numpy(), size, samples)[0]
     free = lambda xz: torch.from_numpy(
         ~scene.solid[tuple(np.floor(xz.numpy()).astype(int).clip(0, len(scene.solid) - 1).T)]
     )
     return (
-        found := dmd.register(look, free, torch.as_tensor(frame), torch.as_tensor(pose))
+        found := truth.register(look, free, torch.as_tensor(frame), torch.as_tensor(pose))
     )._replace(pose=found.pose.numpy())
 
 
 # ---- paths with known truth ------------------------------------------------------------------------------------------
+
+
 Script = namedtuple(
     "Script", "scene poses keyboard mouse known view", defaults=(KNOWN, "first")
 )  # poses (F, 5) float64, actions (F-1, 6 | 2);
@@ -120,7 +115,7 @@ def chords(
         for key, times, n in re.findall(r"(\S)([\d.]*):(\d+)", text.replace("-", "_"))
         for _ in range(int(n))
     ]
-    keyboard, mouse = data.actions_from_keys([key for key, _ in held])
+    keyboard, mouse = camera.actions_from_keys([key for key, _ in held])
     return keyboard, mouse * torch.tensor([times for _, times in held]).view(-1, 1)
 
 
@@ -137,7 +132,7 @@ def place(seed: int, text: str, look: int = -1, view: str = "first") -> Script:
     )
     for attempt in range(400):
         x, z = player.nav.point(*rng.choice(player.nav.cells))
-        poses = memory.integrate(
+        poses = camera.integrate(
             (x, -world.EYE, z, 0.0, 1.5 * int(rng.integers(240))), keyboard, mouse
         )
         player.pose = tuple(poses[0].tolist())
@@ -151,7 +146,7 @@ def place(seed: int, text: str, look: int = -1, view: str = "first") -> Script:
 
 def revisit(seed: int, offset: float, view: str = "first") -> Script:
     """Look about, turn round for more than the past window, then side-step (or not), turn back and look at the first view."""
-    steps = round(offset / memory.STEP)
+    steps = round(offset / camera.STEP)
     return place(
         seed,
         f"l:10 j:20 l:10 l2:60 l:10 j:20 l:10 -:36 {'ad'[seed % 2]}:{steps} l2.5:48 -:{32 - steps}",
@@ -188,6 +183,8 @@ def draw(
 
 
 # ---- rollouts: the object that play drives ---------------------------------------------------------------------------
+
+
 Player = namedtuple(
     "Player", "name options meta nets"
 )  # nets: dit, encoder, decoder, as realtime loads them
@@ -247,8 +244,8 @@ def opened(
 
 
 def prompt(p: Player, script: Script) -> Tensor:
-    return data.embed_prompt(
-        data.scene_caption(script.scene), p.nets["dit"].cfg.text_dim, p.nets["dit"].cfg.text_len
+    return embed_prompt(
+        world.scene_caption(script.scene), p.nets["dit"].cfg.text_dim, p.nets["dit"].cfg.text_len
     )[None]
 
 
@@ -290,7 +287,7 @@ def rollout(
             4 * later,
         )
     )
-    cameras = memory.segment_cameras(denoiser.camera(script.poses[: f + 1])[None], 0, K)[0].float()
+    cameras = segment_cameras(denoiser.camera(script.poses[: f + 1])[None], 0, K)[0].float()
     cameras = (
         cameras[torch.randperm(K, generator=torch.Generator().manual_seed(seed))]
         if shuffle
@@ -316,13 +313,15 @@ def rollout(
 
 
 # ---- commands: each fills raw["row/column"] --------------------------------------------------------------------------
+
+
 @dataclass
 class Run:
     worlds: list[int]
     full: bool
     weights: str
     out: Path
-    raw: Raw
+    raw: claims.Raw
     pictures: dict[str, ndarray]
     notes: list[str]
     facts: dict  # what a figure needs beside raw
@@ -334,7 +333,7 @@ class Run:
     some = property(lambda self: self.worlds if self.full else self.worlds[:6])  # for what is slow
     tau = property(
         lambda self: (
-            results(ROOT / "results")
+            report.results(ROOT / "results")
             .get("sanity", {"raw": {}})["raw"]
             .get("lost threshold tau/zncc", [0.75])[0]
         )
@@ -363,13 +362,13 @@ class Run:
         masks: dict[str, ndarray] | None = None,
     ) -> None:
         """One world in every column of a row; frames with a nearly empty mask are skipped."""
-        self.put(row, {name: metric(pred, true).mean() for name, metric in METRICS.items()})
+        self.put(row, {name: metric(pred, true).mean() for name, metric in metrics.METRICS.items()})
         for name, mask in ((name, masks[name]) for name in masks or {} if name != "unseen"):
             some = mask.mean((1, 2)) >= 0.05
             self.put(
                 row,
                 {
-                    f"psnr {name}": data.psnr(pred[some], true[some], mask[some]).mean()
+                    f"psnr {name}": episode.psnr(pred[some], true[some], mask[some]).mean()
                     if some.any()
                     else math.nan
                 },
@@ -381,13 +380,13 @@ class Run:
         """Registered scores: what remains when the error of the pose is taken out, and that error. Lost frames are counted."""
         found = register(script.scene, frame.numpy(), pose := script.poses[t].numpy())
         true, *there = shoot(script.scene, found.pose[None])
-        only = dmd.masks(
+        only = truth.masks(
             *(np.concatenate(x) for x in zip((depth, c2w), there, strict=True)), [-1], script.known
         )["bank-only"]
         there = {
-            "registered psnr": data.psnr(frame[None], true),
+            "registered psnr": episode.psnr(frame[None], true),
             "lost": found.score < self.tau,
-            "registered psnr bank-only": data.psnr(frame[None], true, only)
+            "registered psnr bank-only": episode.psnr(frame[None], true, only)
             if only.mean() >= 0.05
             else math.nan,
         }
@@ -396,7 +395,7 @@ class Run:
     def distances(
         self, row: str, name: str, pairs: list[tuple[Tensor, ndarray]]
     ) -> None:  # of distributions, over all worlds
-        self.put(row, {name + column: value for column, value in dmd.distances(pairs).items()})
+        self.put(row, {name + column: value for column, value in metrics.distances(pairs).items()})
 
 
 off = lambda found, pose: {
@@ -410,7 +409,7 @@ def sanity(run: Run) -> None:
     """M0: every metric must rank fakes as expected; M9 needs no model."""
     rng, scripts = np.random.default_rng(0), [place(s, "l:12 w:4") for s in run.worlds]
     truth = [draw(script, slice(12, 16))[0] for script in scripts]
-    soft = lambda x: F.avg_pool2d(dmd.planes(x), 3, 1, 1, count_include_pad=False).permute(
+    soft = lambda x: F.avg_pool2d(metrics.planes(x), 3, 1, 1, count_include_pad=False).permute(
         0, 2, 3, 1
     )
     for i, (script, true) in enumerate(zip(scripts, truth, strict=True)):
@@ -427,13 +426,13 @@ def sanity(run: Run) -> None:
             "noise": rng.integers(0, 256, true.shape, np.uint8),
         }.items():
             run.scores(name, fake, true)
-            run.put(name, {"sharpness": dmd.sharpness(fake, true).mean()})
+            run.put(name, {"sharpness": metrics.sharpness(fake, true).mean()})
         pose = script.poses[12].numpy()
         run.put(
             "registration of clean frames",
             off(register(script.scene, true[0], pose + np.array([0.06, 0, -0.05, 0, 3.0])), pose),
         )
-    for m, sign in BETTER.items():
+    for m, sign in metrics.BETTER.items():
         best, near, *bad = (
             sign * np.mean(run.raw[f"{row}/{m}"])
             for row in ("truth", "turned 2 degrees", "frozen", "other world", "noise")
@@ -463,11 +462,11 @@ def remember(run: Run) -> None:
     _, frames, z = opened(p, revisit(run.worlds[-1], 0.0))  # the donor of the first world
     donor = z, frames[at]
     for seed in run.worlds:
-        for name, offset in PLACES.items():
+        for name, offset in claims.PLACES.items():
             script = revisit(seed, offset)
             frames, depth, c2w = draw(script)
             masks, nearest = (
-                dmd.masks(depth, c2w, at, KNOWN),
+                truth.masks(depth, c2w, at, KNOWN),
                 memory.overlap(*map(torch.from_numpy, (c2w[at], c2w[:KNOWN:4]))).argmax(1),
             )
             z, true = opened(p, script, frames)[2], frames[at]
@@ -492,7 +491,7 @@ def remember(run: Run) -> None:
             shown = decode(p, z[:, :, : len(old)], KNOWN)[0, old]  # the bank as the VAE shows it
             copied, warped = (
                 shown[nearest],
-                dmd.warp(depth[at], c2w[at], shown, depth[old], c2w[old]),
+                truth.warp(depth[at], c2w[at], shown, depth[old], c2w[old]),
             )
             for arm, image in (
                 images
@@ -512,7 +511,11 @@ def remember(run: Run) -> None:
                 for arm in ("camera", "zeros", "wrong poses", "other world"):
                     run.put(
                         f"exact, {arm}",
-                        {"adoption": dmd.adoption(images[arm], true, donor[1], masks["bank-only"])},
+                        {
+                            "adoption": metrics.adoption(
+                                images[arm], true, donor[1], masks["bank-only"]
+                            )
+                        },
                     )
                 shown = (
                     np.uint8(255 * x[-1].numpy())
@@ -521,17 +524,11 @@ def remember(run: Run) -> None:
                 strips.append(np.concatenate([true[-1], *shown], 1))
                 following = z, true
         donor = following
-    for seed, out in ((s, out) for s in run.some for out in OUT):
+    for seed, out in ((s, out) for s in run.some for out in claims.OUT):
         palindrome(run, p, seed, out)
     run.pictures["revisit"] = (
         np.concatenate(strips[:4]).repeat(2, 0).repeat(2, 1)
     )  # truth | memory | none | of another world | copy
-
-
-OUT, GAPS = (
-    {"l2:40 w:4 -:12 a:4": "", "l2:40 w:4 -:12 l2:56 s:4 -:28 j2:84": " over 8 W"},
-    (0.5, 1, 2, 4, 8),
-)  # 60 and 228 actions
 
 
 def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
@@ -546,7 +543,7 @@ def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
         (_, _, z), first = opened(p, script, frames), 56 if script.known == 1 else 40
         home, turned = script.poses.numpy()[[script.known - 1, script.known + 5]]
         for row, policy in (
-            (f"palindrome{OUT[out]} from {start}, {policy}", policy)
+            (f"palindrome{claims.OUT[out]} from {start}, {policy}", policy)
             for policy in ("camera", "none")
         ):
             segments = 1 - (first - 2 * n) // 40
@@ -559,12 +556,12 @@ def palindrome(run: Run, p: Player, seed: int, out: str) -> None:
             travelled = (register(script.scene, image[5].numpy(), (home + turned) / 2).pose - home)[
                 4
             ] / (turned - home)[4]
-            for gap in (gap for gap in GAPS if 28 * gap + 3 < n):
+            for gap in (gap for gap in claims.GAPS if 28 * gap + 3 < n):
                 ago, now = (n - 1 + sign * (int(28 * gap) + np.arange(-3, 4)) for sign in (-1, 1))
                 pair = (
                     (image[ago], image[now]) if travelled >= 0.5 else (true[ago], true[[n - 1] * 7])
                 )
-                run.put(row, {f"{gap} W apart, dB": data.psnr(*pair).mean()})
+                run.put(row, {f"{gap} W apart, dB": episode.psnr(*pair).mean()})
             run.put(row, {"travelled / commanded": travelled})
             run.located(
                 row, script, image[2 * n - 1], script.known + 2 * n - 1, depth, c2w
@@ -581,11 +578,11 @@ def follow(
         frames[KNOWN:],
     )
     curve = {
-        "psnr": data.psnr(image, true),
-        "zncc": dmd.zncc(image, true),
+        "psnr": episode.psnr(image, true),
+        "zncc": metrics.zncc(image, true),
         "sharpness": torch.cat(
             [
-                dmd.sharpness(image[k : k + 40], true[k : k + 40])
+                metrics.sharpness(image[k : k + 40], true[k : k + 40])
                 for k in range(0, 40 * segments, 40)
             ]
         ),
@@ -593,8 +590,7 @@ def follow(
     }  # grey levels off, mean over the channels
     parts = {name: values.view(segments, 40).mean(1).tolist() for name, values in curve.items()}
     slope = {
-        name: 2.5 * error_buffer.theil_sen(range(segments), parts[name])
-        for name in ("psnr", "colour")
+        name: 2.5 * stats.theil_sen(range(segments), parts[name]) for name in ("psnr", "colour")
     }
     run.put(
         arm,
@@ -603,13 +599,15 @@ def follow(
             "grey levels per 100 frames": slope["colour"],
             "sharpness at the end": parts["sharpness"][-1],
             **{
-                f"sharpness after {n}": dmd.sharpness(image[n - 40 : n], true[n - 40 : n]).mean()
+                f"sharpness after {n}": metrics.sharpness(
+                    image[n - 40 : n], true[n - 40 : n]
+                ).mean()
                 for n in (256, 640)
                 if n <= len(true)
             },
             "last 15 % - first, dB": curve["psnr"][-6 * segments :].mean()
             - curve["psnr"][: 6 * segments].mean(),
-            "frames until lost": (end := error_buffer.time_to_lost(curve["zncc"], run.tau)),
+            "frames until lost": (end := stats.time_to_lost(curve["zncc"], run.tau)),
             "lost": end < len(true),
         },
     )
@@ -670,7 +668,7 @@ def explore(run: Run) -> None:
     left, right = np.concatenate(strips[:half]), np.concatenate(strips[-half:])
     gap = np.full((len(left), 8, 3), 255, np.uint8)
     picture = np.concatenate([left, gap, right], 1).repeat(2, 0).repeat(2, 1)
-    data.write_png(run.out / "explore.png", picture)
+    episode.write_png(run.out / "explore.png", picture)
     run.notes.append(f"strip: {run.out / 'explore.png'}, after {SEEN_AT} frames")
 
 
@@ -678,12 +676,12 @@ def score_walk(run: Run, row: str, film: ndarray, true: ndarray, shown: ndarray)
     """Sharpness and PSNR of the forty frames before each of SCORED_AT."""
     for end in SCORED_AT:
         last = slice(end - 40, end)
-        made = dmd.sharpness(film[last], true[last]).mean()
-        most = dmd.sharpness(shown[last], true[last]).mean()
+        made = metrics.sharpness(film[last], true[last]).mean()
+        most = metrics.sharpness(shown[last], true[last]).mean()
         values = {
             f"sharpness after {end}": made,
             f"sharpness of the VAE after {end}": most,
-            f"psnr after {end}": data.psnr(film[last], true[last]).mean(),
+            f"psnr after {end}": episode.psnr(film[last], true[last]).mean(),
         }
         run.put(row, values)
 
@@ -703,29 +701,22 @@ def errand(seed: int, view: str = "first") -> tuple[Script, dict[str, tuple[Tens
     }
 
 
-OPPOSITE = {
-    "forward, back": ("w:3", "s:3", (0, 2), 0.1),
-    "left, right": ("a:3", "d:3", (0, 2), 0.1),
-    "turn": ("j2:4", "l2:4", (4,), 2.0),
-}
-
-
 def opposites(run: Run, p: Player, seed: int) -> None:
     """Opposite keys from one state under one noise, held for 0.37 m or 12 degrees; dead zone 0.1 m or 2 degrees, eight frames later."""
     script, _, z = opened(p, place(seed, "w:3 s:6 w:3 a:3 d:6 a:3 l2:120 l:10 j:10 -:52"))
     home = script.poses[KNOWN - 1].numpy()
-    for name, (one, two, axes, dead) in OPPOSITE.items():
+    for name, (one, two, axes, dead) in claims.OPPOSITE.items():
         arms = [chords(f"{held} -:{40 - int(held[-1])}") for held in (one, two)]
         images = decode(
             p, torch.cat([rollout(p, script, z, 1, actions=arm)[0] for arm in arms]), 40
         )[:, 7].numpy()
         moved = np.stack([register(script.scene, image, home).pose for image in images]) - home
-        asked = np.stack([memory.integrate(home, *arm)[8].numpy() for arm in arms]) - home
-        run.put("KCtrl", {name: dmd.answered(moved[:, axes], asked[:, axes], dead)})
+        asked = np.stack([camera.integrate(home, *arm)[8].numpy() for arm in arms]) - home
+        run.put("KCtrl", {name: metrics.answered(moved[:, axes], asked[:, axes], dead)})
 
 
 @torch.no_grad()
-def read_keys(run: Run, p: Player, reader: dmd.KeyReader, seed: int) -> None:
+def read_keys(run: Run, p: Player, reader: metrics.KeyReader, seed: int) -> None:
     """Which keys a small network reads off frames: of the model, of the VAE and the truth (ceilings), without actions and mixed (floors)."""
     script, frames, z = opened(
         p, place(seed, "w:7 s:7 a:7 d:7 l2:120 l:10 j:10 -:8 w:7 s:7 a:7 d:7 l:6 j:6")
@@ -743,7 +734,7 @@ def read_keys(run: Run, p: Player, reader: dmd.KeyReader, seed: int) -> None:
         ("no action", idle),
         ("mixed", made),
     ):
-        *pair, held = dmd.pairs(image, keys[1:], turns[1:], torch.zeros(40))
+        *pair, held = metrics.pairs(image, keys[1:], turns[1:], torch.zeros(40))
         held = (
             held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))]
             if row == "mixed"
@@ -751,7 +742,7 @@ def read_keys(run: Run, p: Player, reader: dmd.KeyReader, seed: int) -> None:
         )
         run.put(
             f"keys read: {row}",
-            dict(zip(dmd.READ, dmd.balanced_accuracy(reader(*pair), held), strict=True)),
+            dict(zip(metrics.READ, metrics.balanced_accuracy(reader(*pair), held), strict=True)),
         )
 
 
@@ -796,10 +787,10 @@ def action(run: Run) -> None:
         for s in (2, 3)
     ]
     learnt = [
-        dmd.pairs(shoot(where, w["player"])[0], w["keyboard"], w["mouse"], w["contact"])
+        metrics.pairs(shoot(where, w["player"])[0], w["keyboard"], w["mouse"], w["contact"])
         for where, w in walks
     ]
-    reader = dmd.learn_keys(*map(torch.cat, zip(*learnt, strict=True)))
+    reader = metrics.learn_keys(*map(torch.cat, zip(*learnt, strict=True)))
     for seed in run.worlds:
         obey(run, p, seed)
         if seed in run.some:
@@ -820,7 +811,7 @@ def distill(run: Run) -> None:
         for n in ((50, 16, 8, 4, 3) if run.full else (50, 3))
     ]
     models += [
-        (f"{T50}, guided", teacher, 50, 3.0),
+        (f"{claims.T50}, guided", teacher, 50, 3.0),
         *(
             (f"student, {n} steps", student, n, 1.0)
             for n in ((1, 2, 3, 4, 8) if run.full else (1, 3))
@@ -829,7 +820,7 @@ def distill(run: Run) -> None:
     for seed in run.some:
         script = revisit(seed, 0.4)
         frames, depth, c2w = draw(script)
-        masks, z = dmd.masks(depth, c2w, at, KNOWN), opened(teacher, script, frames)[2]
+        masks, z = truth.masks(depth, c2w, at, KNOWN), opened(teacher, script, frames)[2]
         for row, p, n, w in (model for model in models if model[1]):
             how = replace(p.options, steps=n, guidance=w)
             latents, said = zip(
@@ -843,7 +834,7 @@ def distill(run: Run) -> None:
             run.put(
                 row,
                 {
-                    "sharpness": dmd.sharpness(image[0], frames[at]).mean(),
+                    "sharpness": metrics.sharpness(image[0], frames[at]).mean(),
                     "ms per segment": np.mean([s["ms"]["denoise"] for s in said]),
                 }
                 | {
@@ -859,10 +850,10 @@ def distill(run: Run) -> None:
     for row, pairs in made.items():
         run.distances(row, "", pairs)
     strips = [
-        [true[-1] for _, true in made[T50][:6]],
+        [true[-1] for _, true in made[claims.T50][:6]],
         *(
             [np.uint8(255 * x[-1].numpy()) for x, _ in made[r][:6]]
-            for r in (T50, T3, S)
+            for r in (claims.T50, claims.T3, claims.S)
             if r in made
         ),
     ]
@@ -918,11 +909,11 @@ def int8(run: Run) -> None:
                     },
                 )
         c2w, start, dtype = (
-            memory.pose_to_c2w(script.poses[None]),
+            camera.pose_to_c2w(script.poses[None]),
             torch.tensor([30]),
             getattr(torch, p.options.dtype),
         )
-        x0, context = memory.clip_context(
+        x0, context = clip_context(
             z.float(),
             c2w,
             script.keyboard[None],
@@ -935,7 +926,7 @@ def int8(run: Run) -> None:
             p.meta["encoding"],
         )
         for sigma in torch.tensor([[0.9], [0.5], [0.1]]):
-            x = dit.add_noise(
+            x = flow.add_noise(
                 x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), sigma
             )
             v, v_hat = (
@@ -959,7 +950,7 @@ def decoders(run: Run) -> None:
         player(run.weights, "student") or player(run.weights, "base", 8),
         getattr(torch, realtime.faster_dtype("cpu")),
     )
-    for row, name in PANES.items():
+    for row, name in claims.PANES.items():
         try:
             found[row] = realtime.load_vae(Path(run.weights), "tiny", name).to(dtype).eval()
         except ValueError:
@@ -977,7 +968,7 @@ def decoders(run: Run) -> None:
             last[row] = np.uint8(255 * y[-1].numpy())
             run.put(
                 f"{row}, {n} frames",
-                {"last frame psnr": data.psnr(last[row][None], frames[n - 1 : n])},
+                {"last frame psnr": episode.psnr(last[row][None], frames[n - 1 : n])},
             )
         sheet.append(np.concatenate([frames[-1], *last.values()]))
         if p and seed in run.some:
@@ -1022,8 +1013,8 @@ def retrieval(run: Run) -> None:
         _, depth, c2w = shoot(
             scene(seed), walk["player"][4::4], 32, 1
         )  # one frame per latent, as the bank keeps them
-        asks, stop = np.array([last - 1 - k for k in memory.query_offsets(10, 5)]), last - 14
-        seen = dmd.visible(depth[asks], c2w[asks], depth[:stop], c2w[:stop])  # (5, N, H, W)
+        asks, stop = np.array([last - 1 - k for k in query_offsets(10, 5)]), last - 14
+        seen = truth.visible(depth[asks], c2w[asks], depth[:stop], c2w[:stop])  # (5, N, H, W)
         together, query = torch.cat(list(seen), 1), torch.from_numpy(c2w[asks]).float()
         picks, cameras = {}, torch.from_numpy(c2w[:stop]).float()[:, None].expand(-1, 4, -1, -1)
         for rule, policy in (
@@ -1032,7 +1023,7 @@ def retrieval(run: Run) -> None:
             ("uniform", "random"),
         ):
             store, row = (
-                memory.MemoryBank(rule),
+                MemoryBank(rule),
                 f"camera, {rule}" if policy == "camera" else policy,
             )
             store.append(torch.zeros(1, stop, 1, 1), cameras, torch.arange(1, stop + 1))
@@ -1041,7 +1032,7 @@ def retrieval(run: Run) -> None:
             run.put(row, {"ms": 1e3 * (time.perf_counter() - began)})
         picks |= {
             "exact visibility per slot": seen.sum((2, 3)).argmax(1).tolist(),
-            "greedy oracle": dmd.greedy(together, 5),
+            "greedy oracle": truth.greedy(together, 5),
         }
         run.facts = run.facts or {
             "solid": scene(seed).solid.tolist(),
@@ -1054,11 +1045,11 @@ def retrieval(run: Run) -> None:
             run.put(
                 row,
                 {
-                    "coverage@5": dmd.coverage(together, chosen)
-                    / (dmd.coverage(together, picks["greedy oracle"]) or math.nan),
+                    "coverage@5": truth.coverage(together, chosen)
+                    / (truth.coverage(together, picks["greedy oracle"]) or math.nan),
                     "missed views": np.mean(
                         [
-                            dmd.coverage(s, chosen) < 0.1 and s.any(0).float().mean() >= 0.5
+                            truth.coverage(s, chosen) < 0.1 and s.any(0).float().mean() >= 0.5
                             for s in seen
                         ]
                     ),
@@ -1074,7 +1065,7 @@ def rope(run: Run) -> None:
     for sigma in (0.0, 0.1, 0.5, 0.8):
         cfg = replace(dit.PRESETS["tiny"], sigma_theta=sigma)
         pairs = cfg.dim // cfg.heads // 2 - 2 * (cfg.dim // cfg.heads // 2 // 3)
-        angle = dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[
+        angle = attention.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[
             0, :, 0, :, :pairs
         ]  # (lags, heads, pairs)
         run.put(f"sigma_theta {sigma}", {"likeness": angle.cos().mean((-1, -2)).max()})
@@ -1085,7 +1076,7 @@ def reappear(run: Run, rows: dict[str, dict]) -> None:
     for seed in run.some:
         frames, depth, c2w = draw(script := revisit(seed, 0.0))
         masks, z = (
-            dmd.masks(depth, c2w, at := np.arange(257 - SCORED, 257), KNOWN),
+            truth.masks(depth, c2w, at := np.arange(257 - SCORED, 257), KNOWN),
             opened(run.player, script, frames)[2],
         )
         for row, how in rows.items():
@@ -1117,7 +1108,7 @@ def experts(run: Run) -> None:
     for steps, boundary in ((s, b) for s in (3, 50) for b in (0.75, 0.9, 0.95)):
         run.put(
             f"boundary {boundary}",
-            {f"share of {steps} steps": (dit.sigma_grid(steps)[:-1] >= boundary).float().mean()},
+            {f"share of {steps} steps": (flow.sigma_grid(steps)[:-1] >= boundary).float().mean()},
         )
     files = sorted(Path(run.weights).glob("moe*.safetensors")) or lacking(
         "moe", " --expert high-first, high-third and low, joined by --export"
@@ -1144,11 +1135,11 @@ def experts(run: Run) -> None:
                 ),
                 40,
             )
-            obeyed, shuffled = (data.psnr(x, true[KNOWN : KNOWN + 40]).mean() for x in pair)
+            obeyed, shuffled = (episode.psnr(x, true[KNOWN : KNOWN + 40]).mean() for x in pair)
             run.put(
                 f"{name}, {view}",
                 {
-                    "sharpness": dmd.sharpness(image, frames[-SCORED:]).mean(),
+                    "sharpness": metrics.sharpness(image, frames[-SCORED:]).mean(),
                     "true - shuffled actions, dB": obeyed - shuffled,
                 },
             )
@@ -1157,7 +1148,7 @@ def experts(run: Run) -> None:
 def latency(run: Run) -> None:
     """M9: one Session, six steps to warm up; where the time goes, and key to photon: by formula, and by the clock with the same segment made
     twice from one noise, without and with a key that went down at some moment of the segment before."""
-    ours, released, _ = realtime.segment_flops(realtime.Options(preset="5b"))
+    ours, released, _ = bench.segment_flops(realtime.Options(preset="5b"))
     run.put(
         "arithmetic",
         {
@@ -1216,555 +1207,6 @@ def latency(run: Run) -> None:
         )
 
 
-# ---- claims: data, not prose -----------------------------------------------------------------------------------------
-# One row: what the paper says, what we predicted ("6-10", ">= 6", "<= 2", "> 0", "" for none), how raw numbers become the measured value
-# (None: not here), whether only the paper's digits will do, and whether it is its command's in the table of all primary claims.
-Claim = namedtuple(
-    "Claim", "name paper predicted unit where measure exact primary", defaults=(None, False, False)
-)
-
-
-def of(column: str, row: str, other: str = "", ratio: bool = False) -> Callable[[Raw], list[float]]:
-    """The values of a row, or their paired difference from another row (or ratio to it): both sides come from one run."""
-    pairs = lambda raw: zip(raw[f"{row}/{column}"], raw[f"{other or row}/{column}"], strict=True)
-    return lambda raw: [x / y if ratio else x - y if other else x for x, y in pairs(raw)]
-
-
-gain = lambda raw, at, arm: np.subtract(
-    raw[f"{at}, {arm}/psnr bank-only"], raw[f"{at}, none/psnr bank-only"]
-)  # of every world
-C, S, T50, T3 = Claim, "student, 3 steps", "teacher, 50 steps", "teacher, 3 steps"
-CLAIMS: dict[str, list[Claim]] = {
-    "sanity": [
-        C(
-            "metrics that rank fakes as expected",
-            None,
-            ">= 1",
-            "",
-            "M0",
-            lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in BETTER],
-        ),
-        *(
-            C(
-                f"registration of clean frames, median, {u}",
-                None,
-                f"<= {gate}",
-                u,
-                "M0",
-                lambda r, u=u: np.median(r[f"registration of clean frames/{u}"]),
-            )
-            for u, gate in (("deg", 0.25), ("m", 0.01))
-        ),
-    ],
-    "memory": [
-        *(
-            C(
-                f"{at}: memory minus none, {what}",
-                None,
-                f">= {goal}",
-                "dB",
-                "M1",
-                of(column, f"{at}, camera", f"{at}, none"),
-                False,
-                column.startswith("r") and at == "0.85 m",
-            )
-            for what, column, goals in (
-                ("registered, bank-only", "registered psnr bank-only", (1, 1, 1, 1)),
-                ("all pixels", "psnr", (6, 7, 5, 3)),
-            )
-            for at, goal in zip(PLACES, goals, strict=True)
-        ),
-        *(
-            C(
-                f"{at}: memory minus copying",
-                None,
-                ">= 3" if offset else "",
-                "dB",
-                "§3.2",
-                of("psnr", f"{at}, camera", f"{at}, copy nearest"),
-            )
-            for at, offset in PLACES.items()
-        ),
-        *(
-            C(
-                f"{at}: gain of memory / of the oracle warp, bank-only",
-                None,
-                ">= 0.5",
-                "x",
-                "M1",
-                lambda r, at=at: gain(r, at, "camera") / np.nanmean(gain(r, at, "oracle warp")),
-            )
-            for at in PLACES
-        ),
-        *(
-            C(f"{at}: {what}", None, "", unit, "M1", of(column, f"{at}, camera"))
-            for at in PLACES
-            for what, column, unit in (
-                ("pose error of what is drawn", "m", "m"),
-                ("lost frames", "lost", ""),
-            )
-        ),
-        *(
-            C(
-                f"there and back from {start}, 2 W apart: memory minus none",
-                None,
-                "> 0",
-                "dB",
-                "M2",
-                of(
-                    "2 W apart, dB",
-                    f"palindrome from {start}, camera",
-                    f"palindrome from {start}, none",
-                ),
-            )
-            for start in ("a bank", "one frame")
-        ),
-        C(
-            "there and back over 8 W from a bank: half-life",
-            None,
-            "",
-            "W",
-            "M2",
-            lambda r: [
-                error_buffer.half_life(GAPS, x)
-                for x in np.array(
-                    [r[f"palindrome over 8 W from a bank, camera/{g} W apart, dB"] for g in GAPS]
-                ).T
-                - np.mean(r["exact, floor: other world/psnr"])
-            ],
-        ),
-        *(
-            C(
-                f"there and back from a bank: {what}",
-                None,
-                goal,
-                unit,
-                "M3",
-                of(column, "palindrome from a bank, camera"),
-            )
-            for what, column, goal, unit in (
-                ("way travelled / commanded", "travelled / commanded", "0.8-1.2", "x"),
-                ("from home at the end, m", "m", "<= 0.1", "m"),
-                ("degrees", "deg", "<= 2", "deg"),
-            )
-        ),
-        C(
-            "exact: VAE ceiling minus memory",
-            None,
-            "<= 1.5",
-            "dB",
-            "§3.2",
-            of("psnr", "exact, VAE ceiling", "exact, camera"),
-        ),
-        C(
-            "reliance on what is remembered",
-            None,
-            "> 0",
-            "dB",
-            "M11",
-            of("psnr bank-only", "exact, camera", "exact, zeros"),
-        ),
-        C(
-            "adoption of another world's memory",
-            None,
-            ">= 0.7",
-            "",
-            "M11",
-            of("adoption", "exact, other world"),
-        ),
-    ],
-    "drift": [
-        *(
-            C(
-                f"in place, memory {said}: slope",
-                None,
-                goal,
-                "dB/100 frames",
-                "§3.1",
-                of("dB per 100 frames", f"in place, {arm}"),
-                primary=said == "on",
-            )
-            for said, arm, goal in (("on", "camera", ">= -0.5"), ("off", "none", ""))
-        ),
-        *(
-            C(
-                f"exploring: sharpness after {n} frames",
-                None,
-                "0.85-1.15",
-                "x",
-                "§3.3",
-                of(f"sharpness after {n}", "exploring, camera"),
-            )
-            for n in (256, 640)
-        ),
-        *(
-            C(
-                f"exploring: TWFD around frame {n}",
-                None,
-                "",
-                "",
-                "M6",
-                of("exploring, camera: TWFD", f"segment {-(-n // 40):02d}"),
-            )
-            for n in (256, 640)
-        ),
-        C(
-            "in place: frames until lost, restricted mean",
-            None,
-            "",
-            "",
-            "M4",
-            lambda r, m="in place, camera": error_buffer.restricted_mean(
-                t := r[f"{m}/frames until lost"], r[f"{m}/lost"], max(t) or 1
-            ),
-        ),
-    ],
-    "action": [
-        C(
-            "true minus shuffled actions",
-            None,
-            ">= 3",
-            "dB",
-            "§3.1",
-            of("psnr", "true actions", "shuffled actions"),
-            primary=True,
-        ),
-        *(
-            C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind))
-            for kind in ("turn", "move")
-        ),
-        C(
-            "KCtrl: opposite keys that both act",
-            None,
-            ">= 0.9",
-            "",
-            "M5",
-            lambda r: np.mean([r[f"KCtrl/{pair}"] for pair in OPPOSITE], 0),
-        ),
-        C(
-            "keys read off frames: model minus VAE",
-            None,
-            ">= -0.05",
-            "",
-            "M5",
-            lambda r: np.mean(
-                [
-                    np.subtract(r[f"keys read: model/{key}"], r[f"keys read: VAE/{key}"])
-                    for key in dmd.READ
-                ],
-                0,
-            ),
-        ),
-    ],
-    "ablation": [
-        C(name, None, "", unit, "§3", of(*how))
-        for name, unit, *how in (
-            ("revisit", "dB", "psnr bank-only", "memory"),
-            ("revisit, memory switched off", "dB", "psnr bank-only", "no memory"),
-            (
-                "revisit 800 latents later minus at once",
-                "dB",
-                "psnr",
-                "memory, 800 latents later",
-                "memory",
-            ),
-            *(
-                (f"in place, {unit}", "", unit, "in place")
-                for unit in ("dB per 100 frames", "grey levels per 100 frames", "frames until lost")
-            ),
-            ("true minus shuffled actions", "dB", "psnr", "true actions", "shuffled actions"),
-            *(
-                (f"pose error: {kind}", unit, "relative pose error", kind)
-                for kind, unit in (("turn", "deg"), ("move", "m"))
-            ),
-        )
-    ],
-    "distill": [
-        C(
-            "student at 3 steps minus teacher at 50, seen",
-            None,
-            "-0.5-0.5",
-            "dB",
-            "§3.3",
-            of("psnr seen", S, T50),
-            primary=True,
-        ),
-        C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
-        C(
-            "spread of seeds, unseen: student / teacher at 50",
-            None,
-            ">= 0.7",
-            "x",
-            "M6",
-            of("rms between seeds, unseen", S, T50, True),
-        ),
-        C(
-            "sharpness: student / teacher at 50",
-            None,
-            ">= 1",
-            "x",
-            "M6",
-            of("sharpness", S, T50, True),
-        ),
-        C(
-            "sharpness: student / guided teacher at 50",
-            None,
-            "",
-            "x",
-            "M6",
-            of("sharpness", S, f"{T50}, guided", True),
-        ),
-        C("TWFD: student / teacher at 50", None, "<= 1.1", "x", "§3.3", of("TWFD", S, T50, True)),
-        C(
-            "segment time: teacher at 50 / student",
-            None,
-            "10-17",
-            "x",
-            "§3.3",
-            of("ms per segment", T50, S, True),
-        ),
-    ],
-    "int8": [
-        C(
-            "velocity SQNR at sigma 0.5",
-            None,
-            ">= 25",
-            "dB",
-            "§3.4",
-            of("sigma 0.5", "velocity SQNR dB"),
-        ),
-        C(
-            "nearness to float: int8 minus disturbed",
-            None,
-            ">= 0",
-            "dB",
-            "M7",
-            of("latent SQNR to float, segment 3", "int8", "disturbed"),
-            primary=True,
-        ),
-    ],
-    "vae": [
-        *(
-            C(f"{row}: PSNR", paper, goal, "dB", "Table 2", of("psnr", f"{row}, 33 frames"))
-            for row, paper, goal in zip(
-                PANES, (33.79, 31.84, 31.14), (">= 30", "", ""), strict=True
-            )
-        ),
-        *(
-            C(
-                f"{row}: SSIM",
-                0.99,
-                ">= 0.93" if row == "Wan2.2" else "",
-                "",
-                "Table 2",
-                of("ssim", f"{row}, 33 frames"),
-            )
-            for row in PANES
-        ),
-        *(
-            C(
-                f"{row}: PSNR lost",
-                lost,
-                f"<= {lost + 0.5:.2f}",
-                "dB",
-                "Table 2",
-                of("psnr", "Wan2.2, 33 frames", f"{row}, 33 frames"),
-            )
-            for row, lost in (("50 %", 1.95), ("75 %", 2.65))
-        ),
-        *(
-            C(
-                f"{row}: streams faster",
-                paper,
-                goal,
-                "x",
-                "Table 2",
-                of("s for 40 frames", "Wan2.2, streaming", f"{row}, streaming", True),
-            )
-            for row, paper, goal in (("50 %", 2.53, ">= 2.5"), ("75 %", 5.85, ">= 4"))
-        ),
-        *(
-            C(
-                f"{row}: streams 40 frames",
-                None,
-                f">= {goal}",
-                "FPS",
-                "§3.4",
-                of("FPS", f"{row}, streaming"),
-            )
-            for row, goal in (("Wan2.2", 400), ("75 %, float32", 100))
-        ),
-        *(
-            C(f"{row}: {what}, 17 frames at 720p", paper, "", "s", "Table 2")
-            for what, papers in (
-                ("encode + decode", (0.99, 0.52, 0.35)),
-                ("decode", (0.76, 0.30, 0.13)),
-            )
-            for row, paper in zip(PANES, papers, strict=True)
-        ),
-    ],
-    "retrieval": [
-        C(
-            "coverage@5 of the camera rule",
-            None,
-            ">= 0.75",
-            "",
-            "§3.2",
-            of("coverage@5", "camera, uniform"),
-            primary=True,
-        ),
-        C(
-            "coverage@5: camera minus recent",
-            None,
-            "> 0",
-            "",
-            "§3.2",
-            of("coverage@5", "camera, uniform", "recent"),
-        ),
-        C(
-            "coverage@5: sampled minus exact overlap",
-            None,
-            "-0.05-0.05",
-            "",
-            "§3.4",
-            of("coverage@5", "camera, uniform", "camera, exact"),
-        ),
-    ],
-    "rope": [
-        C(
-            "likeness of distant times, sigma_theta 0.8 minus 0",
-            None,
-            "<= 0",
-            "",
-            "Eq. 7",
-            of("likeness", "sigma_theta 0.8", "sigma_theta 0.0"),
-        ),
-        C(
-            "revisit 800 latents later minus at once",
-            None,
-            "-0.5-0.5",
-            "dB",
-            "§3.2",
-            of("psnr", "800 latents later", "0 latents later"),
-        ),
-    ],
-    "moe": [
-        C(
-            f"{view} person, {what}: experts minus dense",
-            None,
-            "> 0",
-            "dB",
-            "§3.5",
-            of(column, f"moe-0.9, {view}", f"dense, {view}"),
-            primary=what == "revisit",
-        )
-        for view in ("first", "third")
-        for what, column in (("revisit", "psnr"), ("action effect", "true - shuffled actions, dB"))
-    ],
-    "latency": [
-        *(
-            C(f"5B, 8+1 GPUs, {w}", fps, "", "FPS", "Table 1")
-            for w, fps in (("all", 40.0), ("no INT8", 27.38), ("no GPU retrieval", 6.6))
-        ),
-        C(
-            "no LightVAE: 40 frames in 1.551 s",
-            25.79,
-            "",
-            "FPS",
-            "Table 1",
-            of("FPS at 1.551 s a segment", "arithmetic"),
-            True,
-        ),
-        C(
-            "a 5B segment as released",
-            None,
-            "905-906",
-            "TF",
-            "§3.1",
-            of("TF as released", "arithmetic"),
-        ),
-        *(
-            C(
-                f"{n} latents at once minus 10",
-                None,
-                "-0.5-0.5",
-                "dB",
-                "§3.4",
-                of("psnr", f"{n} latents at once", "10 latents at once"),
-            )
-            for n in (5, 2)
-        ),
-        C(
-            "tiny on this machine, one after the other",
-            None,
-            ">= 200",
-            "FPS",
-            "§3.4",
-            of("FPS, one after the other", "tiny"),
-        ),
-        C(
-            "action to photon: clock / formula",
-            None,
-            "0.9-1.1",
-            "x",
-            "M9",
-            lambda r: (
-                np.mean(r["action to photon at 40 FPS/s by the clock"])
-                / r["action to photon at 40 FPS/s by formula"][0]
-            ),
-        ),
-    ],
-    "explore": [
-        C(
-            "256 frames out: sharpness",
-            None,
-            ">= 0.6",
-            "x",
-            "M4",
-            of("sharpness after 256", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness",
-            None,
-            ">= 0.6",
-            "x",
-            "M4",
-            of("sharpness after 640", "10 at once"),
-        ),
-        C(
-            "256 frames out: sharpness of the VAE",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness of the VAE after 256", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness of the VAE",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness of the VAE after 640", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness, 5 at once",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness after 640", "5 at once"),
-        ),
-        C(
-            "640 frames out: sharpness, 2 at once",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness after 640", "2 at once"),
-        ),
-    ],
-}
 COMMANDS = {
     "sanity": sanity,
     "memory": remember,
@@ -1782,37 +1224,6 @@ COMMANDS = {
 }
 
 
-def judge(claim: Claim, raw: Raw) -> dict:
-    """Value, interval and verdict: met, missed, unclear, reported, or not measured."""
-    row = {
-        name: getattr(claim, name)
-        for name in ("name", "paper", "predicted", "unit", "where", "exact", "primary")
-    }
-    x: list[float] = []
-    with contextlib.suppress(KeyError):
-        x = [
-            v
-            for v in np.atleast_1d(claim.measure(raw) if claim.measure else []).tolist()
-            if math.isfinite(v)
-        ]
-    if not x:
-        return row | {"value": None, "interval": None, "verdict": "not measured"}
-    said, p, interval = error_buffer.verdict(x, claim.predicted)
-    said = (
-        {True: "met", False: "missed"}[round(sum(x) / len(x), 2) == claim.paper]
-        if claim.exact
-        else said
-    )
-    return row | {
-        "value": sum(x) / len(x),
-        "interval": interval,
-        "n": len(x),
-        "verdict": said,
-        "p": p if claim.primary else None,
-    }
-
-
-# ---- results and report ----------------------------------------------------------------------------------------------
 def measure(name: str, args: argparse.Namespace) -> dict:
     """Store the predictions, run, store everything. Missing weights leave rows unmeasured and say what makes them."""
     split, began = "final" if args.final else "tune" if args.tune else "test", time.perf_counter()
@@ -1859,8 +1270,11 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    moe.write_text(
-        path, json.dumps(result | {"claims": [judge(c, {}) for c in CLAIMS[name]], "raw": {}})
+    weights.write_text(
+        path,
+        json.dumps(
+            result | {"claims": [claims.judge(c, {}) for c in claims.CLAIMS[name]], "raw": {}}
+        ),
     )
     try:
         COMMANDS[name](run)
@@ -1873,217 +1287,12 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     result |= {
         "seconds": round(time.perf_counter() - began, 1),
         "notes": run.notes,
-        "claims": [judge(c, run.raw) for c in CLAIMS[name]],
+        "claims": [claims.judge(c, run.raw) for c in claims.CLAIMS[name]],
     }
-    moe.write_text(
+    weights.write_text(
         path, json.dumps(result | {"raw": run.raw, "pictures": pictures, "facts": run.facts})
     )
     return result | {"raw": run.raw}
-
-
-number = error_buffer.number
-
-
-def claim_table(result: dict) -> str:
-    lines = [
-        "| claim | where | paper | predicted | measured [95 %] | n | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for c in result["claims"]:
-        span = f" [{', '.join(map(number, c['interval']))}]" if c["interval"] else ""
-        got = (
-            "not measured"
-            if c["value"] is None
-            else f"{number(c['value'])}{span} {c['unit']}".rstrip()
-        )
-        lines.append(
-            f"| {c['name']} | {c['where']} | {number(c['paper'])} | {c['predicted'] or '-'} | {got} | {c.get('n', '-')} | {c['verdict']} |"
-        )
-    return "\n".join([*lines, "", footer(result)])
-
-
-def raw_table(result: dict) -> str:  # rows and columns as the keys say; means over worlds
-    keys = [key.split("/", 1) for key in result["raw"]]
-    rows, columns = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
-    mean = lambda x: number(float(np.nanmean(x))) if np.isfinite(x).any() else "nan" if x else ""
-    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {' | '.join([r, *(mean(result['raw'].get(f'{r}/{c}', [])) for c in columns)])} |"
-        for r in rows
-    ]
-    return "\n".join([*lines, "", footer(result)])
-
-
-def footer(result: dict) -> str:
-    v, worlds = result["versions"], f"{len(result['worlds'])} {result['split']} worlds"
-    return " · ".join(
-        [
-            f"`{result['command']}`",
-            worlds,
-            f"{result['machine']}, {result['threads']} threads",
-            f"torch {v['torch']}",
-            f"{result['date']} UTC",
-            *result.get("notes", []),
-        ]
-    )
-
-
-def contrast(
-    folder: Path, against: str
-) -> dict:  # folder/ARM-SEED/*.json; the last command of each kind stands for all
-    found, each = {}, {}
-    for path in sorted(folder.glob("*-*/*.json")):
-        (arm, seed), each[path.stem] = (
-            path.parent.name.rsplit("-", 1),
-            footer(result := json.loads(path.read_text())),
-        )
-        for c in (c for c in result["claims"] if c["value"] is not None):
-            found.setdefault((f"{c['name']}, {c['unit']}".rstrip(", "), arm), {})[seed] = c["value"]
-    said = f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"
-    return {"table": [*error_buffer.arms(found, against), "", said]}
-
-
-def results(out: Path) -> dict[str, dict]:
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted(out.glob("*.json"))
-        if path.stem in COMMANDS
-    }
-
-
-def report(out: Path, readme: Path, figures: Path) -> None:
-    """Rewrite what stands between <!-- table:NAME --> (or NAME:raw, final-NAME) and <!-- /table -->, and the figures, from the json."""
-    found, final = results(out), results(out / "final")
-    if wrong := [
-        m
-        for m in BETTER
-        if found.get("sanity", {}).get("raw", {}).get(f"ranks fakes as expected/{m}", [1])[0] < 1
-    ]:
-        raise ValueError(
-            f"{', '.join(wrong)}: ranks fakes wrongly (see {out}/sanity.json), so nothing is reported"
-        )
-    tables = {
-        name: claim_table(result)
-        for name, result in [
-            *found.items(),
-            *((f"final-{name}", result) for name, result in final.items()),
-        ]
-    }
-    others = {
-        path.stem: json.loads(path.read_text())["table"]
-        for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json"))
-    }
-    primary = {
-        (c["p"], name, c["name"])
-        for name, result in (found | final).items()
-        for c in result["claims"]
-        if c.get("p") is not None
-    }
-    holm = [
-        *error_buffer.together(primary),
-        "",
-        f"`python evaluate.py report` · {len(primary)} tests, Holm at 5 %, p by bootstrap over worlds",
-    ]
-    tables |= {f"{name}:raw": raw_table(result) for name, result in found.items()}
-    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": holm}).items()}
-    print(tables["holm"])
-    fill = lambda at: (
-        f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
-    )
-    readme.exists() and moe.write_text(
-        readme,
-        re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S),
-    )
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        pair for result in found.values() for pair in result.get("pictures", {}).items()
-    ):
-        (figures / f"{name}.png").write_bytes(base64.b64decode(content))
-    try:
-        plot(
-            found,
-            json.loads(path.read_text())["rows"]
-            if (path := out / "bench-tiny-ladder.json").exists()
-            else [],
-            figures,
-        )
-    except ModuleNotFoundError:
-        print("figures need: pip install matplotlib (the tables are written)")
-
-
-def plot(found: dict, ladder: list[list], figures: Path) -> None:
-    """Revisits by arm with floors and ceiling; drift by segment; what is looked back at, from above; where the time of a segment goes."""
-    import matplotlib.figure  # optional
-
-    for name, source, pattern, label in (
-        ("memory", "memory", r"exact, ([^/]+)/psnr", "PSNR of an exact revisit, dB"),
-        ("drift", "drift", r"segment \d+/(.+): psnr", "PSNR by segment, dB"),
-        ("sharpness", "drift", r"segment \d+/(.+): sharpness", "sharpness by segment, 1 = truth"),
-    ):
-        axes, curves = (
-            (figure := matplotlib.figure.Figure((7, 3))).subplots(subplot_kw={"title": label}),
-            {},
-        )
-        for key, values in sorted(found.get(source, {}).get("raw", {}).items()):
-            if at := re.fullmatch(pattern, key):
-                curves.setdefault(at[1], []).append(np.mean(values))
-        for arm, ys in curves.items():
-            axes.barh(arm, ys) if name == "memory" else axes.plot(
-                range(1, len(ys) + 1), ys, label=arm
-            )
-        if curves:
-            axes.legend(*axes.get_legend_handles_labels()).set_visible(name != "memory")
-            figure.savefig(figures / f"{name}.png", bbox_inches="tight", dpi=110)
-    if facts := found.get("retrieval", {}).get("facts"):
-        figure, poses, past = (
-            matplotlib.figure.Figure((5, 5)),
-            np.array(facts["poses"]),
-            range(facts["bank"]),
-        )
-        axes = figure.subplots(
-            subplot_kw={
-                "title": "the old frames that are looked back at; metres",
-                "aspect": "equal",
-            }
-        )
-        axes.pcolormesh(np.array(facts["solid"]).T, cmap="Greys", vmax=2)
-        for label, which, colour in (
-            ("bank", past, "silver"),
-            ("chosen", facts["chosen"], "tab:blue"),
-            ("next views", facts["asks"], "tab:red"),
-        ):
-            x, z, yaw = poses[list(which)].T
-            axes.quiver(
-                x,
-                z,
-                np.sin(np.radians(yaw)),
-                np.cos(np.radians(yaw)),
-                color=colour,
-                label=label,
-                scale=18,
-                width=0.006,
-            )
-        axes.set(
-            xlim=(poses[:, 0].min() - 3, poses[:, 0].max() + 3),
-            ylim=(poses[:, 1].min() - 3, poses[:, 1].max() + 3),
-        )
-        axes.legend(loc="upper right")
-        figure.savefig(figures / "retrieval.png", bbox_inches="tight", dpi=110)
-    if ladder:  # rows "name: 81.0 ms, ...", the release first; "5 new" makes fewer frames a segment
-        times = [
-            (row[0].split(":")[0], float(re.search(r": ([\d.]+) ms", row[0])[1]))
-            for row in ladder
-            if " new:" not in row[0]
-        ]
-        axes = (figure := matplotlib.figure.Figure((7, 3))).subplots(
-            subplot_kw={"title": "ms per segment; green: saved against the release"}
-        )
-        for name, ms in times:
-            axes.barh(name, ms, color="tab:gray")
-            axes.barh(name, times[0][1] - ms, left=ms, color="tab:green")
-            axes.annotate(f"{ms:.0f} ", (ms, name), va="center", ha="right", color="white")
-        axes.invert_yaxis()
-        figure.savefig(figures / "ladder.png", bbox_inches="tight", dpi=110)
 
 
 def main(argv: list[str]) -> int:
@@ -2110,17 +1319,17 @@ def main(argv: list[str]) -> int:
     for name in COMMANDS if args.command == "all" else {args.command: 0}.keys() & COMMANDS:
         result = measure(name, args)
         print(
-            f"\n## {name} ({result['seconds']} s)\n\n{raw_table(result)}\n\n{claim_table(result)}",
+            f"\n## {name} ({result['seconds']} s)\n\n{report.raw_table(result)}\n\n{report.claim_table(result)}",
             flush=True,
         )
     if args.command == "compare":
-        print("\n".join((result := contrast(Path(args.out), args.against))["table"]))
-        moe.write_text(
+        print("\n".join((result := report.contrast(Path(args.out), args.against))["table"]))
+        weights.write_text(
             Path(args.out).with_name(f"compare-{Path(args.out).name}.json"),
             json.dumps(result, indent=1),
         )
     if args.command == "report":
-        report(Path(args.out), ROOT / "README.md", ROOT / "assets" / "figures")
+        report.report(Path(args.out), ROOT / "README.md", ROOT / "assets" / "figures")
     return 0
 
 

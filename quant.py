@@ -23,7 +23,6 @@ have it; elsewhere the same product in float32.
 Demo: python quant.py      Tests: pytest tests/test_quant.py
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ LAYERS = {  # name -> which nn.Linear, by its path inside the model
     "all": r"(.*\.)?blocks\..*",
 }
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn
-
 
 # ---- pure maths ------------------------------------------------------------------------------------------
 
@@ -286,109 +284,6 @@ def report(
     finally:
         for hook in hooks:
             hook.remove()
-    return rows
-
-
-# ---- where the work is, so which layers are worth it -----------------------------------------------------
-
-
-def dit_flops(
-    c,  # dit.DiTConfig
-    S: int,  # places per latent
-    clean: int = 9,  # memory and past latents
-    new: int = 10,
-    reuse: bool = False,  # a later step that reuses the keys and values of clean tokens (approximate)
-) -> dict[str, tuple[float, float, float]]:
-    """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything
-    is computed at every step for every token. A test counts the modules themselves."""
-    T, D, patch, w, A = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks)
-    L, layers, text = S * T, c.layers, c.text_len
-    N = (
-        S * new if reuse else L
-    )  # tokens in a block; the last block, or with reuse every one, asks for new ones only
-    Q = (layers - 1) * N + (S * new if layers - 1 not in c.action_blocks else N)
-    camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
-    words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
-    actions = A * 2 * N * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
-    keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
-    time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
-    return {
-        "self-attention qkvo": (0, 4 * D * D * (Q + layers * N), layers * 8 * L * D * D),
-        "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
-        "text attention": (
-            words,
-            4 * Q * (D * D + text * D),
-            words + layers * 4 * L * (D * D + text * D),
-        ),
-        "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
-        "camera": (camera, 0, camera),
-        "rays": (rays, 0, rays),
-        "actions": (keys, actions, keys + actions * L // N),
-        "time": (0, 2 * time_row, L * time_row),
-        "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T),
-    }
-
-
-def vae_flops(
-    c, h: int, w: int
-) -> float:  # vae.VAEConfig: to decode one later latent of h x w cells
-    dims, p, t = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], h * w, 1
-
-    def block(a: int, b: int) -> int:  # two 27-tap convolutions, a shortcut if the widths differ
-        return 2 * t * p * (27 * a * b + 27 * b * b + (a * b if a != b else 0))
-
-    total = 2 * p * (
-        c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]
-    ) + 2 * block(dims[0], dims[0])
-    for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
-        total += block(a, b) + c.res_blocks * block(b, b)
-        if i < len(c.temporal):  # time doubles first, then space
-            total, t = (total + 12 * t * p * b * b, 2 * t) if c.temporal[::-1][i] else (total, t)
-            p *= 4
-            total += 2 * t * p * 9 * b * b
-    return total + 2 * t * p * 27 * dims[-1] * 3 * c.patch**2
-
-
-def predicted(c, S: int, clean: int, new: int, steps: int) -> dict[str, float]:
-    """How many times faster than the release a segment must be if only multiply-adds count."""
-    exact, later = (dit_flops(c, S, clean, new, reuse).values() for reuse in (False, True))
-    once, step, released = map(sum, zip(*exact, strict=True))
-    saved = (steps - 1) * (step - sum(part[1] for part in later))
-    return {
-        "exact reuse": steps * released / (once + steps * step),
-        "reuse of clean keys and values (approximate)": steps
-        * released
-        / (once + steps * step - saved),
-    }
-
-
-H200 = {
-    "denoise": 587e12,
-    "full": 377e12,
-    "light50": 239e12,
-    "light75": 139e12,
-}  # FLOP/s: FastWan2.2's DiT, the published decoders
-
-
-def projection(
-    parts: dict[str, tuple[float, float, float]],  # of dit_flops
-    steps: int,
-    frames: int,  # of a segment
-    decode: float,  # FLOPs to decode it
-    decoder: str,
-) -> list[tuple[str, float]]:
-    """TFLOP of a segment by part, and frames per second on n H200 of which the last decodes."""
-    ours = sum(once + steps * step for once, step, _ in parts.values())
-    rows = [
-        (f"TF of {part}", (once + steps * step) / 1e12) for part, (once, step, _) in parts.items()
-    ]
-    rows += [("TF to denoise", ours / 1e12), ("TF to decode", decode / 1e12)]
-    for n in range(1, 10):
-        D, V = (
-            ours / H200["denoise"] / max(1, n - 1) + 0.022 * (n > 2),
-            decode / H200[decoder],
-        )  # 22 ms: exchange among ranks
-        rows.append((f"FPS on {n} H200, projected", frames / (max(D, V) if n > 1 else D + V)))
     return rows
 
 

@@ -9,14 +9,12 @@ Paper: §3.4, Table 1 (40 FPS at 720p: 8 GPUs denoise, one decodes).  Released: 
 A Session is one player in one world: reset(image, prompt, seed) -> frame 0; step(keyboard, mouse) -> Chunk of the next frames (56, then 40).
 step is submit + collect; submit(k+1) before collect(k) is the pipeline. The noise of segment k depends on (seed, k) alone: undo, restore, replay
 and N ranks give the same frames (of actions that change late, both readings replayed). N + 1 ranks on torch.distributed: 0 .. N−1 share each segment
-by place (dit.py) and hold equal memories, rank N decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
+by place (attention.py) and hold equal memories, rank N decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
-Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python realtime.py --bench --suite ablation
+Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python lab/bench.py --suite ablation
 """
 
-import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -27,7 +25,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +33,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import data
+import camera
 import dit
+import flow
 import memory
 import moe
 import quant
 import vae
+from context import (
+    LENGTHS,
+    Context,
+    Memory,
+    Window,
+    action_windows,
+    make_context,
+    query_offsets,
+    released_windows,
+    segment_cameras,
+)
+from dataset.prompt import embed_prompt, encode_umt5
+from engine import ranks, weights
+from memory import MemoryBank
 
 ROOT = Path(__file__).resolve().parent
 SIZES = {
@@ -56,7 +68,7 @@ DECODERS = {
     "light50": (0.5, "vae50.safetensors", "MG-LightVAE.pth"),
     "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth"),
 }  # channels removed, our file, the released one
-WINDOW = memory.Window()
+WINDOW = Window()
 QUEUE, UNDO = 2, 4  # segments that may wait for the decoder; that can be taken back
 PIECE = 4_000_000  # pixels decoded per call: one latent at 720p, a whole segment at 64x64
 
@@ -116,7 +128,7 @@ def resolve(options: Options) -> Options:
     for name, allowed in (
         ("preset", SIZES),
         ("decoder", DECODERS),
-        ("new", memory.LENGTHS),
+        ("new", LENGTHS),
         ("policy", memory.POLICIES),
         ("view", ("first", "third")),
         ("commit", range(options.steps)),
@@ -152,7 +164,7 @@ def resolve(options: Options) -> Options:
 
 
 def faster_dtype(device: str) -> str:
-    return str(moe.faster_dtype(device)).removeprefix("torch.")
+    return str(weights.faster_dtype(device)).removeprefix("torch.")
 
 
 def vae_config(
@@ -190,7 +202,7 @@ def load_parts(
                 for name in ("student", "base")
                 if (file := root / f"{name}.safetensors").exists()
             ]
-            nets[part], meta = moe.load([*shipped, root][0], device=options.device, dtype=dtype)
+            nets[part], meta = weights.load([*shipped, root][0], device=options.device, dtype=dtype)
         else:
             nets[part] = load_vae(root, preset, cut or "full")
         nets[part].to(options.device, dtype).eval().requires_grad_(False)
@@ -242,7 +254,7 @@ def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
     """The full, light50 or light75 VAE: beside the weights, one folder up, or the shipped one."""
     places, files = (root, root.parent, ROOT / "assets" / preset), DECODERS[name][1:]
     for path in (folder / file for folder in places for file in files if (folder / file).is_file()):
-        return vae.from_weights(*moe.read_weights(path))
+        return weights.vae_from_weights(*weights.read_weights(path))
     raise ValueError(
         f"no {name} decoder: looked for {' or '.join(files)} in {', '.join(map(str, places))}; make one with: "
         f"python train.py --stage {'vae' if name == 'full' else 'lightvae'} --preset {preset}"
@@ -255,38 +267,23 @@ def embed(
     c, root = dit.PRESETS[options.preset], Path(options.weights)
     root = root if (root / "google").is_dir() else root.parent
     if c.text_dim < 4096 or options.weights == "random":
-        return data.embed_prompt(prompt, c.text_dim, c.text_len)
-    return data.encode_umt5(
+        return embed_prompt(prompt, c.text_dim, c.text_len)
+    return encode_umt5(
         prompt,
         root / "google/umt5-xxl",
-        lambda: moe.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0],
+        lambda: weights.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0],
         root,
     )
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
 def places(options: Options) -> int:  # tokens per latent
     return (
         math.prod(SIZES[options.preset])
         // vae_config(options.preset).stride[1] ** 2
         // math.prod(dit.PRESETS[options.preset].patch)
-    )
-
-
-def segment_flops(options: Options) -> tuple[float, float, float]:
-    """Of a later segment: (denoise as here, denoise as released, decode)."""
-    v, (H, W) = vae_config(options.preset, options.decoder), SIZES[options.preset]
-    once, step, released = map(
-        sum,
-        zip(
-            *quant.dit_flops(dit.PRESETS[options.preset], places(options), 9, options.new).values(),
-            strict=True,
-        ),
-    )
-    return (
-        once + options.steps * step,
-        options.steps * released,
-        options.new * quant.vae_flops(v, H // v.stride[1], W // v.stride[2]),
     )
 
 
@@ -359,14 +356,14 @@ class Denoiser:
             deque(maxlen=UNDO),
         )
         self.camera = (
-            partial(memory.behind, max_pitch=options.max_pitch)
+            partial(camera.behind, max_pitch=options.max_pitch)
             if options.view == "third"
-            else memory.pose_to_c2w
+            else camera.pose_to_c2w
         )
 
     def start(self, now: Walk) -> None:  # with an empty bank
         self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
-        self.bank = memory.MemoryBank(
+        self.bank = MemoryBank(
             "released" if self.meta["encoding"] == "released" else "uniform", free=self.options.bank
         )
         self.history.clear()
@@ -378,17 +375,17 @@ class Denoiser:
         self.start(Walk(latent, text[None], poses, torch.zeros(0, 6), torch.zeros(0, 2), seed))
         self.bank.append(
             self.now.past[0],
-            memory.segment_cameras(self.camera(poses)[None], 0, 1)[0].float(),
+            segment_cameras(self.camera(poses)[None], 0, 1)[0].float(),
             torch.tensor([0]),
         )
 
     def bind(
         self, keyboard: Tensor, mouse: Tensor, policy: str
-    ) -> tuple[memory.Context, list[dict], list[Tensor], Tensor, Tensor]:
+    ) -> tuple[Context, list[dict], list[Tensor], Tensor, Tensor]:
         """A segment under these actions: its context, what is recalled, the walk with it, times and cameras of its new latents."""
         now, n, P = self.now, len(keyboard) // WINDOW.stride, self.now.past.shape[2]
         times = torch.arange(now.count - P, now.count + n)  # of the window: past, then new
-        poses = memory.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[
+        poses = camera.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[
             1:
         ]
         walked = [
@@ -398,14 +395,14 @@ class Denoiser:
         first = (
             int(times[0]) - now.origin // WINDOW.stride
         )  # the kept rows begin at latent origin/4
-        cameras = memory.segment_cameras(self.camera(walked[0])[None], first, P + n)
+        cameras = segment_cameras(self.camera(walked[0])[None], first, P + n)
         found, picks = (
             self.recall(cameras[0, P:, -1].float(), int(times[0]), policy)
             if now.segment and policy != "none"
             else (None, [])
         )
         keys, turns = (self.windows(rows, first, P + n) for rows in walked[1:])
-        context = memory.make_context(
+        context = make_context(
             now.past,
             times[None],
             cameras,
@@ -435,7 +432,7 @@ class Denoiser:
 
         def revise(
             step: int,
-        ) -> memory.Context | None:  # before step `commit`: what rank 0 hears by now, on every rank
+        ) -> Context | None:  # before step `commit`: what rank 0 hears by now, on every rank
             nonlocal bound
             newer = (
                 (self.late() if self.late else actions).to(o.device, copy=True)
@@ -452,8 +449,8 @@ class Denoiser:
         noise = torch.randn(
             1, now.past.shape[1], n, *now.past.shape[-2:], generator=generator, device=o.device
         )
-        sigmas, method = dit.sigma_grid(o.steps, self.meta["shift"]), self.meta["method"]
-        x0 = dit.sample(
+        sigmas, method = flow.sigma_grid(o.steps, self.meta["shift"]), self.meta["method"]
+        x0 = flow.sample(
             self.model, bound[0], sigmas, noise, method, o.guidance, generator, self.group, revise
         ).to(**self.place)
         if not x0.isfinite().all():
@@ -494,11 +491,9 @@ class Denoiser:
 
     def recall(
         self, poses: Tensor, before: int, policy: str
-    ) -> tuple[memory.Memory, list[dict]]:  # (n, 4, 4) of the new latents
+    ) -> tuple[Memory, list[dict]]:  # (n, 4, 4) of the new latents
         """The memory of a segment, newest query first, and its description for whoever watches."""
-        asks = [
-            len(poses) - 1 - offset for offset in memory.query_offsets(len(poses), WINDOW.memory)
-        ]
+        asks = [len(poses) - 1 - offset for offset in query_offsets(len(poses), WINDOW.memory)]
         generator = torch.Generator().manual_seed(self.now.seed * 1_000_003 + self.now.segment)
         slots, scores = self.bank.retrieve(
             poses[asks], before, policy, sink := self.meta.get("sink", True), generator
@@ -516,11 +511,11 @@ class Denoiser:
 
     def windows(self, actions: Tensor, first: int, n: int) -> Tensor:  # (1, n, 12, A)
         if self.meta["encoding"] != "released":
-            return memory.action_windows(actions[None], first, n)
+            return action_windows(actions[None], first, n)
         rows = actions[
             max(0, WINDOW.stride * (first - 1) + 1) :
         ]  # one per frame of the window; the last has none yet
-        return memory.released_windows(torch.cat([rows, rows[-1:]])[None])
+        return released_windows(torch.cat([rows, rows[-1:]])[None])
 
     def dump(self) -> dict[str, Tensor]:  # everything but the weights
         bank = {f"bank.{name}": x for name, x in self.bank.state_dict().items()}
@@ -593,115 +588,6 @@ class Decoder:
 
 
 # ---- N + 1 ranks -----------------------------------------------------------------------------------------------------
-class Team:
-    """Ranks 0 .. N−1 denoise, rank N decodes. Players pause, so orders may take for ever; everything else has a deadline.
-    They meet once all have loaded and have the same code, options and weights: otherwise frames would silently differ."""
-
-    def __init__(
-        self,
-        rank: int,
-        world: int,
-        store: dist.Store,
-        options: Options,
-        model: nn.Module | None,
-        crew: Sequence = (),
-    ):
-        self.last, self.store, self.crew, self.posted = (
-            world - 1,
-            store,
-            crew,
-            {"denoise": 0, "decode": 0},
-        )
-        code = [
-            (ROOT / f"{name}.py").read_text()
-            for name in ("dit", "vae", "memory", "moe", "quant", "realtime")
-        ]
-        sums = (
-            [f"{p.flatten()[::97].double().abs().sum():.6g}" for p in model.state_dict().values()]
-            if model
-            else None
-        )
-        said = {"code": code, "options": replace(options, device="", threads=0)} | (
-            {"weights": sums} if model else {}
-        )
-        store.set(f"said{rank}", pickle.dumps(said))
-        while not store.check(keys := [f"said{r}" for r in range(world)]):
-            if store.check(["failed"]) or not all(process.is_alive() for process in crew):
-                raise RuntimeError(
-                    store.get("failed").decode()
-                    if store.check(["failed"])
-                    else "a rank died while starting; see above"
-                )
-            time.sleep(0.05)
-        first, *others = (pickle.loads(store.get(key)) for key in keys)
-        if wrong := [
-            f"rank {r} differs from rank 0 in its {k}"
-            for r, them in enumerate(others, 1)
-            for k in them
-            if them[k] != first[k]
-        ]:
-            raise ValueError(
-                f"{'; '.join(wrong)}. Start all ranks from one folder, with the same options and weights"
-            )
-        store.set_timeout(timedelta(days=7))
-        deadline, backend = (
-            timedelta(seconds=options.patience * (30 if options.compile else 1)),
-            "nccl" if "cuda" in options.device else "gloo",
-        )
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("gloo", store),
-            rank=rank,
-            world_size=world,
-            timeout=deadline,
-        )
-        self.group = dist.new_group(list(range(self.last)), timeout=deadline, backend=backend)
-        self.decode, self.dump, self.load, self.undo = (
-            partial(self.ask, name) for name in ("decode", "dump", "load", "undo")
-        )
-
-    def post(
-        self, box: str, *order: object
-    ) -> None:  # rank 0: for all who read this box, whenever they come to it
-        self.posted[box] += 1
-        self.store.set(f"{box}{self.posted[box]}", pickle.dumps(order))
-        self.store.delete_key(f"{box}{self.posted[box] - 8}")
-
-    def ask(
-        self, name: str, *args: object
-    ) -> object:  # rank 0: a method of the Decoder on the last rank
-        with self.guarded("decoder"):
-            decodes = name == "decode"  # its latents and pixels travel as they are, not pickled
-            self.post(
-                "decode", name, *((args[0].shape, args[0].dtype, args[1]) if decodes else args)
-            )
-            if decodes:
-                dist.send(args[0].cpu().contiguous(), self.last)
-            dist.recv_object_list(reply := [None], self.last)
-            if decodes:
-                dist.recv(frames := torch.empty(reply[0][0], dtype=torch.uint8), self.last)
-            return (frames, reply[0][1]) if decodes else reply[0]
-
-    @contextlib.contextmanager
-    def guarded(self, who: str):
-        """On rank 0: a broken connection is reported as what broke it, and nobody is left behind."""
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            time.sleep(1)  # for the last words of others
-            dead = [
-                f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()
-            ]
-            reason = (
-                self.store.get("failed").decode()
-                if self.store.check(["failed"])
-                else ", ".join(dead)
-            )
-            for process in self.crew:
-                process.kill()
-            raise RuntimeError(
-                reason or f"a {who} died or stalled ({str(error).splitlines()[0].split('] ')[-1]})"
-            ) from None
 
 
 def serve(rank: int, world: int, port: int, options: Options) -> None:
@@ -714,7 +600,7 @@ def serve(rank: int, world: int, port: int, options: Options) -> None:
     try:
         torch.set_num_threads(options.threads or torch.get_num_threads())
         nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
-        team = Team(rank, world, store, options, nets.get("dit"))
+        team = ranks.Team(rank, world, store, options, nets.get("dit"))
         actor = (
             Decoder(nets["decoder"], options)
             if box == "decode"
@@ -800,7 +686,9 @@ class Session:
             )
             self.options = replace(self.options, new=self.lengths[0])
         self.team = (
-            Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew) if store else None
+            ranks.Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew)
+            if store
+            else None
         )
         self.denoiser = Denoiser(
             self.nets["dit"], meta, self.options, self.team.group if store else None
@@ -868,7 +756,7 @@ class Session:
             raise ValueError(
                 "late actions need a step before which they are read: Options(commit=1)"
             )
-        memory.choose("policy", self.policy, memory.POLICIES)
+        camera.choose("policy", self.policy, memory.POLICIES)
         self.idle(2 * QUEUE)
         self.denoiser.late = late and (
             lambda: torch.cat(self.checked(*(late() or (keyboard, mouse))), 1)
@@ -932,7 +820,7 @@ class Session:
         state = self.denoiser.dump() | {
             f"decoder.{name}": x for name, x in self.decoder.dump().items()
         }
-        moe.write_weights(
+        weights.write_weights(
             path,
             state,
             {"session": self.options.preset, "policy": self.policy, "view": self.options.view},
@@ -940,7 +828,7 @@ class Session:
 
     def restore(self, path: str | Path) -> None:
         self.idle()
-        state, said = moe.read_weights(path)
+        state, said = weights.read_weights(path)
         if (said.get("session"), said.get("view", "first")) != (
             self.options.preset,
             self.options.view,
@@ -971,6 +859,8 @@ class Session:
 
 
 # ---- benchmark -------------------------------------------------------------------------------------------------------
+
+
 def walk_actions(n: int) -> tuple[Tensor, Tensor]:  # forward, turning right 1.5° a frame
     return torch.tensor([1.0, 0, 0, 0, 0, 0]).repeat(n, 1), torch.tensor([0.0, 0.1]).repeat(n, 1)
 
@@ -1023,184 +913,8 @@ def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> in
     return session.options.new
 
 
-def compete(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """One segment in every variant, A B C … A B C … after a warm-up: quartiles of its seconds, relative errors of its latents."""
-    cpu, seconds, errors, right = options.device == "cpu", {}, {}, torch.zeros(0)
-    slow, fast = (
-        replace(options, dtype="float32" if cpu else "bfloat16"),
-        replace(options, dtype="bfloat16", compile=not cpu),
-    )
-    kinds = (
-        "qkvo",
-        "all",
-        *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()),
-    )
-    variants = {
-        "as released": slow,
-        "exact reuse": slow,
-        "reuse of clean keys and values (approximate)": replace(slow, reuse=True),
-        "int8": replace(slow, quantize="qkvo"),
-        "fast": fast,
-        "5 new": replace(fast, new=5),
-        "2 new": replace(fast, new=2),
-    } | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
-    session = Session(slow)
-    session.reset(
-        torch.randint(
-            0,
-            256,
-            (*SIZES[options.preset], 3),
-            dtype=torch.uint8,
-            generator=torch.Generator().manual_seed(0),
-        )
-    )
-    session.step(*walk_actions(session.frames_needed))
-    runs = {
-        name: Denoiser(load_parts(o, "dit")[0]["dit"], session.denoiser.meta, o)
-        for name, o in variants.items()
-    }
-    for denoiser in runs.values():
-        denoiser.load(session.denoiser.dump())
-    every = runs["as released"].model  # nothing is kept from one step to the next
-    every.prepare = lambda context, group=None, blocks=True: (
-        None if blocks else dit.DiT.prepare(every, context, group, False)
-    )
-    runs |= {
-        name: Decoder(load_parts(o := replace(fast, decoder=name), "decoder")[0]["decoder"], o)
-        for name in DECODERS
-    }
-    for name, actor in [*runs.items()] * (rounds + 1):
-        if isinstance(actor, Decoder):
-            seconds.setdefault(name, []).append(actor.decode(right)[1] / 1e3)
-            continue
-        x0, info = actor.run(*walk_actions(WINDOW.stride * actor.options.new), options.policy)
-        right = actor.undo() or (x0.float() if name == "as released" else right)
-        seconds.setdefault(name, []).append(info["ms"]["denoise"] / 1e3)
-        errors[name] = (
-            float((x0.float() - right).norm() / right.norm()) if x0.shape == right.shape else None
-        )
-    return {
-        name: torch.tensor(times[1:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        for name, times in seconds.items()
-    }, errors
-
-
-def bench(options: Options, suite: str, rounds: int) -> list[tuple]:
-    """Rows of one suite: (what, the paper's value, predicted before the run, measured, relative error of the latents)."""
-    c, S, (_, released, decode) = (
-        dit.PRESETS[options.preset],
-        places(options),
-        segment_flops(options),
-    )
-    if suite == "model":
-        return [
-            (what, None, value, None, None)
-            for what, value in [
-                ("as released", released / 1e12),
-                ("GB", estimate(options)),
-                *quant.projection(
-                    quant.dit_flops(c, S, 9, options.new),
-                    options.steps,
-                    WINDOW.stride * options.new,
-                    decode,
-                    options.decoder,
-                ),
-            ]
-        ]
-    if suite == "pipeline":
-        with contextlib.closing(open_session(replace(options, threads=1), 1)) as session:
-            session.reset(torch.zeros(*SIZES[options.preset], 3, dtype=torch.uint8))
-            t = time_segment(session, rounds)
-        return [
-            ("FPS of 1+1 processes", None, t["predicted"], t["fps"], None),
-            ("key to photon, mean s", None, None, t["mean"], None),
-            (
-                "side by side over serial",
-                None,
-                t["predicted"] / t["serial"],
-                t["fps"] / t["serial"],
-                None,
-            ),
-        ]
-    quartiles, errors = compete(options, rounds)
-    t = {name: q[1] for name, q in quartiles.items()}
-    if suite == "ladder":
-        return [
-            (
-                f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster",
-                None,
-                quant.predicted(c, S, 9, options.new, options.steps).get(name),
-                t["as released"] / q[1],
-                errors[name],
-            )
-            for name, q in quartiles.items()
-            if name in errors
-        ]
-    D, V, light = t["fast"], t["full"], t["light75"]
-    rows = [
-        ("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
-        ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"),
-        ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),
-        ("− light VAE, async", 1.551, 3, max(D, V) / max(D, light), ""),
-        ("− light VAE, serial", None, 2, (D + V) / (D + light), ""),
-        ("50 % VAE", 2.53, 2.5, V / t["light50"], ""),
-        ("75 % VAE", 5.85, 5, V / light, ""),
-        ("− async", None, 2, (D + V) / max(D, V), ""),
-        (
-            "− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms",
-            6.06,
-            None,
-            1 + 5 * 441 * 0.0019 / D,
-            "",
-        ),
-        ("time per frame, 5 new", None, 1.3, 2 * t["5 new"] / D, ""),
-        ("time per frame, 2 new", None, 2.4, 5 * t["2 new"] / D, ""),
-    ]
-    return [(*row, errors.get(name)) for *row, name in rows]
-
-
-def main(argv: Sequence[str]) -> None:
-    """--bench: one suite as a table and as json. Without it, the demo: the two stages apart and side by side."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--bench", action="store_true", help="measure a suite and write it to --out"
-    )
-    parser.add_argument(
-        "--suite", default="model", choices=("model", "ablation", "ladder", "pipeline")
-    )
-    for flag, default in dict(
-        preset="tiny",
-        weights="random",
-        decoder="full",
-        device="cpu",
-        rounds=7,
-        threads=0,
-        out="results",
-    ).items():
-        parser.add_argument(f"--{flag}", default=default, type=type(default))
-    a = parser.parse_args(argv)
-    torch.set_num_threads(a.threads or torch.get_num_threads())
-    if a.bench:
-        options = Options(a.preset, a.weights, a.decoder, device=a.device, dtype="bfloat16")
-        rows = bench(options if a.suite == "model" else resolve(options), a.suite, a.rounds)
-        about = f"{a.preset} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-        cells = [
-            f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |"
-            for what, *numbers in rows
-        ]
-        table = [
-            "| what | paper | predicted | measured | error |",
-            "|---" * 5 + "|",
-            *cells,
-            "",
-            f"`python realtime.py {' '.join(argv)}` · {about}",
-        ]
-        print("\n".join(table))
-        Path(a.out).mkdir(exist_ok=True)
-        (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(
-            json.dumps({"rows": rows, "table": table}, indent=1)
-        )
-        return
+def demo() -> None:
+    """The two stages apart and side by side."""
     session = Session(Options("micro", "random", device="cpu", dtype="float32"))
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))
     t = time_segment(session, 2, 1)
@@ -1211,4 +925,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if "--bench" in sys.argv:
+        print(
+            "error: --bench is a program of its own: python lab/bench.py --suite model",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    demo()

@@ -26,9 +26,8 @@ noise smooths it. (5) The released student also narrows its encoder and never us
 Demo: python vae.py      Tests: pytest tests/test_vae.py
 """
 
-import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -182,6 +181,8 @@ def pruned(cfg: VAEConfig, rate: float, encoder: bool = False) -> VAEConfig:
 
 
 # ----------------------------------------------------------------------------------------------- pure maths
+
+
 def patchify(video: Tensor, p: int) -> Tensor:  # (B, 3, F, H, W) -> (B, 3·p·p, F, H/p, W/p)
     B, C, T, H, W = video.shape
     x = video.reshape(B, C, T, H // p, p, W // p, p)  # b c f h q w r
@@ -272,8 +273,9 @@ class NormSiLU(torch.autograd.Function):
 
 norm_silu = NormSiLU.apply
 
-
 # -------------------------------------------------------------------------------------------- small modules
+
+
 class Stream:
     """Carries the remembered frames through one chunk: reads the old ones, collects the new ones."""
 
@@ -525,6 +527,8 @@ class Decoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- the model
+
+
 class VAE(nn.Module):
     """encode: frames -> whitened latents.  decode: latents -> frames.  decode_stream: the same, chunk by chunk."""
 
@@ -643,185 +647,6 @@ class VAE(nn.Module):
             raise ValueError(
                 f"decoder state is not of batch, width and size {fits}; start a new video with state=None"
             )
-
-
-class LatentNorm(nn.Module):
-    """Unit variance in training: batch norm without gain or bias. eval() it for the last steps, then `fold` it."""
-
-    def __init__(self, channels: int, momentum: float = 0.02):
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("var", torch.ones(channels))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def forward(self, mu: Tensor) -> Tensor:  # (B, C, T, h, w) -> same, float32
-        mu = mu.float()
-        if not self.training:
-            return (mu - self.mean.view(-1, 1, 1, 1)) * torch.rsqrt(self.var + 1e-5).view(
-                -1, 1, 1, 1
-            )
-        self.steps += 1  # a plain average first, then a moving one
-        return F.batch_norm(
-            mu, self.mean, self.var, training=True, momentum=max(self.momentum, 1 / int(self.steps))
-        )
-
-    @torch.no_grad()
-    def fold(self, vae: VAE) -> None:
-        """Mean and std go into the VAE, conv2 undoes them: encode becomes norm(mu), decode stays as trained."""
-        std, w, b = torch.sqrt(self.var + 1e-5), vae.conv2.weight, vae.conv2.bias
-        b.add_(w.flatten(1) @ vae.latent_mean)  # W·(z·s₀ + m₀) + b = W′·(z·s + m) + b′, W′ = W·s₀/s
-        w.mul_((vae.latent_std / std).view(1, -1, 1, 1, 1))
-        b.sub_(w.flatten(1) @ self.mean)
-        vae.set_statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
-
-
-# ---------------------------------------------------------------------------------------------- losses
-def structure(a: Tensor, b: Tensor) -> Tensor:
-    """Mean |∇a − ∇b| at full, half and quarter size: edges must be where they are, and as sharp."""
-    d, total = (a - b).float().flatten(1, 2), 0.0  # colours and frames as channels
-    for level in range(3):
-        d = F.avg_pool2d(d, 2) if level else d
-        total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-    return total / 3
-
-
-def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    error = (x_hat - video).float()
-    l1, edges = error.abs().mean(), structure(x_hat, video)
-    psnr = -10 * (error.detach().square().mean() / 4).log10()  # the range of a pixel is 2
-    return l1 + weight * edges, {"l1": l1.detach(), "structure": edges.detach(), "psnr": psnr}
-
-
-def vae_loss(
-    vae: VAE,
-    video: Tensor,
-    norm: LatentNorm,
-    generator: torch.Generator | None = None,
-    noise: float = 0.05,
-    weight: float = 0.5,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Encoder and decoder together on video (B, 3, F, H, W) -> L1 + weight · structure, its parts."""
-    vae._check_video(video)
-    z = norm(vae.moments(video))  # whitened by the batch's own statistics
-    z = z + noise * torch.randn(z.shape, generator=generator).to(
-        z.device
-    )  # neighbours of z mean the same picture
-    return picture_loss(vae.decode(z.to(video.dtype)), video, weight)
-
-
-class Projections(nn.Module):
-    """Student features -> teacher widths, two 1×1×1 convolutions per level; thrown away after training."""
-
-    def __init__(self, student: VAEConfig, teacher: VAEConfig):
-        super().__init__()
-        s, t = student.dec_dim * student.dim_mult[-1], teacher.dec_dim * teacher.dim_mult[-1]
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(s, t, 1), nn.SiLU(), nn.Conv3d(t, t, 1)) for _ in range(2)
-        )
-
-
-def light_loss(
-    student: VAE,
-    teacher: VAE,
-    projections: Projections,
-    video: Tensor,
-    z: Tensor | None = None,
-    weight: float = 0.5,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The pruned decoder redraws video (B, 3, F, H, W) from the full encoder's latents (z, or encoded here).
-
-    Features after the middle and the first up block must project onto the full decoder's (error over variance).
-    """
-    with torch.no_grad():
-        z = teacher.encode(video) if z is None else z
-        target = teacher.decoder.features(teacher.unwhiten(z), Stream())
-    stream = Stream()
-    features = student.decoder.features(student.unwhiten(z), stream)
-    x_hat = unpatchify(student.decoder.finish(features[-1], stream), student.cfg.patch)
-    match = sum(
-        (head(f) - t).float().square().mean() / t.float().var()
-        for head, f, t in zip(projections.heads, features, target, strict=True)
-    )
-    loss, parts = picture_loss(x_hat, video, weight)
-    return loss + 0.1 * match, parts | {"features": match.detach()}
-
-
-# ------------------------------------------------------------------------------ weights, ours and released
-def metadata(vae: VAE) -> dict[str, dict]:
-    """What a weight file must say about itself: the whole config, statistics included."""
-    return {"vae": asdict(vae.cfg)}
-
-
-RENAMES = (  # MG-LightVAE's diffusers-style names -> ours
-    (r"^post_quant_conv", "conv2"),
-    (r"^quant_conv", "conv1"),
-    (r"conv_in", "conv1"),
-    (r"conv_out", "head.2"),
-    (r"norm_out", "head.0"),
-    (r"mid_block.attentions.0", "middle.1"),
-    (r"mid_block.resnets.0", "middle.0"),
-    (r"mid_block.resnets.1", "middle.2"),
-    (r"(down|up)_blocks.(\d).resnets", r"\1samples.\2.\1samples"),
-    (r"down_blocks.(\d).downsampler", r"downsamples.\1.downsamples.2"),
-    (r"up_blocks.(\d).upsampler", r"upsamples.\1.upsamples.3"),
-    (r"(\d).norm1", r"\1.residual.0"),
-    (r"(\d).conv1", r"\1.residual.2"),
-    (r"(\d).norm2", r"\1.residual.3"),
-    (r"(\d).conv2", r"\1.residual.6"),
-    (r"conv_shortcut", "shortcut"),
-)
-
-
-def released_name(key: str) -> str:
-    """encoder.down_blocks.1.resnets.0.norm1.gamma -> encoder.downsamples.1.downsamples.0.residual.0.gamma, …"""
-    for old, new in RENAMES:
-        key = re.sub(old, new, key)
-    return key
-
-
-def from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
-    """A float32 VAE from the content of a file: ours (config in its metadata), Wan2.2_VAE.pth or MG-LightVAE*.pth."""
-    for nest in (
-        "state_dict",
-        "gen_model",
-        "generator",
-    ):  # MG-LightVAE keeps its network two levels down
-        tensors = tensors.get(nest, tensors)
-    tensors = {
-        released_name(k): v
-        for k, v in tensors.items()
-        if isinstance(v, Tensor) and not k.startswith("dynamic_feature_projection_heads.")
-    }
-    if config := (metadata or {}).get("vae"):
-        cfg = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    else:  # released: only the base widths can differ
-        dim, width = (
-            len(tensors.get(f"{side}.conv1.weight", ())) for side in ("encoder", "decoder")
-        )
-        cfg = replace(
-            PRESETS["wan2.2"], dim=dim, dec_dim=max(1, width // PRESETS["wan2.2"].dim_mult[-1])
-        )
-    with torch.device("meta"):
-        vae = VAE(cfg)
-    want = vae.state_dict()
-    wrong = [f"{k} missing" for k in want if k not in tensors] + [
-        f"{k} unknown" for k in tensors if k not in want
-    ]
-    wrong += [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(want[k].shape)}"
-        for k in want
-        if k in tensors and tensors[k].shape != want[k].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors do not fit this VAE: {'; '.join(wrong[:3])}; expected Wan2.2_VAE.pth, "
-            "MG-LightVAE.pth or a vae.safetensors, undamaged: download or train it again"
-        )
-    vae = vae.to_empty(device="cpu")
-    vae.load_state_dict(tensors, strict=True)
-    vae.set_statistics(cfg.mean, cfg.std)  # these are not among the released weights
-    return vae
 
 
 def demo() -> None:

@@ -1,5 +1,6 @@
 """What data.py promises: the quadruplet stays together, bad data is named, killed runs resume, foreign clips read alike."""
 
+import hashlib
 import json
 import os
 import queue
@@ -15,11 +16,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import camera
+import context
 import data
-import memory
 import world
+from dataset import prompt, readers, recorder, wsad
+from dataset.episode import (
+    _sha256,
+    filters,
+    inspect,
+    list_episodes,
+    poses_to_c2w,
+    problems,
+    psnr,
+    read_episode,
+    read_video,
+    write_episode,
+    write_mp4,
+)
+from game import explore
+from game.scene import SPLITS, make_scene, scene_caption
+from lab import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = replace(data.PRESETS["micro"], frames=41, train=3, third=1, tune=1, test=1)
@@ -33,13 +52,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def episode(dataset: Path, tmp_path: Path) -> Path:
     """One episode that a test may spoil."""
-    return Path(shutil.copytree(data.list_episodes(dataset, "train")[0], tmp_path / "clip"))
+    return Path(shutil.copytree(list_episodes(dataset, "train")[0], tmp_path / "clip"))
 
 
 @pytest.fixture(scope="module")
 def walks() -> list[dict]:
     return [
-        world.simulate(world.make_scene(i), i, 241, behaviour)
+        world.simulate(make_scene(i), i, 241, behaviour)
         for i in range(6)
         for behaviour in ("rl", "loop")
     ]
@@ -47,21 +66,21 @@ def walks() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def bumps() -> list[dict]:
-    return [world.simulate(world.make_scene(i), i, 241, "random") for i in range(8)]
+    return [world.simulate(make_scene(i), i, 241, "random") for i in range(8)]
 
 
-def infer(run: dict, noise: float = 0.0, **options: object) -> data.Labels:
+def infer(run: dict, noise: float = 0.0, **options: object) -> wsad.Labels:
     player = run["player"] + np.pad(
         noise * np.random.default_rng(0).standard_normal((len(run["player"]), 3)), ((0, 0), (0, 2))
     )
-    return data.infer_wsad(player[:, :3], player[:, 4], player[:, 3], memory.STEP, **options)
+    return wsad.infer_wsad(player[:, :3], player[:, 4], player[:, 3], camera.STEP, **options)
 
 
 def mean(runs: list[dict], key: str, noise: float = 0.0) -> float:
     return float(
         np.nanmean(
             [
-                data.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key]
+                wsad.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key]
                 for run in runs
             ]
         )
@@ -70,7 +89,7 @@ def mean(runs: list[dict], key: str, noise: float = 0.0) -> float:
 
 # ------------------------------------------------------------------------------------------- video, pose, action, prompt
 def test_every_episode_has_video_pose_action_prompt(dataset: Path) -> None:
-    e = data.read_episode(data.list_episodes(dataset, "train")[1])
+    e = read_episode(list_episodes(dataset, "train")[1])
     shapes = {
         "video": (41, 64, 64, 3),
         "c2w": (41, 4, 4),
@@ -85,29 +104,29 @@ def test_every_episode_has_video_pose_action_prompt(dataset: Path) -> None:
 
 
 def test_a_latent_sees_the_actions_that_made_it(dataset: Path) -> None:
-    e = data.read_episode(data.list_episodes(dataset, "train")[0])
-    windows = memory.action_windows(torch.as_tensor(e.mouse)[None], 5, 1)[
+    e = read_episode(list_episodes(dataset, "train")[0])
+    windows = context.action_windows(torch.as_tensor(e.mouse)[None], 5, 1)[
         0, 0
     ]  # latent 5: frames 17 .. 20
     assert torch.equal(windows, torch.as_tensor(e.mouse[8:20]))  # 4i−12 .. 4i−1
     pose = tuple(map(float, e.player[16]))
     for t in range(16, 20):
-        pose = memory.step_pose(pose, e.keyboard[t].tolist(), e.mouse[t].tolist())
+        pose = camera.step_pose(pose, e.keyboard[t].tolist(), e.mouse[t].tolist())
     assert np.allclose(pose, e.player[20], atol=1e-4) or e.contact[16:20].any()
 
 
 def test_a_frame_drawn_again_from_its_stored_camera_is_identical(dataset: Path) -> None:
     for split in ("train", "third"):
-        e = data.read_episode(data.list_episodes(dataset, split)[0])
-        again = data.true_frames(e.meta, e.c2w[7:11], 64, 64, e.player[7:11])
+        e = read_episode(list_episodes(dataset, split)[0])
+        again = world.true_frames(e.meta, e.c2w[7:11], 64, 64, e.player[7:11])
         assert np.array_equal(again, e.video[7:11])
     assert not np.array_equal(
-        data.true_frames(e.meta, e.c2w[7:11], 64, 64), e.video[7:11]
+        world.true_frames(e.meta, e.c2w[7:11], 64, 64), e.video[7:11]
     )  # the figure is really there
 
 
 def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
-    e = data.read_episode(data.list_episodes(dataset, "train")[0])
+    e = read_episode(list_episodes(dataset, "train")[0])
     took = []
     for _ in range(20):
         began = time.perf_counter()
@@ -119,7 +138,7 @@ def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ making a dataset
 def hashes(root: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(root)): data._sha256(p)
+        str(p.relative_to(root)): _sha256(p)
         for p in sorted(root.rglob("*"))
         if p.is_file() and "/." not in str(p)
     }
@@ -151,18 +170,15 @@ def test_a_half_written_episode_is_never_listed(dataset: Path, episode: Path) ->
     root = episode.parent
     shutil.copytree(episode, root / ".other.part")
     (shutil.copytree(episode, root / "third") / "_DONE").unlink()
-    assert data.list_episodes(root) == [episode]
+    assert list_episodes(root) == [episode]
     with pytest.raises(ValueError, match="no episodes in .*python data.py make"):
-        data.list_episodes(root / "nowhere")
+        list_episodes(root / "nowhere")
 
 
 def test_splits_share_no_scene(dataset: Path) -> None:
-    seeds = [data.read_episode(p).meta["scene"]["seed"] for p in data.list_episodes(dataset)]
+    seeds = [read_episode(p).meta["scene"]["seed"] for p in list_episodes(dataset)]
     assert len(set(seeds)) == len(seeds) == 6
-    assert (
-        data.read_episode(data.list_episodes(dataset, "test")[0]).meta["scene"]["seed"]
-        in world.SPLITS["test"]
-    )
+    assert read_episode(list_episodes(dataset, "test")[0]).meta["scene"]["seed"] in SPLITS["test"]
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
@@ -185,7 +201,7 @@ def test_a_bad_folder_is_named_precisely(episode: Path, capsys: pytest.CaptureFi
     for text, bad in cases.items():
         spoil(episode, "pose/video.npz", data=bad.astype(np.float32))
         with pytest.raises(ValueError) as error:
-            data.read_episode(episode)
+            read_episode(episode)
         assert (
             text in str(error.value)
             and str(episode) in str(error.value)
@@ -201,25 +217,25 @@ def test_truncated_tampered_and_missing_files_are_found(
     frames = episode / "rgb/video.npy"
     whole = frames.read_bytes()
     frames.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert data.inspect(episode)[1] == [] and data.inspect(episode, hashes=True)[1] == [
+    assert inspect(episode)[1] == [] and inspect(episode, hashes=True)[1] == [
         "rgb/video.npy: changed since it was written"
     ]
     frames.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
-        data.read_episode(episode)
+        read_episode(episode)
     frames.write_bytes(whole)
     meta = episode / "meta.json"
     meta.write_text(meta.read_text().replace('"T": 41', '"T": 45'))
-    assert "meta.json says [45, 64, 64]" in data.inspect(episode)[1][0]
+    assert "meta.json says [45, 64, 64]" in inspect(episode)[1][0]
     (episode / "action/video.npz").unlink()
-    assert "action/video.npz" in data.inspect(episode)[1][0]
+    assert "action/video.npz" in inspect(episode)[1][0]
     with pytest.raises(ValueError, match="no file _DONE"):
-        data.read_episode(episode.parent)
+        read_episode(episode.parent)
     capsys.readouterr()
 
 
 def test_nothing_unusable_is_written(episode: Path, tmp_path: Path) -> None:
-    good = data.read_episode(episode)
+    good = read_episode(episode)
     cut = {
         name: getattr(good, name)[:40]
         for name in ("video", "c2w", "K", "keyboard", "mouse", "valid", "contact", "player")
@@ -231,7 +247,7 @@ def test_nothing_unusable_is_written(episode: Path, tmp_path: Path) -> None:
         (replace(good, keyboard=good.keyboard + 1), "expected 0 or 1"),
     ):
         with pytest.raises(ValueError, match=text):
-            data.write_episode(tmp_path / "bad", bad)
+            write_episode(tmp_path / "bad", bad)
     assert not (tmp_path / "bad").exists()
 
 
@@ -243,7 +259,7 @@ def test_the_command_exits_2_on_a_bad_dataset(episode: Path) -> None:
 
 
 def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
-    good = data.read_episode(data.list_episodes(dataset, "train")[1])
+    good = read_episode(list_episodes(dataset, "train")[1])
     video, far = np.array(good.video), good.player.copy()
     far[20:, 0] += 1
     spun = good.player + np.array([0, 0, 0, 0, 40]) * (np.arange(41) > 9)[:, None]
@@ -260,15 +276,15 @@ def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
         "labels": replace(good, valid=np.zeros(41, bool)),
     }
     for text, clip in bad.items():
-        assert any(reason.startswith(text) for reason in data.filters(clip)), text
-    assert not [p for p in data.list_episodes(dataset) if data.filters(data.read_episode(p))]
+        assert any(reason.startswith(text) for reason in filters(clip)), text
+    assert not [p for p in list_episodes(dataset) if filters(read_episode(p))]
 
 
 def test_captions_name_the_kind_the_colours_and_the_motion() -> None:
-    scene = world.make_scene(2, "maze")
+    scene = make_scene(2, "maze")
     run = world.simulate(scene, 0, 121, "rl")
-    levels = data.caption(
-        data.scene_caption(scene), run["keyboard"], run["mouse"], run["player"], "maze"
+    levels = prompt.caption(
+        scene_caption(scene), run["keyboard"], run["mouse"], run["player"], "maze"
     )["simple"]
     assert (
         levels["tag"] == "maze" and "maze" in levels["scene"] and levels["scene"].endswith("walls")
@@ -291,10 +307,10 @@ def test_known_inertia_is_undone(walks: list[dict]) -> None:
         for t in range(1, len(d)):
             d[t] = 0.5 * d[t] + 0.5 * d[t - 1]  # v_t = k·u_t + (1−k)·v_{t−1}
         player[1:, [0, 2]] = player[0, [0, 2]] + np.cumsum(d, 0)
-        labels = data.infer_wsad(
-            player[:, :3], player[:, 4], player[:, 3], memory.STEP, inertia=0.5
+        labels = wsad.infer_wsad(
+            player[:, :3], player[:, 4], player[:, 3], camera.STEP, inertia=0.5
         )
-        assert data.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
+        assert wsad.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
 
 
 def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
@@ -303,7 +319,7 @@ def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
         labels, contact = infer(run), run["contact"][:-1]
         true = run["keyboard"][:-1, :4].astype(bool)
         moved = (
-            np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * memory.STEP
+            np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * camera.STEP
         )  # a full stop looks like no key
         miss = contact & moved & (labels.keyboard[:-1, :4] != true).any(1)
         wrong, flagged = wrong + miss.sum(), flagged + (miss & ~labels.valid[:-1]).sum()
@@ -313,58 +329,58 @@ def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
 def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror() -> None:
     keyboard, mouse = torch.zeros(60, 6), torch.zeros(60, 2)
     keyboard[:, 0], keyboard[:, 3], mouse[:, 1] = 1, 1, 0.1
-    player = memory.integrate((0, -1.6, 0, 0, 150), keyboard, mouse).numpy()
+    player = camera.integrate((0, -1.6, 0, 0, 150), keyboard, mouse).numpy()
     wrapped = (player[:, 4] + 180) % 360 - 180
-    labels = data.infer_wsad(player[:, :3], wrapped, player[:, 3], memory.STEP)
+    labels = wsad.infer_wsad(player[:, :3], wrapped, player[:, 3], camera.STEP)
     assert (
         (labels.keyboard[:-1] == keyboard.numpy()).all()
         and np.allclose(labels.mouse[:-1], mouse, atol=1e-5)
         and labels.valid[:-1].all()
     )
-    mirror = data.infer_wsad(player[:, :3] * [-1, 1, 1], -player[:, 4], player[:, 3], memory.STEP)
+    mirror = wsad.infer_wsad(player[:, :3] * [-1, 1, 1], -player[:, 4], player[:, 3], camera.STEP)
     assert (mirror.keyboard[:, [0, 1, 3, 2]] == labels.keyboard[:, :4]).all()
     assert (
-        data.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
+        wsad.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
     )  # unknown scale: v0 from the data
 
 
 # --------------------------------------------------------------------------------------------------------------- recorder
 def test_each_recording_layer_runs_alone(tmp_path: Path) -> None:
-    scene = world.make_scene(7)
+    scene = make_scene(7)
     keys, states, screen, segments = (queue.Queue() for _ in range(4))
     game = world.World(scene, size=64)
     for _ in range(20):
         keys.put(((1, 0, 0, 0, 0, 0), (0.0, 0.1)))
     keys.put(None)
-    data.game_layer(game, keys, states, screen)  # no agent, no recorder
+    recorder.game_layer(game, keys, states, screen)  # no agent, no recorder
     kinds = [kind for kind, _, _ in list(screen.queue)]
     assert (
         kinds.count("frame") == states.qsize() == 20 and kinds.count("state") == 75
     )  # 60 Hz for 20/16 s
     states.put(None)
-    data.agent_layer(world.NavMesh(scene), np.random.default_rng(0), states, keys)
+    recorder.agent_layer(explore.NavMesh(scene), np.random.default_rng(0), states, keys)
     assert keys.qsize() == 20
-    data.capture_layer(screen, segments, [], 1, 17)
+    recorder.capture_layer(screen, segments, [], 1, 17)
     segments.put(None)
     written = []
-    data.output_layer(segments, tmp_path, scene, written)
-    e = data.read_episode(written[0])
+    recorder.output_layer(segments, tmp_path, scene, written)
+    e = read_episode(written[0])
     assert len(e.video) == 17 and e.meta["action_source"] == "inferred"
     assert (e.keyboard[:-1, 0] == 1)[e.valid[:-1]].all() and e.valid[:-1].mean() > 0.9
 
 
 def test_recorded_frames_get_the_pose_of_their_time(tmp_path: Path) -> None:
     closed, (screen, segments, keys, states) = [], (queue.Queue() for _ in range(4))
-    scene = world.make_scene(7)
+    scene = make_scene(7)
     game = world.World(scene, size=64)
     for t in range(60):
         keys.put(((1, 0, 0, 0, 0, 0), (0.0, 0.2 if t % 24 < 12 else -0.2)))
     keys.put(None)
-    data.game_layer(game, keys, states, screen)
-    data.capture_layer(screen, segments, closed, 1, 49, jitter=0.008)
-    e = data.align(closed[0], scene)
-    true = np.array([c2w for c2w in data.true_frames(e.meta, e.c2w, 64, 64)])
-    assert data.psnr(true, e.video).median() > 30
+    recorder.game_layer(game, keys, states, screen)
+    recorder.capture_layer(screen, segments, closed, 1, 49, jitter=0.008)
+    e = recorder.align(closed[0], scene)
+    true = np.array([c2w for c2w in world.true_frames(e.meta, e.c2w, 64, 64)])
+    assert psnr(true, e.video).median() > 30
     stamps, at = (
         np.array([s for s, _, _ in closed[0]["frame"]]),
         np.array([t for _, t, _ in closed[0]["frame"]]),
@@ -378,7 +394,7 @@ def test_recorded_frames_get_the_pose_of_their_time(tmp_path: Path) -> None:
 
 def test_a_crashed_layer_closes_its_segment_and_the_next_one_is_valid() -> None:
     scene, closed, (keys, states, screen, segments) = (
-        world.make_scene(7),
+        make_scene(7),
         [],
         (queue.Queue() for _ in range(4)),
     )
@@ -397,18 +413,18 @@ def test_a_crashed_layer_closes_its_segment_and_the_next_one_is_valid() -> None:
     game = Faulty(scene, size=64)
     states.put(game.pose)
     layers = (
-        (data.game_layer, game, keys, states, screen),
-        (data.capture_layer, screen, segments, closed, 2, 33),
-        (data.agent_layer, world.NavMesh(scene), np.random.default_rng(0), states, keys),
+        (recorder.game_layer, game, keys, states, screen),
+        (recorder.capture_layer, screen, segments, closed, 2, 33),
+        (recorder.agent_layer, explore.NavMesh(scene), np.random.default_rng(0), states, keys),
     )
-    threads = [data.supervise(screen, *layer) for layer in layers]
+    threads = [recorder.supervise(screen, *layer) for layer in layers]
     threads[1].join(timeout=20)
     keys.put(None)
     states.put(None)
     assert [len(segment["frame"]) for segment in closed] == [20, 34]
     assert closed[0]["crash"][0][2] == "game_layer: out of video memory" and not closed[1]["crash"]
-    assert [len(data.align(segment, scene).video) for segment in closed] == [17, 33]
-    assert all(data.problems(data.align(segment, scene)) == [] for segment in closed)
+    assert [len(recorder.align(segment, scene).video) for segment in closed] == [17, 33]
+    assert all(problems(recorder.align(segment, scene)) == [] for segment in closed)
 
 
 # ---------------------------------------------------------------------------------------------------------------- readers
@@ -421,7 +437,7 @@ def known() -> dict:
     frames = (rng.random((9, 32, 48, 3)) * 40 + np.linspace(40, 200, 48)[:, None]).astype(np.uint8)
     return {
         "pose5": pose5,
-        "c2w": data.poses_to_c2w(pose5),
+        "c2w": poses_to_c2w(pose5),
         "frames": frames,
         "K": np.array([40.0, 41.0, 24.5, 15.5]),
     }
@@ -457,7 +473,7 @@ def store_re10k(k: dict, root: Path) -> Path:
 
 def store_dl3dv(k: dict, root: Path) -> Path:
     images(root / "images_4", k["frames"], "frame_{:05d}.png")
-    world_gl = np.linalg.inv(data.Z_UP_TO_Y_DOWN) @ k["c2w"] @ np.diag([1, -1, -1, 1])
+    world_gl = np.linalg.inv(readers.Z_UP_TO_Y_DOWN) @ k["c2w"] @ np.diag([1, -1, -1, 1])
     frames = [
         {"file_path": f"images/frame_{i:05d}.png", "transform_matrix": m.tolist()}
         for i, m in enumerate(world_gl)
@@ -494,12 +510,12 @@ def store_spatialvid(k: dict, root: Path) -> Path:
     np.save(folder / "poses.npy", np.concatenate([t, q], 1))
     np.save(folder / "intrinsics.npy", np.tile(k["K"] / [48, 32, 48, 32], (5, 1)))
     (folder / "indexes.txt").write_text("\n".join(f"{i} {2 * i}" for i in range(5)))
-    data.write_mp4(root / "videos/group_0001/clip.mp4", k["frames"])
+    write_mp4(root / "videos/group_0001/clip.mp4", k["frames"])
     return folder
 
 
 def store_vipe(k: dict, root: Path) -> Path:
-    data.write_mp4(root / "rgb/walk.mp4", k["frames"])
+    write_mp4(root / "rgb/walk.mp4", k["frames"])
     for folder, values in (("pose", k["c2w"][::2]), ("intrinsics", np.tile(k["K"], (5, 1)))):
         (root / folder).mkdir()
         np.savez(root / folder / "walk.npz", data=values, inds=np.arange(0, 9, 2))
@@ -519,41 +535,41 @@ STORES = {
 @pytest.mark.parametrize("name", STORES)
 def test_all_readers_agree_on_one_trajectory(name: str, known: dict, tmp_path: Path) -> None:
     path = STORES[name](known, tmp_path)
-    e = data.READERS[name](path)
+    e = readers.READERS[name](path)
     filled = name in ("spatialvid", "vipe")  # every second pose is interpolated
     assert np.abs(e.c2w - known["c2w"]).max() < (1e-2 if filled else 1e-5)
     assert np.abs(e.c2w[::2] - known["c2w"][::2]).max() < 1e-5
     K = known["K"] * [1, 1, 1, 1] if name != "omniworld" else np.array([40.0, 40.0, 24.5, 15.5])
     assert np.abs(e.K - K).max() < 1e-4 and len(e.video) == 9
-    small = data.READERS[name](path, (16, 16))  # centre crop 32x32, then half the size
+    small = readers.READERS[name](path, (16, 16))  # centre crop 32x32, then half the size
     assert small.video.shape == (9, 16, 16, 3) and np.allclose(
         small.K[0], [K[0] / 2, K[1] / 2, (K[2] - 8) / 2, K[3] / 2], atol=1e-4
     )
-    assert data.problems(small) == [] and data.write_episode(tmp_path / "stored", small)
+    assert problems(small) == [] and write_episode(tmp_path / "stored", small)
 
 
 def test_our_episodes_are_vipe_scenes(dataset: Path, tmp_path: Path) -> None:
-    path = data.list_episodes(dataset, "train")[0]
-    e = data.read_episode(path)
-    assert np.array_equal(data.read_vipe(path / "pose/video.npz").c2w, e.c2w)
+    path = list_episodes(dataset, "train")[0]
+    e = read_episode(path)
+    assert np.array_equal(readers.read_vipe(path / "pose/video.npz").c2w, e.c2w)
     bare = Path(shutil.copytree(path, tmp_path / "bare"))
     np.savez(bare / "pose/video.npz", data=e.c2w)  # no inds: one pose per frame
-    assert np.abs(data.read_vipe(bare / "pose/video.npz").c2w - e.c2w).max() < 1e-6
+    assert np.abs(readers.read_vipe(bare / "pose/video.npz").c2w - e.c2w).max() < 1e-6
     (bare / "intrinsics/video_camera.txt").write_text("0: MEI\n")
     with pytest.raises(ValueError, match="PINHOLE"):
-        data.read_vipe(bare / "pose/video.npz")
+        readers.read_vipe(bare / "pose/video.npz")
 
 
 def test_readers_say_what_is_missing(tmp_path: Path, known: dict) -> None:
     file = store_re10k(known, tmp_path)
     shutil.rmtree(tmp_path / "0123456789abcdef")
     with pytest.raises(ValueError, match="0123456789abcdef.mp4"):
-        data.read_re10k(file)
+        readers.read_re10k(file)
     images(tmp_path / "0123456789abcdef", known["frames"][:7])
     with pytest.raises(ValueError, match="7 frames but 9 poses"):
-        data.read_re10k(file)
+        readers.read_re10k(file)
     with pytest.raises(ValueError, match="split_0.json"):
-        data.read_omniworld(tmp_path)
+        readers.read_omniworld(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- prompts, metrics, keys, view
@@ -564,27 +580,27 @@ def test_umt5_matches_official() -> None:
         for key, value in golden.items()
         if key.startswith("weights.")
     }
-    out = data.umt5(weights, golden["ids"], golden["mask"])
+    out = prompt.umt5(weights, golden["ids"], golden["mask"])
     assert (out[:, :23] - golden["out"]).abs().max() < 1e-5 and not out[:, 23:].any()
 
 
 def test_a_cached_prompt_needs_neither_weights_nor_tokeniser(tmp_path: Path) -> None:
-    name = data.hashlib.sha256(b"a street").hexdigest()[:16]
-    data.save_file({"embedding": torch.ones(512, 8)}, tmp_path / f"umt5-{name}.safetensors")
-    assert data.encode_umt5(
+    name = hashlib.sha256(b"a street").hexdigest()[:16]
+    save_file({"embedding": torch.ones(512, 8)}, tmp_path / f"umt5-{name}.safetensors")
+    assert prompt.encode_umt5(
         "  a \n street", tmp_path, lambda: pytest.fail("weights were loaded"), tmp_path
     ).shape == (512, 8)
 
 
 def test_words_have_fixed_vectors() -> None:
-    a, b = data.embed_prompt("A maze, red walls", 64, 16), data.embed_prompt("red maze", 64, 16)
+    a, b = prompt.embed_prompt("A maze, red walls", 64, 16), prompt.embed_prompt("red maze", 64, 16)
     assert (
         a.shape == (16, 64)
         and torch.equal(a[1], b[1])
         and torch.equal(a[2], b[0])
         and not a[4:].any()
     )
-    assert abs(data.embed_prompt("street", 4096, 1).std() - 1) < 0.05 and data.embed_prompt(
+    assert abs(prompt.embed_prompt("street", 4096, 1).std() - 1) < 0.05 and prompt.embed_prompt(
         "", 8, 4
     ).shape == (4, 8)
     assert abs(float(a[0] @ a[1]) / 64) < 0.4
@@ -592,28 +608,26 @@ def test_words_have_fixed_vectors() -> None:
 
 def test_psnr_and_ssim_know_their_limits() -> None:
     x = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 0.5
-    assert data.psnr(x, x).tolist() == [50, 50] and torch.allclose(data.ssim(x, x), torch.ones(2))
-    assert torch.allclose(
-        data.psnr(x, x + 0.1), torch.full((2,), 20.0), atol=1e-3
-    )  # 10 log10(1 / 0.01)
-    assert data.ssim(x, x.flip(1)).max() < 0.2
+    assert psnr(x, x).tolist() == [50, 50] and torch.allclose(metrics.ssim(x, x), torch.ones(2))
+    assert torch.allclose(psnr(x, x + 0.1), torch.full((2,), 20.0), atol=1e-3)  # 10 log10(1 / 0.01)
+    assert metrics.ssim(x, x.flip(1)).max() < 0.2
     mask, y = torch.zeros(2, 32, 32), x.clone()
     mask[:, :16], y[:, 16:] = 1, 0
-    assert data.psnr(x, y, mask).tolist() == [50, 50]
-    assert data.psnr((x[:1] * 255).byte(), x[:1]) > 45
+    assert psnr(x, y, mask).tolist() == [50, 50]
+    assert psnr((x[:1] * 255).byte(), x[:1]) > 45
 
 
 def test_keys_become_actions_and_come_back() -> None:
-    keyboard, mouse = data.actions_from_keys(["w+l", "_", "a+i"])
+    keyboard, mouse = camera.actions_from_keys(["w+l", "_", "a+i"])
     assert keyboard.tolist() == [[1, 0, 0, 0, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
     assert torch.allclose(mouse, torch.tensor([[0, 0.1], [0, 0], [0.1, 0]]))
-    assert [data.keys_from_action(k, m) for k, m in zip(keyboard, mouse, strict=True)] == [
+    assert [camera.keys_from_action(k, m) for k, m in zip(keyboard, mouse, strict=True)] == [
         "w+l",
         "_",
         "a+i",
     ]
     with pytest.raises(ValueError, match="unknown key 'x'.*use w a s d"):
-        data.parse_keys("w+x")
+        camera.parse_keys("w+x")
 
 
 def test_view_writes_a_film_of_three_panels(dataset: Path, tmp_path: Path) -> None:
@@ -621,12 +635,12 @@ def test_view_writes_a_film_of_three_panels(dataset: Path, tmp_path: Path) -> No
     assert (
         data.run(
             data.parser().parse_args(
-                ["view", str(data.list_episodes(dataset, "third")[0]), "--out", str(out)]
+                ["view", str(list_episodes(dataset, "third")[0]), "--out", str(out)]
             )
         )
         is None
     )
-    frames, native = data.read_video(out)
+    frames, native = read_video(out)
     assert (
         len(frames) == 41
         and native == (256, 768)
@@ -634,7 +648,7 @@ def test_view_writes_a_film_of_three_panels(dataset: Path, tmp_path: Path) -> No
         and frames[:, :, 512:].std() > 5
     )
     with pytest.raises(ValueError, match="nearest legal size: 64x48"):
-        data.write_mp4(tmp_path / "odd.mp4", np.zeros((2, 47, 63, 3), np.uint8))
+        write_mp4(tmp_path / "odd.mp4", np.zeros((2, 47, 63, 3), np.uint8))
 
 
 def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(
@@ -653,7 +667,7 @@ def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(
         ).returncode
         == 0
     )
-    assert data.read_episode(tmp_path / "in/0123456789abcdef").video.shape == (9, 32, 32, 3)
+    assert read_episode(tmp_path / "in/0123456789abcdef").video.shape == (9, 32, 32, 3)
     (tmp_path / "in/0123456789abcdef/player/video.npz").unlink()
     done = call("check", tmp_path / "in")
     assert done.returncode == 2 and "player/video.npz" in done.stdout

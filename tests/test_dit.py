@@ -18,9 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention as attention_file
+import camera
 import dit
+import flow
 import memory
-from dit import DiT, DiTConfig, attention, random_context, sample, sigma_grid
+from attention import attention
+from context import Context, Memory, Window, make_context, released_windows, segment_cameras
+from dit import DiT, DiTConfig, random_context
+from flow import sample, sigma_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = dit.PRESETS["micro"]
@@ -176,18 +182,18 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
 def test_velocity_recovers_the_clean_latent():
     g = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(8, 4, 3, 4, 4, generator=g) for _ in range(2))
-    sigma = dit.sample_sigma(8, 5.0, g)
-    x_sigma = dit.add_noise(x0, noise, sigma)
-    assert torch.allclose(dit.x0_from_v(x_sigma, dit.velocity(x0, noise), sigma), x0, atol=1e-5)
+    sigma = flow.sample_sigma(8, 5.0, g)
+    x_sigma = flow.add_noise(x0, noise, sigma)
+    assert torch.allclose(flow.x0_from_v(x_sigma, flow.velocity(x0, noise), sigma), x0, atol=1e-5)
     assert (sigma > 0).all() and (sigma <= 1).all()
     for end, value in ((x0, 0.0), (noise, 1.0)):
-        assert torch.allclose(dit.add_noise(x0, noise, torch.full((8,), value)), end, atol=1e-6)
+        assert torch.allclose(flow.add_noise(x0, noise, torch.full((8,), value)), end, atol=1e-6)
 
 
 def test_the_shift_of_five_spends_forty_percent_of_the_draws_above_0_875():
-    sigma = dit.sample_sigma(100_000, 5.0, torch.Generator().manual_seed(0))
+    sigma = flow.sample_sigma(100_000, 5.0, torch.Generator().manual_seed(0))
     assert abs((sigma > 0.875).float().mean() - 0.417) < 0.01
-    assert torch.equal(dit.shift(sigma, 1.0), sigma)
+    assert torch.equal(flow.shift(sigma, 1.0), sigma)
 
 
 def test_patchify_round_trips():
@@ -279,7 +285,9 @@ def test_the_action_norm_weights_are_loaded_and_ignored_unless_switched_on():
 
 
 def test_perturbed_rope_has_the_released_angles():
-    angles = dit.rope_angles(torch.tensor([[0, 1]]), 2, 2, dit.PRESETS["5b"])[0, 1]  # latent 1
+    angles = attention_file.rope_angles(torch.tensor([[0, 1]]), 2, 2, dit.PRESETS["5b"])[
+        0, 1
+    ]  # latent 1
     first, last = angles[2, 0], angles[2, 23]  # row 1, column 0
     golden = {(0, 1): 0.7078694702, (0, 21): 0.0007063449, (0, 23): 0.6963187592}
     golden |= {(23, 1): 0.6405875924, (23, 21): 8.67259e-05, (23, 23): 0.627145017}
@@ -289,9 +297,9 @@ def test_perturbed_rope_has_the_released_angles():
 
 
 def test_without_perturbation_all_heads_share_one_clock():
-    angles = dit.rope_angles(torch.tensor([[5]]), 2, 2, replace(MICRO, sigma_theta=0.0))
+    angles = attention_file.rope_angles(torch.tensor([[5]]), 2, 2, replace(MICRO, sigma_theta=0.0))
     assert torch.equal(angles[..., 0, :], angles[..., 1, :])
-    angles = dit.rope_angles(torch.tensor([[5]]), 2, 2, MICRO)
+    angles = attention_file.rope_angles(torch.tensor([[5]]), 2, 2, MICRO)
     assert not torch.equal(angles[..., 0, :], angles[..., 1, :])
 
 
@@ -307,10 +315,10 @@ def test_only_differences_of_time_count_and_there_is_no_wall_at_2048(later: int)
 def test_a_rotation_keeps_lengths_and_turns_pairs():
     x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4, dtype=torch.float64)
     rope = torch.stack([angles.cos(), angles.sin()], -1).float()
-    y = dit.rotate(x, rope)
+    y = attention_file.rotate(x, rope)
     assert torch.allclose(y, plain_rope(x, angles), atol=1e-6)
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
-    assert torch.equal(dit.rotate(x, torch.tensor([1.0, 0.0]).expand(rope.shape)), x)
+    assert torch.equal(attention_file.rotate(x, torch.tensor([1.0, 0.0]).expand(rope.shape)), x)
 
 
 # ---- attention and norms -----------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ def naive_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["softmax", "sdpa", "flash", ""])
 def test_ragged_attention_equals_naive_attention(backend: str, monkeypatch: pytest.MonkeyPatch):
     # the real kernel needs a GPU; a stand-in with its axes shows that ours reach it in its order
-    monkeypatch.setattr(dit, "flash_attn", lambda: plain_attention)
+    monkeypatch.setattr(attention_file, "flash_attn", lambda: plain_attention)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, n, 4, 8, generator=g, requires_grad=True) for n in (7, 9, 9))
     for lengths in (torch.tensor([9, 4, 1]), None):
@@ -342,20 +350,20 @@ def test_ragged_attention_equals_naive_attention(backend: str, monkeypatch: pyte
 
 def test_attention_picks_sdpa_when_the_scores_would_be_large(monkeypatch: pytest.MonkeyPatch):
     q = torch.empty(1, 17600, 24, 1)
-    assert dit.pick_backend(q, q, False) == "sdpa"
-    assert dit.pick_backend(q[:, :304, :4], q[:, :304, :4], False) == "softmax"
+    assert attention_file.pick_backend(q, q, False) == "sdpa"
+    assert attention_file.pick_backend(q[:, :304, :4], q[:, :304, :4], False) == "softmax"
 
 
 def test_flash_attn_is_named_once_when_absent_and_when_broken(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dit, "say", print)
+    monkeypatch.setattr(attention_file, "say", print)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert dit.load_flash.__wrapped__() is None
+    assert attention_file.load_flash.__wrapped__() is None
     absent = "attention: SDPA (flash-attn not installed; same result, slower on long clips)"
     assert absent in capsys.readouterr().out
     monkeypatch.delitem(sys.modules, "flash_attn")
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert dit.load_flash.__wrapped__() is None
+    assert attention_file.load_flash.__wrapped__() is None
     assert (
         "flash-attn is installed but does not load (undefined symbol: _ZN3c10): built for another torch. "
         "Using SDPA."
@@ -367,7 +375,7 @@ def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(4, 6, 32, generator=g).to(dtype), torch.randn(32, generator=g).to(dtype)
     x.requires_grad_()
-    ours, torchs = dit.rms(x, weight), F.rms_norm(x, (32,), weight, 1e-6)
+    ours, torchs = attention_file.rms(x, weight), F.rms_norm(x, (32,), weight, 1e-6)
     assert rel(ours, torchs) < tolerance
     assert (
         rel(*(torch.autograd.grad(y.float().sin().sum(), x)[0] for y in (ours, torchs)))
@@ -519,9 +527,9 @@ def test_unipc_matches_official(steps: int, s: int):
         t = float(dit.timestep(torch.tensor(sigma, dtype=torch.float64), "integer"))
         return torch.einsum("ij,bjthw->bithw", golden["A"], x) * (0.5 + t / 1000)
 
-    ours = torch.stack(list(dit.unipc(v, golden["x0"], grid)))
+    ours = torch.stack(list(flow.unipc(v, golden["x0"], grid)))
     assert (ours - golden["trajectory"]).abs().max() < 1e-5
-    euler = torch.stack(list(dit.euler(v, golden["x0"], grid)))
+    euler = torch.stack(list(flow.euler(v, golden["x0"], grid)))
     assert rel(euler[-1], golden["trajectory"][-1]) > 5e-4  # another sampler is visibly another
 
 
@@ -546,7 +554,7 @@ def golden_case(case: str) -> tuple[Tensor, Tensor, SimpleNamespace, Tensor]:
     P = int((g["timestep"][0] == 0).sum()) // 2  # two tokens per latent
     bank, new = g.get("memory", g["x"][:, :, :0]), range(*g["latent_range"].tolist())
     M = bank.shape[2]
-    mouse, keyboard = (memory.released_windows(g[name]) for name in ("mouse", "keyboard"))
+    mouse, keyboard = (released_windows(g[name]) for name in ("mouse", "keyboard"))
     context = SimpleNamespace(
         past=g["x"][:, :, :P],
         memory=bank,
@@ -582,12 +590,12 @@ def test_a_wrong_perturbation_is_visible():
     assert rel(golden_model()(x, sigma, context, return_past=True), out) > 1e-4
 
 
-def rollout_context(g: dict, k: int, history: Tensor) -> memory.Context:
+def rollout_context(g: dict, k: int, history: Tensor) -> Context:
     """Segment k of the stored rollout, from actions and cameras to retrieved memory, as released."""
-    window = memory.Window()
+    window = Window()
     first, end, P = window.segment(k)
     frames = slice(0, 57) if k == 0 else slice(40 * k + 1, 40 * k + 57)
-    c2w, past, bank = memory.from_released(g["extrinsics"])[None], history[:, :, -P:], None
+    c2w, past, bank = camera.from_released(g["extrinsics"])[None], history[:, :, -P:], None
     if k > 0:
         queries = [frames.stop - 1 - 8 * slot for slot in range(5)]
         scores = memory.overlap(c2w[0, queries], c2w[0, 1 : frames.start], "released")
@@ -598,13 +606,13 @@ def rollout_context(g: dict, k: int, history: Tensor) -> memory.Context:
             [window.latent_of(int(f)) for f in chosen[:4] + 1] + [1]
         )  # the sink comes last
         assert torch.equal(picked, g[f"segment{k}.memory_latents_idx"])
-        cameras = torch.cat([memory.segment_cameras(c2w, int(i), 1) for i in picked], 1)
-        bank = memory.Memory(history[:, :, picked], picked[None], cameras)
-    context = memory.make_context(
+        cameras = torch.cat([segment_cameras(c2w, int(i), 1) for i in picked], 1)
+        bank = Memory(history[:, :, picked], picked[None], cameras)
+    context = make_context(
         past,
         torch.arange(first, end)[None],
-        memory.segment_cameras(c2w, first, end - first),
-        *(memory.released_windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
+        segment_cameras(c2w, first, end - first),
+        *(released_windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
         g["context"][None],
         bank,
         encoding="released",
@@ -685,7 +693,7 @@ def test_unipc_is_ten_times_closer_than_euler_in_as_many_steps():
     v = lambda x, s: -1 + (x - (1 - s)) * (s - (1 - s) * spread**2) / std(s) ** 2
     grid = sigma_grid(20, 1.0)
     exact = 1 + spread * (x - (1 - float(grid[0]))) / std(float(grid[0]))
-    euler, unipc = (abs(float(list(f(v, x, grid))[-1] - exact)) for f in (dit.euler, dit.unipc))
+    euler, unipc = (abs(float(list(f(v, x, grid))[-1] - exact)) for f in (flow.euler, flow.unipc))
     assert unipc < 0.1 * euler
 
 
@@ -795,8 +803,8 @@ def test_the_loss_falls_and_every_parameter_learns():
     x0, sigma, c = inputs(MICRO, B=4)
     noise, losses = torch.randn_like(x0), []
     for _ in range(40):
-        v = model(dit.add_noise(x0, noise, sigma), sigma, c)
-        loss = (v - dit.velocity(x0, noise)).square().mean()  # Eq. 3, 6
+        v = model(flow.add_noise(x0, noise, sigma), sigma, c)
+        loss = (v - flow.velocity(x0, noise)).square().mean()  # Eq. 3, 6
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -943,5 +951,5 @@ def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     with pytest.raises(ValueError, match="5 ranks cannot share 4 places; use at most 4 ranks"):
-        dit.shares(4, SimpleNamespace())
-    assert dit.shares(16, SimpleNamespace()) == ([4, 3, 3, 3, 3], slice(0, 4))
+        attention_file.shares(4, SimpleNamespace())
+    assert attention_file.shares(16, SimpleNamespace()) == ([4, 3, 3, 3, 3], slice(0, 4))

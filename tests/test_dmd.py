@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import camera
 import dit
 import dmd
-import memory
+import flow
+from context import Window, clip_context
+from dit import DiT
 from dmd import Clip, DMDConfig, few_step, generator_loss, rollout
+from lab import metrics, truth
 
 MICRO = dit.PRESETS["micro"]
 CFG = DMDConfig()
@@ -29,7 +33,7 @@ def seeded(seed=0):
 
 def network(seed=0):
     torch.manual_seed(seed)
-    model = dit.DiT(MICRO)
+    model = DiT(MICRO)
     with torch.no_grad():
         for p in model.parameters():  # a fresh network predicts zero
             p.add_(0.05 * torch.randn_like(p))
@@ -38,15 +42,15 @@ def network(seed=0):
 
 def clip(segments=1, B=2, **changes):
     """A player who walks and turns, so that some places come back."""
-    F, g = memory.Window().frames(segments), seeded(3)
+    F, g = Window().frames(segments), seeded(3)
     keyboard = torch.zeros(B, F, 6)
     keyboard[..., 0] = 1
     mouse = torch.zeros(B, F, 2)
     mouse[..., 1] = 0.2
     poses = [
-        memory.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)
+        camera.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)
     ]
-    c2w = memory.pose_to_c2w(torch.stack(poses))
+    c2w = camera.pose_to_c2w(torch.stack(poses))
     fields = {
         "image": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g),
         "c2w": c2w.float(),
@@ -71,7 +75,7 @@ class Spy:
                 "sigma": sigma.clone(),
                 "context": context,
                 "graph": v.requires_grad,
-                "x0": dit.x0_from_v(x_sigma, v, sigma).detach(),
+                "x0": flow.x0_from_v(x_sigma, v, sigma).detach(),
             }
         )
         return v
@@ -165,8 +169,8 @@ def test_the_toy_teacher_is_exact():
     x0 = teacher.mean + torch.randn(200_000, 3, generator=g) @ teacher.factor.T
     noise = torch.randn(200_000, 3, generator=g)
     sigma = torch.full((200_000,), 0.6)
-    x_sigma = dit.add_noise(x0, noise, sigma)
-    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - dit.velocity(
+    x_sigma = flow.add_noise(x0, noise, sigma)
+    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - flow.velocity(
         x0, noise
     )
     assert residual.mean(0).abs().max() < 0.02
@@ -238,7 +242,7 @@ def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from
     made = [student.calls[i]["x0"] for i in (2, 5, 8)]  # the last step of each segment
     assert torch.equal(x0.detach(), made[2]) and x0.shape[2] == 10
     pool = torch.cat([world.image, made[0], made[1]], 2)  # 25 latents: what it has lived
-    first, _, P = memory.Window().segment(2)
+    first, _, P = Window().segment(2)
     assert torch.equal(context.past, pool[:, :, first : first + P])
     for b in range(2):
         times = context.times[b, :5]
@@ -263,7 +267,7 @@ def test_the_context_is_the_one_that_play_and_training_build():
     lived = torch.cat(
         [world.image, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2
     )
-    _, same = memory.clip_context(
+    _, same = clip_context(
         lived,
         world.c2w,
         world.keyboard,
@@ -283,8 +287,8 @@ def test_the_finished_rollout_is_the_sampler_the_student_is_played_with():
     x0, context = rollout(student, world, 1, None, CFG, seeded())
     g = seeded()
     noise = torch.randn(x0.shape, generator=g)
-    played = dit.sample(
-        student, context, dit.sigma_grid(CFG.steps, CFG.shift), noise, "renoise", generator=g
+    played = flow.sample(
+        student, context, flow.sigma_grid(CFG.steps, CFG.shift), noise, "renoise", generator=g
     )
     torch.testing.assert_close(x0.detach(), played, rtol=0, atol=1e-5)
 
@@ -301,11 +305,11 @@ def test_all_networks_read_sigma_from_the_same_function():
     student, real, fake = Spy(network()), Spy(network(1)), Spy(network(2))
     x0, context = rollout(student, clip(), 1, None, CFG, seeded())
     generator_loss(x0, context, real, fake, CFG, seeded(1))
-    assert [c["sigma"][0].item() for c in student.calls] == dit.sigma_grid(3, 5.0)[:-1].tolist()
+    assert [c["sigma"][0].item() for c in student.calls] == flow.sigma_grid(3, 5.0)[:-1].tolist()
     a, b = real.calls[0], fake.calls[0]
     assert torch.equal(a["x"], b["x"]) and torch.equal(a["sigma"], b["sigma"])
     assert a["context"] is context and b["context"] is context
-    drawn = dit.sample_sigma(2, CFG.shift, seeded(1)).clamp(CFG.tau_min, CFG.tau_max)
+    drawn = flow.sample_sigma(2, CFG.shift, seeded(1)).clamp(CFG.tau_min, CFG.tau_max)
     assert torch.equal(a["sigma"], drawn)
 
 
@@ -356,8 +360,8 @@ def test_a_clip_too_short_for_the_rollout_says_how_long_it_must_be():
 
 def test_gmsd_does_not_see_a_change_of_brightness_and_sees_noise() -> None:
     grey = 0.3 + 0.4 * NOISE
-    assert float(dmd.gmsd(grey + 0.1, grey).max()) < 0.01
-    assert float(dmd.gmsd(NOISE, NOISE.flip(0)).min()) > 0.1
+    assert float(metrics.gmsd(grey + 0.1, grey).max()) < 0.01
+    assert float(metrics.gmsd(NOISE, NOISE.flip(0)).min()) > 0.1
 
 
 def test_haarpsi_equals_a_plain_sum_of_its_definition() -> None:
@@ -385,7 +389,7 @@ def test_haarpsi_equals_a_plain_sum_of_its_definition() -> None:
     x = sum((q / (1 + np.exp(-4.2 * p))).sum() for p, q in zip(s, w, strict=True)) / sum(
         q.sum() for q in w
     )
-    assert float(dmd.haarpsi(NOISE[:1], NOISE[1:2])) == pytest.approx(
+    assert float(metrics.haarpsi(NOISE[:1], NOISE[1:2])) == pytest.approx(
         (math.log(x / (1 - x)) / 4.2) ** 2, abs=1e-4
     )
 
@@ -395,24 +399,24 @@ def test_frechet_of_two_normal_laws_is_its_closed_form() -> None:
         normal(20_000, 3, 0),
         2 * normal(20_000, 3, 1) + torch.tensor([1.0, 0, 0], dtype=torch.float64),
     )
-    assert dmd.frechet(a, b) == pytest.approx(1 + 3 * (1 + 4 - 2 * 2), rel=0.05)
-    assert abs(dmd.frechet(a, a)) < 1e-8
+    assert metrics.frechet(a, b) == pytest.approx(1 + 3 * (1 + 4 - 2 * 2), rel=0.05)
+    assert abs(metrics.frechet(a, a)) < 1e-8
 
 
 def test_mmd_is_unbiased() -> None:
-    same = [dmd.mmd(normal(128, 8, 2 * s), normal(128, 8, 2 * s + 1)) for s in range(60)]
+    same = [metrics.mmd(normal(128, 8, 2 * s), normal(128, 8, 2 * s + 1)) for s in range(60)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 60**0.5 + 0.01
-    assert dmd.mmd(normal(128, 8, 0) + 0.5, normal(128, 8, 1)) > 5 * np.std(same)
+    assert metrics.mmd(normal(128, 8, 0) + 0.5, normal(128, 8, 1)) > 5 * np.std(same)
 
 
 def test_a_collapsed_set_is_precise_and_recalls_little():
     true = normal(400, 2, 0)
     assert (
-        dmd.share_inside(normal(400, 2, 1), true) > 0.9
-        and dmd.share_inside(true, normal(400, 2, 1)) > 0.9
+        metrics.share_inside(normal(400, 2, 1), true) > 0.9
+        and metrics.share_inside(true, normal(400, 2, 1)) > 0.9
     )
     one = 0.05 * normal(400, 2, 2)  # all near one picture of the truth
-    assert dmd.share_inside(one, true) > 0.9 and dmd.share_inside(true, one) < 0.2
+    assert metrics.share_inside(one, true) > 0.9 and metrics.share_inside(true, one) < 0.2
 
 
 # ---- what old frames could show
@@ -420,10 +424,12 @@ def test_a_collapsed_set_is_precise_and_recalls_little():
 
 def test_the_greedy_oracle_covers_at_least_as_much_as_any_choice() -> None:
     seen = torch.from_numpy(np.random.default_rng(0).random((9, 16, 16)) < 0.2)
-    best = dmd.coverage(seen, dmd.greedy(seen, 2))
-    assert dmd.coverage(seen, range(9)) == 1
-    assert all(best >= 0.63 * dmd.coverage(seen, (i, j)) for i in range(9) for j in range(9))
-    assert dmd.coverage(seen, dmd.greedy(seen, 1)) == max(dmd.coverage(seen, [i]) for i in range(9))
+    best = truth.coverage(seen, truth.greedy(seen, 2))
+    assert truth.coverage(seen, range(9)) == 1
+    assert all(best >= 0.63 * truth.coverage(seen, (i, j)) for i in range(9) for j in range(9))
+    assert truth.coverage(seen, truth.greedy(seen, 1)) == max(
+        truth.coverage(seen, [i]) for i in range(9)
+    )
 
 
 def test_a_donors_frames_are_adopted_only_by_a_copy_of_them():
@@ -433,13 +439,15 @@ def test_a_donors_frames_are_adopted_only_by_a_copy_of_them():
         torch.ones(3, 8, 8, dtype=torch.bool),
     )
     assert (
-        dmd.adoption(donor, true, donor, mask) == 1 and dmd.adoption(true, true, donor, mask) == 0
+        metrics.adoption(donor, true, donor, mask) == 1
+        and metrics.adoption(true, true, donor, mask) == 0
     )
     half = true.clone()
     half[:, 4:] = 1.0  # the donor below, the truth above
     mask[:, :4] = False
     assert (
-        dmd.adoption(half, true, donor, mask) == 1 and dmd.adoption(half, true, donor, ~mask) == 0
+        metrics.adoption(half, true, donor, mask) == 1
+        and metrics.adoption(half, true, donor, ~mask) == 0
     )
 
 
@@ -449,10 +457,10 @@ def test_a_donors_frames_are_adopted_only_by_a_copy_of_them():
 def test_balanced_accuracy_of_a_constant_answer_is_one_half():
     held = (torch.rand(200, 6, generator=seeded()) < 0.1).float()
     assert torch.allclose(
-        dmd.balanced_accuracy(torch.full((200, 6), -1.0), held), torch.tensor(0.5)
+        metrics.balanced_accuracy(torch.full((200, 6), -1.0), held), torch.tensor(0.5)
     )
-    assert torch.allclose(dmd.balanced_accuracy(2 * held - 1, held), torch.tensor(1.0))
-    assert dmd.balanced_accuracy(torch.randn(200, 6, generator=seeded(1)), held).mean() < 0.7
+    assert torch.allclose(metrics.balanced_accuracy(2 * held - 1, held), torch.tensor(1.0))
+    assert metrics.balanced_accuracy(torch.randn(200, 6, generator=seeded(1)), held).mean() < 0.7
 
 
 def test_pairs_are_frames_between_which_nothing_changed():
@@ -467,7 +475,7 @@ def test_pairs_are_frames_between_which_nothing_changed():
         True,
     )  # forward, then turning right, at last against a wall
     frames = torch.arange(13.0)[:, None, None, None].expand(-1, 8, 8, 3) / 13
-    before, after, held = dmd.pairs(frames, keyboard, mouse, contact)
+    before, after, held = metrics.pairs(frames, keyboard, mouse, contact)
     assert (before[:, 0, 0, 0] * 13).round().tolist() == [0, 1, 5, 6, 7] and torch.allclose(
         after - before, torch.tensor(4 / 13)
     )
@@ -486,11 +494,13 @@ def test_a_reader_learns_which_way_pictures_moved():
         right.float(),
         1.0 - right,
     )  # turning right moves the picture to the left
-    reader = dmd.learn_keys(wide[:160, ..., 4:68], after[:160], held[:160], steps=40)
+    reader = metrics.learn_keys(wide[:160, ..., 4:68], after[:160], held[:160], steps=40)
     assert sum(p.numel() for p in reader.parameters()) < 110_000
     with torch.no_grad():
         assert (
-            dmd.balanced_accuracy(reader(wide[160:, ..., 4:68], after[160:]), held[160:])[4:].min()
+            metrics.balanced_accuracy(reader(wide[160:, ..., 4:68], after[160:]), held[160:])[
+                4:
+            ].min()
             > 0.9
         )
 
@@ -542,5 +552,5 @@ def test_short_rollouts_go_as_far_in_time_as_long_ones_up_to_a_number_of_segment
         for new in (10, 5, 2)
     }
     assert longest == {10: 5, 5: 9, 2: 12}
-    frames = {new: dmd.Window(new=new).frames(k) for new, k in longest.items()}
+    frames = {new: Window(new=new).frames(k) for new, k in longest.items()}
     assert all(n <= 241 for n in frames.values())  # they fit into an episode

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -10,16 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import attention
+import camera
 import dit
-import dmd
-import error_buffer
 import evaluate
 import memory
+import moe
+import realtime
 import world
+from dataset import episode
+from game import render, scene
+from lab import bench, metrics, report, stats, truth
+from lab.claims import CLAIMS, GAPS, OPPOSITE, OUT, PANES, PLACES, Claim, judge, of
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST = world.SPLITS["test"].start
+TEST = scene.SPLITS["test"].start
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +50,27 @@ def arguments(out: Path, **more: object) -> argparse.Namespace:
 def test_identical_frames_score_perfectly(look: tuple) -> None:
     frames = look[1][:3]
     best = {"psnr": 50.0, "ssim": 1.0, "gmsd": 0.0, "haarpsi": 1.0, "zncc": 1.0}
-    for name, metric in evaluate.METRICS.items():
+    for name, metric in metrics.METRICS.items():
         assert torch.allclose(
             metric(frames, frames).float(), torch.tensor(best[name]), atol=1e-3
         ), name
-    assert all(float(dmd.sharpness(x[None], x[None])) == pytest.approx(1, abs=1e-5) for x in frames)
-    assert float(dmd.sharpness(frames, frames).mean()) == pytest.approx(1, abs=1e-5)
+    assert all(
+        float(metrics.sharpness(x[None], x[None])) == pytest.approx(1, abs=1e-5) for x in frames
+    )
+    assert float(metrics.sharpness(frames, frames).mean()) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", evaluate.METRICS)
+@pytest.mark.parametrize("name", metrics.METRICS)
 def test_every_metric_ranks_truth_above_a_turn_above_another_world(name: str, look: tuple) -> None:
     script, frames = look[:2]
     turned = evaluate.shoot(script.scene, script.poses[12:16].numpy() + [0, 0, 0, 0, 2.0])[0]
     other = evaluate.draw(evaluate.place(TEST + 1, "l:12 w:4"), slice(12, 16))[0]
     near, far = (
-        evaluate.BETTER[name] * float(evaluate.METRICS[name](x, frames[12:16]).mean())
+        metrics.BETTER[name] * float(metrics.METRICS[name](x, frames[12:16]).mean())
         for x in (turned, other)
     )
     assert (
-        evaluate.BETTER[name] * float(evaluate.METRICS[name](frames[12:16], frames[12:16]).mean())
+        metrics.BETTER[name] * float(metrics.METRICS[name](frames[12:16], frames[12:16]).mean())
         > near
         > far
     )
@@ -70,7 +78,7 @@ def test_every_metric_ranks_truth_above_a_turn_above_another_world(name: str, lo
 
 def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
     grey = torch.full((1, 64, 64, 3), 0.5)
-    assert float(evaluate.data.psnr(grey + 0.1, grey)) == pytest.approx(20.0, abs=1e-4)
+    assert float(episode.psnr(grey + 0.1, grey)) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_blur_lowers_sharpness_and_noise_raises_it(look: tuple) -> None:
@@ -79,12 +87,12 @@ def test_blur_lowers_sharpness_and_noise_raises_it(look: tuple) -> None:
         true.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False
     ).permute(0, 2, 3, 1)
     each = lambda pred: [
-        float(dmd.sharpness(a[None], b[None])) for a, b in zip(pred, true, strict=True)
+        float(metrics.sharpness(a[None], b[None])) for a, b in zip(pred, true, strict=True)
     ]
     assert max(each(soft)) < 0.9
     assert min(each(true + 0.1 * torch.randn_like(true))) > 1.5
     bare = torch.cat([true, torch.full_like(true, 0.5)])
-    assert float(dmd.sharpness(bare + 0.01 * torch.randn_like(bare), bare).mean()) < 1.2, (
+    assert float(metrics.sharpness(bare + 0.01 * torch.randn_like(bare), bare).mean()) < 1.2, (
         "noise on a bare wall decides nothing"
     )
 
@@ -92,25 +100,25 @@ def test_blur_lowers_sharpness_and_noise_raises_it(look: tuple) -> None:
 # ---- distributions ---------------------------------------------------------------------------------------------------
 def test_pixel_features_tell_a_blurred_set_from_the_truth(look: tuple) -> None:
     frames = torch.from_numpy(look[1]) / 255
-    features = dmd.pixel_pca(frames)
+    features = metrics.pixel_pca(frames)
     assert features(frames).shape == (17, 2)  # no more axes than an eighth of the frames
     assert (
-        dmd.frechet(features(1 - frames), features(frames))
-        > 10 * abs(dmd.frechet(features(frames), features(frames))) + 0.1
+        metrics.frechet(features(1 - frames), features(frames))
+        > 10 * abs(metrics.frechet(features(frames), features(frames))) + 0.1
     )
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
 def test_a_view_sees_itself_and_nothing_behind_its_back(look: tuple) -> None:
     script, _, depth, c2w = look
-    assert dmd.visible(depth[:1], c2w[:1], depth[:1], c2w[:1]).float().mean() > 0.99
+    assert truth.visible(depth[:1], c2w[:1], depth[:1], c2w[:1]).float().mean() > 0.99
     back = evaluate.shoot(script.scene, script.poses[:1].numpy() + [0, 0, 0, 0, 180.0])
-    assert not dmd.visible(depth[:1], c2w[:1], back[1], back[2]).any()
+    assert not truth.visible(depth[:1], c2w[:1], back[1], back[2]).any()
 
 
 def test_seen_pixels_have_the_colour_they_had(look: tuple) -> None:
     script, frames, depth, c2w = look
-    seen = dmd.visible(depth[12:13], c2w[12:13], depth[:1], c2w[:1])[0, 0].numpy()
+    seen = truth.visible(depth[12:13], c2w[12:13], depth[:1], c2w[:1])[0, 0].numpy()
     assert 0.5 < seen.mean() < 0.95  # 18 degrees further right: a part is new
     columns = np.flatnonzero(~seen.any(0))
     assert len(columns) and columns.min() > 32  # and it lies on the right
@@ -137,14 +145,17 @@ def test_the_oracle_warp_is_exact_where_it_stands_and_better_than_a_copy_elsewhe
     script, frames, depth, c2w = look
     shown, old, now = torch.from_numpy(frames) / 255, np.arange(0, 9), np.arange(14, 17)
     assert (
-        data.psnr(dmd.warp(depth[:2], c2w[:2], shown[:2], depth[:2], c2w[:2]), frames[:2]).min()
+        episode.psnr(
+            truth.warp(depth[:2], c2w[:2], shown[:2], depth[:2], c2w[:2]), frames[:2]
+        ).min()
         > 45
     )
-    warped = dmd.warp(depth[now], c2w[now], shown[old], depth[old], c2w[old])
+    warped = truth.warp(depth[now], c2w[now], shown[old], depth[old], c2w[old])
     nearest = memory.overlap(torch.from_numpy(c2w[now]), torch.from_numpy(c2w[old])).argmax(1)
-    seen = dmd.visible(depth[now], c2w[now], depth[old], c2w[old]).any(1)
+    seen = truth.visible(depth[now], c2w[now], depth[old], c2w[old]).any(1)
     assert (
-        data.psnr(warped, frames[now], seen) > data.psnr(shown[nearest], frames[now], seen) + 5
+        episode.psnr(warped, frames[now], seen)
+        > episode.psnr(shown[nearest], frames[now], seen) + 5
     ).all()
     assert torch.equal(
         warped[~seen], shown[nearest][~seen]
@@ -153,7 +164,7 @@ def test_the_oracle_warp_is_exact_where_it_stands_and_better_than_a_copy_elsewhe
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
 def test_scripts_are_free_of_contact_and_come_back() -> None:
-    for name, offset in evaluate.PLACES.items():
+    for name, offset in PLACES.items():
         script = evaluate.revisit(TEST + 2, offset)
         game = world.World(script.scene, pose=script.poses[0].tolist())
         assert not any(
@@ -167,7 +178,7 @@ def test_scripts_are_free_of_contact_and_come_back() -> None:
 
 def test_an_undone_plan_leads_home_frame_by_frame() -> None:
     plan = "l2:40 w:4 -:12 a:4"
-    poses = memory.integrate(
+    poses = camera.integrate(
         (1, -1.6, 2, 0, 30), *evaluate.chords(f"{plan} {evaluate.undone(plan)}")
     )
     assert torch.allclose(poses, poses.flip(0), atol=1e-5) and float(
@@ -186,15 +197,15 @@ def test_a_number_after_a_turn_multiplies_it() -> None:
 def test_in_third_person_the_player_stands_in_the_picture() -> None:
     script = evaluate.place(TEST, "l:12 w:4", view="third")
     frames, depth, c2w = evaluate.draw(script, [0])
-    bare = world.render(script.scene, c2w, memory.intrinsics(64, 64).numpy(), 64, 64)
+    bare = render.render(script.scene, c2w, camera.intrinsics(64, 64).numpy(), 64, 64)
     changed = (bare[0] != frames).any(-1)[0]
     assert 0.01 < changed.mean() < 0.5 and not np.allclose(c2w[0, :3, 3], script.poses[0, :3])
     assert (depth[0][changed] < 4).mean() > 0.8  # an arm's length away
 
 
 def test_the_three_lists_of_worlds_are_disjoint() -> None:
-    lists = [set(seeds) for seeds in world.SPLITS.values()]
-    assert set(world.SPLITS) == {"train", "tune", "test", "final"} and sum(map(len, lists)) == len(
+    lists = [set(seeds) for seeds in scene.SPLITS.values()]
+    assert set(scene.SPLITS) == {"train", "tune", "test", "final"} and sum(map(len, lists)) == len(
         set.union(*lists)
     )
 
@@ -212,7 +223,7 @@ def perfect(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
         actions: tuple | None = None,
     ) -> tuple:
         poses = (
-            memory.integrate(script.poses[script.known - 1], *actions)
+            camera.integrate(script.poses[script.known - 1], *actions)
             if actions
             else script.poses[script.known - 1 :]
         )
@@ -237,9 +248,7 @@ def fresh_run(out: Path) -> evaluate.Run:
     return evaluate.Run([TEST], False, "none", out, {}, {}, [], {})
 
 
-@pytest.mark.parametrize(
-    "out, gaps", [(out, evaluate.GAPS[:n]) for out, n in zip(evaluate.OUT, (3, 5), strict=True)]
-)
+@pytest.mark.parametrize("out, gaps", [(out, GAPS[:n]) for out, n in zip(OUT, (3, 5), strict=True)])
 def test_there_and_back_rewards_a_return_and_not_a_standstill(
     out: str, gaps: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +256,7 @@ def test_there_and_back_rewards_a_return_and_not_a_standstill(
     for frozen in (False, True):
         perfect(monkeypatch, frozen)
         evaluate.palindrome(run := fresh_run(tmp_path), None, TEST, out)
-        row = f"palindrome{evaluate.OUT[out]} from one frame, camera/"
+        row = f"palindrome{OUT[out]} from one frame, camera/"
         score[frozen] = {k.removeprefix(row): v[0] for k, v in run.raw.items() if k.startswith(row)}
     assert {key for key in score[False] if "apart" in key} == {f"{gap} W apart, dB" for gap in gaps}
     assert min(score[False][f"{gap} W apart, dB"] for gap in gaps) > 45 and score[False][
@@ -267,16 +276,18 @@ def test_opposite_keys_count_only_if_both_act(
         perfect(monkeypatch, frozen)
         evaluate.opposites(run := fresh_run(tmp_path), None, TEST)
         assert set(sum(run.raw.values(), [])) == {float(not frozen)} and len(run.raw) == len(
-            evaluate.OPPOSITE
+            OPPOSITE
         )
     asked = np.array([[0.0, 0.37], [0.0, -0.37]])
-    assert dmd.answered(0.5 * asked, asked, 0.1) and not dmd.answered(0.2 * asked, asked, 0.1)
-    assert not dmd.answered(asked[[0, 0]], asked, 0.1)  # always forward is no answer to "back"
+    assert metrics.answered(0.5 * asked, asked, 0.1) and not metrics.answered(
+        0.2 * asked, asked, 0.1
+    )
+    assert not metrics.answered(asked[[0, 0]], asked, 0.1)  # always forward is no answer to "back"
 
 
 # ---- claims and reports ----------------------------------------------------------------------------------------------
 def test_every_published_number_has_a_row() -> None:
-    printed = {claim.paper for claims in evaluate.CLAIMS.values() for claim in claims}
+    printed = {claim.paper for claims in CLAIMS.values() for claim in claims}
     assert {
         40.0,
         27.38,
@@ -297,16 +308,16 @@ def test_every_published_number_has_a_row() -> None:
 def test_an_unmeasured_cell_says_not_measured(tmp_path: Path) -> None:
     result = evaluate.measure("drift", arguments(tmp_path))
     assert {c["verdict"] for c in result["claims"]} == {"not measured"}
-    assert "not measured" in evaluate.claim_table(
+    assert "not measured" in report.claim_table(
         result
-    ) and "python train.py --stage base" in evaluate.claim_table(result)
+    ) and "python train.py --stage base" in report.claim_table(result)
 
 
 def test_a_row_called_exact_is_exact() -> None:
-    claim = next(c for claims in evaluate.CLAIMS.values() for c in claims if c.exact)
+    claim = next(c for claims in CLAIMS.values() for c in claims if c.exact)
     row = "arithmetic/FPS at 1.551 s a segment"
-    assert evaluate.judge(claim, {row: [40 / 1.551]})["verdict"] == "met"
-    assert evaluate.judge(claim, {row: [25.78]})["verdict"] == "missed"
+    assert judge(claim, {row: [40 / 1.551]})["verdict"] == "met"
+    assert judge(claim, {row: [25.78]})["verdict"] == "missed"
 
 
 def test_verdicts_follow_from_prediction_and_value() -> None:
@@ -318,25 +329,25 @@ def test_verdicts_follow_from_prediction_and_value() -> None:
         ("", 1.0, "reported"),
         ("-0.5-0.5", 0.2, "met"),
     ):
-        claim = evaluate.Claim("x", None, predicted, "", "", lambda raw: raw["k"])
-        assert evaluate.judge(claim, {"k": [value]})["verdict"] == verdict, (predicted, value)
-    near_zero = evaluate.Claim("x", None, "-0.5-0.5", "dB", "", lambda raw: raw["k"])
+        claim = Claim("x", None, predicted, "", "", lambda raw: raw["k"])
+        assert judge(claim, {"k": [value]})["verdict"] == verdict, (predicted, value)
+    near_zero = Claim("x", None, "-0.5-0.5", "dB", "", lambda raw: raw["k"])
     assert (
-        evaluate.judge(near_zero, {"k": [-9.0, 9.0, 0.1]})["verdict"] == "unclear"
+        judge(near_zero, {"k": [-9.0, 9.0, 0.1]})["verdict"] == "unclear"
     )  # a mean near 0 is no equivalence
-    above = evaluate.Claim("x", None, "> 0", "dB", "", lambda raw: raw["k"])
+    above = Claim("x", None, "> 0", "dB", "", lambda raw: raw["k"])
     assert (
-        evaluate.judge(above, {"k": [-9.0, 9.0, 0.1, 3.0, -1.0]})["verdict"] == "unclear"
+        judge(above, {"k": [-9.0, 9.0, 0.1, 3.0, -1.0]})["verdict"] == "unclear"
     )  # the mean says yes, the interval no
-    assert evaluate.judge(above, {"k": [2.0, 3.0, 2.5, 3.5, 2.2]})["verdict"] == "met"
+    assert judge(above, {"k": [2.0, 3.0, 2.5, 3.5, 2.2]})["verdict"] == "met"
 
 
 def test_both_sides_of_a_ratio_come_from_one_run() -> None:
-    claim = evaluate.Claim("x", 2.53, "2-3", "x", "", evaluate.of("s", "a", "b", True))
-    assert evaluate.judge(claim, {"a/s": [4.0, 9.0], "b/s": [2.0, 3.0]})["value"] == 2.5
-    assert evaluate.judge(claim, {"a/s": [4.0]})["verdict"] == "not measured"
+    claim = Claim("x", 2.53, "2-3", "x", "", of("s", "a", "b", True))
+    assert judge(claim, {"a/s": [4.0, 9.0], "b/s": [2.0, 3.0]})["value"] == 2.5
+    assert judge(claim, {"a/s": [4.0]})["verdict"] == "not measured"
     with pytest.raises(ValueError):
-        evaluate.judge(claim, {"a/s": [4.0, 9.0], "b/s": [2.0]})
+        judge(claim, {"a/s": [4.0, 9.0], "b/s": [2.0]})
 
 
 def test_the_gain_over_the_oracle_is_a_ratio_of_mean_gains() -> None:
@@ -350,33 +361,31 @@ def test_the_gain_over_the_oracle_is_a_ratio_of_mean_gains() -> None:
     }
     claim = next(
         c
-        for c in evaluate.CLAIMS["memory"]
+        for c in CLAIMS["memory"]
         if c.name.startswith("exact: gain of memory / of the oracle warp")
     )
-    assert evaluate.judge(claim, raw)["value"] == pytest.approx((6 + 8) / (11 + 9))
+    assert judge(claim, raw)["value"] == pytest.approx((6 + 8) / (11 + 9))
 
 
 def test_half_life_is_where_agreement_above_another_world_has_halved() -> None:
-    claim = next(c for c in evaluate.CLAIMS["memory"] if c.name.endswith("half-life"))
+    claim = next(c for c in CLAIMS["memory"] if c.name.endswith("half-life"))
     raw = {
         f"palindrome over 8 W from a bank, camera/{gap} W apart, dB": x
         for gap, x in zip(
-            evaluate.GAPS,
+            GAPS,
             ([30.0, 30.0], [25.0, 29.0], [15.0, 28.0], [12.0, 27.0], [12.0, 26.0]),
             strict=True,
         )
     } | {"exact, floor: other world/psnr": [9.0, 11.0]}
-    assert evaluate.judge(claim, raw)["value"] == pytest.approx(
+    assert judge(claim, raw)["value"] == pytest.approx(
         (1.5 + 8) / 2
     )  # half of 20 dB lies at 1.5 W; the other is never there
 
 
 def test_a_world_that_is_never_lost_counts_as_long_as_it_was_watched() -> None:
-    claim = next(
-        c for c in evaluate.CLAIMS["drift"] if c.name.startswith("in place: frames until lost")
-    )
+    claim = next(c for c in CLAIMS["drift"] if c.name.startswith("in place: frames until lost"))
     assert (
-        evaluate.judge(
+        judge(
             claim,
             {
                 "in place, camera/frames until lost": [320.0, 100.0],
@@ -389,7 +398,7 @@ def test_a_world_that_is_never_lost_counts_as_long_as_it_was_watched() -> None:
 
 def test_primary_claims_are_asked_together() -> None:
     claims = [
-        evaluate.Claim(name, None, "> 0", "dB", "", lambda raw, k=name: raw[k], primary=name != "c")
+        Claim(name, None, "> 0", "dB", "", lambda raw, k=name: raw[k], primary=name != "c")
         for name in "abc"
     ]
     raw = {
@@ -397,21 +406,21 @@ def test_primary_claims_are_asked_together() -> None:
         "b": [-2.0, 3.0, -1.0, 2.0, 0.5, -0.5],
         "c": [1.0, 1.1, 0.9],
     }
-    judged = [evaluate.judge(claim, raw) for claim in claims]
-    table = error_buffer.together([(c["p"], "x", c["name"]) for c in judged if c["p"] is not None])
+    judged = [judge(claim, raw) for claim in claims]
+    table = report.together([(c["p"], "x", c["name"]) for c in judged if c["p"] is not None])
     assert any("| a |" in row and row.endswith("| holds |") for row in table)
     assert any("| b |" in row and row.endswith("| does not |") for row in table) and not any(
         "| c |" in row for row in table
     )
-    assert sum(c.primary for claims in evaluate.CLAIMS.values() for c in claims) >= 7
+    assert sum(c.primary for claims in CLAIMS.values() for c in claims) >= 7
 
 
 def test_action_to_photon_is_the_mean_of_the_clock_over_the_formula() -> None:
-    claim, row = evaluate.CLAIMS["latency"][-1], "action to photon at 40 FPS"
+    claim, row = CLAIMS["latency"][-1], "action to photon at 40 FPS"
     raw = {f"{row}/s by the clock": [1.0, 0.2], f"{row}/s by formula": [0.5]}
     assert (
-        evaluate.judge(claim, raw)["value"] == pytest.approx(1.2)
-        and evaluate.judge(claim, raw)["verdict"] == "missed"
+        judge(claim, raw)["value"] == pytest.approx(1.2)
+        and judge(claim, raw)["verdict"] == "missed"
     )
 
 
@@ -430,16 +439,14 @@ def test_predictions_are_stored_before_the_run(
     )
 
 
-STORED = [
-    path for path in sorted((ROOT / "results").rglob("*.json")) if path.stem in evaluate.CLAIMS
-]
+STORED = [path for path in sorted((ROOT / "results").rglob("*.json")) if path.stem in CLAIMS]
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_stored_claims_follow_from_the_stored_values(path: Path) -> None:
     stored = json.loads(path.read_text())
     assert stored["claims"] == json.loads(
-        json.dumps([evaluate.judge(claim, stored["raw"]) for claim in evaluate.CLAIMS[path.stem]])
+        json.dumps([judge(claim, stored["raw"]) for claim in CLAIMS[path.stem]])
     )
     assert (
         stored["command"].startswith(f"python evaluate.py {path.stem}")
@@ -453,15 +460,15 @@ def test_a_stored_number_is_computed_again_from_the_stored_frames() -> None:
     picture = imageio.imread(base64.b64decode(stored["pictures"]["decoders"]))[1::3, 1::3]
     for i in range(6):  # a column for each world: truth, full, 50 % and 75 % decoder
         true, *made = (picture[64 * k : 64 * k + 64, 64 * i : 64 * i + 64][None] for k in range(4))
-        for row, frame in zip(evaluate.PANES, made, strict=True):
+        for row, frame in zip(PANES, made, strict=True):
             assert (
-                float(data.psnr(frame, true))
+                float(episode.psnr(frame, true))
                 == stored["raw"][f"{row}, 33 frames/last frame psnr"][i]
             )
 
 
 def test_one_formula_gives_25_79_fps_from_1_551_s_and_905_tf() -> None:
-    released = evaluate.realtime.segment_flops(evaluate.realtime.Options(preset="5b"))[1]
+    released = bench.segment_flops(realtime.Options(preset="5b"))[1]
     assert round(40 / 1.551, 2) == 25.79 and released / 1e12 == pytest.approx(905.5, abs=0.3)
 
 
@@ -482,7 +489,7 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(
         "# x\n<!-- table:moe -->\nold\n<!-- /table -->\nkept\n<!-- table:rope:raw -->\n<!-- /table -->\n"
     )
     evaluate.measure("moe", arguments(out))
-    evaluate.report(out, readme, tmp_path / "figures")
+    report.report(out, readme, tmp_path / "figures")
     first = readme.read_text()
     assert (
         "old" not in first
@@ -498,10 +505,10 @@ def test_tables_are_rebuilt_from_the_json_alone_and_name_hardware_and_command(
         (out / "final/moe.json").read_text()
     )["command"]
     readme.write_text(first + "<!-- table:final-moe -->\n<!-- /table -->\n")
-    evaluate.report(out, readme, tmp_path / "figures")
+    report.report(out, readme, tmp_path / "figures")
     assert "2 final worlds" in readme.read_text() and "2 test worlds" in readme.read_text()
     readme.write_text(first)
-    evaluate.report(out, readme, tmp_path / "figures")
+    report.report(out, readme, tmp_path / "figures")
     assert readme.read_text() == first
 
 
@@ -515,26 +522,26 @@ def test_nothing_is_reported_while_a_metric_ranks_fakes_wrongly(tmp_path: Path) 
                     "claims": [],
                     "raw": {
                         f"ranks fakes as expected/{m}": [1.0 if m != "ssim" else fair]
-                        for m in evaluate.BETTER
+                        for m in metrics.BETTER
                     },
                 }
             )
         )
         if fair:
-            evaluate.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+            report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
     with pytest.raises(ValueError, match="ssim: ranks fakes wrongly"):
-        evaluate.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+        report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
 
 
 def test_few_worlds_get_the_interval_of_student_and_equal_ones_none() -> None:
     x = [1.0, 2.0, 3.0, 4.0]
-    said, _, (low, high) = error_buffer.verdict(x, "> 0")
+    said, _, (low, high) = stats.verdict(x, "> 0")
     assert (
         said == "met"
         and (low + high) / 2 == 2.5
         and high - low == pytest.approx(2 * 3.182 * 1.29099 / 2, abs=1e-3)
     )
-    assert error_buffer.verdict([1.0] * 6, ">= 1") == ("met", None, None)
+    assert stats.verdict([1.0] * 6, ">= 1") == ("met", None, None)
 
 
 def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
@@ -545,7 +552,7 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
         for name, ms in (("whole", 100.0), ("slower", 120.0), ("fast", 60.0))
     ]
     (tmp_path / "bench-tiny-ladder.json").write_text(json.dumps({"rows": rows, "table": ["x"]}))
-    evaluate.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+    report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
     assert {"retrieval.png", "ladder.png"} <= set(sizes) and max(sizes.values()) < 200_000
 
@@ -561,32 +568,30 @@ def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
     }
     for name, slope in slopes.items():
         (tmp_path / "buffer" / name).mkdir(parents=True)
-        claim = evaluate.judge(
-            evaluate.CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]}
-        )
+        claim = judge(CLAIMS["drift"][0], {"in place, camera/dB per 100 frames": [slope]})
         said = dict.fromkeys(("command", "split", "machine", "date", "threads"), "x") | {
             "claims": [claim],
             "worlds": [1],
             "versions": {"torch": "t"},
         }
         (tmp_path / "buffer" / name / "drift.json").write_text(json.dumps(said))
-    header, _, none, both, *_ = evaluate.contrast(tmp_path / "buffer", "none")["table"]
+    header, _, none, both, *_ = report.contrast(tmp_path / "buffer", "none")["table"]
     assert "each seed" in header and none.endswith("| -1, -2, -3 | -2 | - |")
     assert both.endswith(
         "| -0.9, -1.7, -2.5 | -1.7 | +0.3 [-0.197, +0.797] |"
     )  # .1, .3, .5: .3 ± 4.303·.2/√3
     assert evaluate.main(["compare", "--out", str(tmp_path / "buffer")]) == 0
     (tmp_path / "README.md").write_text("<!-- table:compare-buffer -->\n<!-- /table -->")
-    evaluate.report(tmp_path, tmp_path / "README.md", tmp_path / "figures")
+    report.report(tmp_path, tmp_path / "README.md", tmp_path / "figures")
     assert both in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_of_its_stage_is_as_good_as_a_folder_of_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate.realtime, "resolve", lambda options: options)
+    monkeypatch.setattr(realtime, "resolve", lambda options: options)
     monkeypatch.setattr(
-        evaluate.realtime, "load_parts", lambda options, *parts: ({}, {"from": options.weights})
+        realtime, "load_parts", lambda options, *parts: ({}, {"from": options.weights})
     )
     (tmp_path / "latest").write_text("000010")
     (tmp_path / "config.json").write_text(json.dumps({"stage": "distill"}))
@@ -600,10 +605,10 @@ def test_a_run_of_its_stage_is_as_good_as_a_folder_of_weights(
 def test_more_clocks_make_distant_times_less_alike() -> None:
     alike = []
     for sigma in (0.0, 0.8):
-        cfg = evaluate.replace(dit.PRESETS["tiny"], sigma_theta=sigma)
+        cfg = replace(dit.PRESETS["tiny"], sigma_theta=sigma)
         alike.append(
             float(
-                dit.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :12]
+                attention.rope_angles(torch.arange(100, 4000)[None], 1, 1, cfg)[0, :, 0, :, :12]
                 .cos()
                 .mean((-1, -2))
                 .max()
@@ -616,15 +621,13 @@ def test_more_clocks_make_distant_times_less_alike() -> None:
 @pytest.fixture(scope="module")
 def dreamer() -> evaluate.Player:
     torch.manual_seed(0)
-    options = evaluate.realtime.Options(
+    options = realtime.Options(
         preset="micro", weights="random", steps=1, dtype="float32", device="cpu"
     )
     return evaluate.Player(
         "random",
         options,
-        *evaluate.realtime.load_parts(
-            evaluate.realtime.resolve(options), "dit", "encoder", "decoder"
-        )[::-1],
+        *realtime.load_parts(realtime.resolve(options), "dit", "encoder", "decoder")[::-1],
     )
 
 
@@ -659,7 +662,7 @@ def test_the_walk_of_a_rollout_is_the_walk_of_the_script(dreamer: evaluate.Playe
     z = torch.zeros(1, dreamer.nets["dit"].cfg.in_dim, 65, 8, 8)
     poses = torch.tensor(evaluate.rollout(dreamer, script, z, 2)[1]["poses"])
     assert torch.allclose(poses.double(), script.poses[217:], atol=1e-4)
-    assert memory.STEP * round(0.4 / memory.STEP) == pytest.approx(
+    assert camera.STEP * round(0.4 / camera.STEP) == pytest.approx(
         float((script.poses[-1] - script.poses[0])[[0, 2]].norm()), abs=1e-6
     )
 
@@ -679,7 +682,7 @@ def test_experts_that_are_one_network_are_that_network_and_cameras_follow_the_vi
 ) -> None:
     net = dreamer.nets["dit"]
     twins = dreamer._replace(
-        nets=dreamer.nets | {"dit": evaluate.moe.Experts({"first": net, "third": net}, net, 0.9)}
+        nets=dreamer.nets | {"dit": moe.Experts({"first": net, "third": net}, net, 0.9)}
     )
     z, made = (
         torch.randn(1, net.cfg.in_dim, 65, 8, 8, generator=torch.Generator().manual_seed(0)),

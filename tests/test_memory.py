@@ -11,8 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import camera
 import memory
-from memory import Context, Memory, MemoryBank, Window, overlap, relative
+from camera import relative
+from context import (
+    ENCODINGS,
+    Context,
+    Memory,
+    Window,
+    action_windows,
+    clip_context,
+    make_context,
+    palindrome,
+    query_offsets,
+    released_rays,
+    released_windows,
+    segment_cameras,
+)
+from memory import MemoryBank, overlap
 
 GOLDEN = Path(__file__).parent / "golden"
 CAMERA, ROLLOUT = (
@@ -22,7 +38,7 @@ CAMERA, ROLLOUT = (
 
 
 def keys(held: str = "") -> list[float]:
-    return [float(name in held.split()) for name in memory.KEYS]
+    return [float(name in held.split()) for name in camera.KEYS]
 
 
 def random_actions(frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +50,7 @@ def random_actions(frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> torch.Tensor:
     scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=torch.float64)
-    return memory.pose_to_c2w(
+    return camera.pose_to_c2w(
         torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)).double() * scale
     )
 
@@ -56,7 +72,7 @@ def walk(latents: int, bound: float, seed: int = 0) -> torch.Tensor:
             yaw + turn + 40 * hit,
         ]
         poses.append(pose)
-    return memory.pose_to_c2w(torch.tensor(poses, dtype=torch.float64)).float()
+    return camera.pose_to_c2w(torch.tensor(poses, dtype=torch.float64)).float()
 
 
 def released_pose5(poses: torch.Tensor) -> torch.Tensor:
@@ -70,8 +86,8 @@ def released_pose5(poses: torch.Tensor) -> torch.Tensor:
 
 def test_actions_then_their_inverses_return_home() -> None:
     keyboard, mouse = random_actions(600, 0)
-    poses = memory.integrate((1, -1.6, 2, 5, 30), keyboard, mouse)
-    back = memory.integrate(poses[-1].tolist(), *memory.invert_actions(keyboard, mouse))
+    poses = camera.integrate((1, -1.6, 2, 5, 30), keyboard, mouse)
+    back = camera.integrate(poses[-1].tolist(), *camera.invert_actions(keyboard, mouse))
     torch.testing.assert_close(back.flip(0), poses, atol=1e-10, rtol=0)
 
 
@@ -80,15 +96,15 @@ def test_a_circle_closes_across_the_yaw_seam_and_the_released_one_does_not() -> 
         torch.tensor(keys("w")).expand(241, 6),
         torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2),
     )
-    ours = memory.integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
+    ours = camera.integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
     assert (ours[-1, :3] - ours[0, :3]).norm() < 1e-9
-    theirs = memory.released_poses(keyboard, mouse)
+    theirs = camera.released_poses(keyboard, mouse)
     assert 24 < (theirs[-1, :3] - theirs[0, :3]).norm() < 25.5
 
 
 def test_poses_survive_the_camera_matrix() -> None:
     pose = torch.tensor([[1, -1.6, 3, 40, 170], [0, 0, 0, -80, -30.0]], dtype=torch.float64)
-    torch.testing.assert_close(memory.c2w_to_pose(memory.pose_to_c2w(pose)), pose)
+    torch.testing.assert_close(camera.c2w_to_pose(camera.pose_to_c2w(pose)), pose)
 
 
 def test_relative_undoes_itself_and_keeps_precision_far_from_home() -> None:
@@ -101,15 +117,15 @@ def test_relative_undoes_itself_and_keeps_precision_far_from_home() -> None:
 
 def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None:
     c2w = random_cameras(20)
-    released = memory.to_released(c2w)
-    assert (torch.linalg.det(released[:, :3, :3]) < 0).all() and memory.is_rigid(c2w).all()
-    assert torch.equal(memory.from_released(released), c2w)
-    assert not memory.is_rigid(released).any()
+    released = camera.to_released(c2w)
+    assert (torch.linalg.det(released[:, :3, :3]) < 0).all() and camera.is_rigid(c2w).all()
+    assert torch.equal(camera.from_released(released), c2w)
+    assert not camera.is_rigid(released).any()
 
 
 def test_a_palindrome_shows_its_second_half_backwards_first() -> None:
-    assert memory.palindrome(9).tolist() == [8, 8, 7, 6, 5, 5, 6, 7, 8]
-    order = memory.palindrome(57)
+    assert palindrome(9).tolist() == [8, 8, 7, 6, 5, 5, 6, 7, 8]
+    order = palindrome(57)
     assert torch.equal(order[1:29], order[29:].flip(0)) and torch.equal(
         order[29:], torch.arange(29, 57)
     )
@@ -120,22 +136,22 @@ def test_a_palindrome_shows_its_second_half_backwards_first() -> None:
 
 def test_w_moves_along_the_view_and_d_to_its_right() -> None:
     pose = (1.0, -1.6, 2.0, 0.0, 37.0)
-    c2w = memory.pose_to_c2w(torch.tensor(pose, dtype=torch.float64))
+    c2w = camera.pose_to_c2w(torch.tensor(pose, dtype=torch.float64))
     for key, axis, sign in (("w", 2, 1), ("s", 2, -1), ("d", 0, 1), ("a", 0, -1)):
-        moved = torch.tensor(memory.step_pose(pose, keys(key), (0, 0)), dtype=torch.float64)
-        torch.testing.assert_close(moved[:3] - c2w[:3, 3], sign * memory.STEP * c2w[:3, axis])
-    assert math.dist(memory.step_pose(pose, keys("w d"), (0, 0))[:3], pose[:3]) == pytest.approx(
-        memory.STEP
+        moved = torch.tensor(camera.step_pose(pose, keys(key), (0, 0)), dtype=torch.float64)
+        torch.testing.assert_close(moved[:3] - c2w[:3, 3], sign * camera.STEP * c2w[:3, axis])
+    assert math.dist(camera.step_pose(pose, keys("w d"), (0, 0))[:3], pose[:3]) == pytest.approx(
+        camera.STEP
     )
-    assert memory.step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
+    assert camera.step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
 
 
 def test_mouse_units_are_fifteen_degrees_and_pitch_up_looks_up() -> None:
-    x, y, z, pitch, yaw = memory.step_pose((0, 0, 0, 0, 0), keys(), (0.1, 2))
+    x, y, z, pitch, yaw = camera.step_pose((0, 0, 0, 0, 0), keys(), (0.1, 2))
     assert (pitch, yaw) == pytest.approx((1.5, 30))
-    forward = memory.pose_to_c2w(torch.tensor([0, 0, 0, 10.0, 0]))[:3, 2]
-    assert forward[1] < 0 and memory.pose_to_c2w(torch.tensor([0, 0, 0, 0, 10.0]))[0, 2] > 0
-    assert memory.step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)[3] == 60
+    forward = camera.pose_to_c2w(torch.tensor([0, 0, 0, 10.0, 0]))[:3, 2]
+    assert forward[1] < 0 and camera.pose_to_c2w(torch.tensor([0, 0, 0, 0, 10.0]))[0, 2] > 0
+    assert camera.step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)[3] == 60
 
 
 def test_window_arithmetic_57_frames_is_15_latents() -> None:
@@ -149,12 +165,12 @@ def test_window_arithmetic_57_frames_is_15_latents() -> None:
     assert [w.latent_of(f) for f in (0, 1, 4, 5, 56)] == [0, 1, 1, 2, 14]
     assert list(w.frames_of(0)) == [0] and list(w.frames_of(14)) == [53, 54, 55, 56]
     assert w.queries(1) == [24, 22, 20, 18, 16]
-    assert memory.query_offsets(5, 5) == [0, 1, 2, 3, 4] and max(memory.query_offsets(2, 5)) == 1
+    assert query_offsets(5, 5) == [0, 1, 2, 3, 4] and max(query_offsets(2, 5)) == 1
 
 
 def test_rays_are_unit_and_the_centre_looks_forward() -> None:
-    c2w, K = random_cameras(3), memory.intrinsics(33, 65)
-    image = memory.rays(c2w, K, 33, 65)
+    c2w, K = random_cameras(3), camera.intrinsics(33, 65)
+    image = camera.rays(c2w, K, 33, 65)
     torch.testing.assert_close(image[:, 3:].norm(dim=1), torch.ones(3, 33, 65, dtype=torch.float64))
     torch.testing.assert_close(image[:, 3:, 16, 32], c2w[:, :3, 2])
     torch.testing.assert_close(image[:, :3, 5, 7], c2w[:, :3, 3])
@@ -180,11 +196,11 @@ def test_the_released_rule_gives_itself_less_and_a_step_behind_more() -> None:
 
 @pytest.mark.parametrize("rule", memory.RULES)
 def test_opposite_views_do_not_overlap(rule: str) -> None:
-    back = memory.pose_to_c2w(torch.tensor([[0, 0, -0.3, 0, 180.0]]))
+    back = camera.pose_to_c2w(torch.tensor([[0, 0, -0.3, 0, 180.0]]))
     assert overlap(torch.eye(4)[None], back, rule).item() == 0
     assert (
         overlap(
-            torch.eye(4)[None], memory.pose_to_c2w(torch.tensor([[100.0, 0, 0, 0, 0]])), rule
+            torch.eye(4)[None], camera.pose_to_c2w(torch.tensor([[100.0, 0, 0, 0, 0]])), rule
         ).item()
         == 0
     )
@@ -210,12 +226,12 @@ def test_exact_volume_has_its_closed_forms() -> None:
 
 @pytest.mark.parametrize("golden", [CAMERA, ROLLOUT], ids=["camera", "rollout"])
 def test_released_poses_and_cameras_match_bit_for_bit(golden: dict) -> None:
-    assert torch.equal(memory.released_poses(golden["keyboard"], golden["mouse"]), golden["poses"])
+    assert torch.equal(camera.released_poses(golden["keyboard"], golden["mouse"]), golden["poses"])
     pose = released_pose5(golden["poses"])
     torch.testing.assert_close(
-        memory.to_released(memory.pose_to_c2w(pose)), golden["extrinsics"], atol=1e-12, rtol=0
+        camera.to_released(camera.pose_to_c2w(pose)), golden["extrinsics"], atol=1e-12, rtol=0
     )
-    ours = memory.integrate((0, 0, 0, 0, 0), golden["keyboard"][:-1], golden["mouse"][:-1])
+    ours = camera.integrate((0, 0, 0, 0, 0), golden["keyboard"][:-1], golden["mouse"][:-1])
     torch.testing.assert_close(ours, pose, atol=3e-3, rtol=0)  # 8.73 cm is our 12.35/√2 rounded
 
 
@@ -230,7 +246,7 @@ def test_the_demo_walk_has_the_released_poses() -> None:
         plan += [table[rnd.randint(0, 44)]] * (12 if draw else 1)
     keyboard = torch.tensor([keys(held) for held, _ in plan])
     mouse = torch.tensor([[0, 0.1 * side] for _, side in plan])
-    pose = memory.released_poses(keyboard, mouse)
+    pose = camera.released_poses(keyboard, mouse)
     for frame, x, y, yaw in (
         (1, 8.73, 8.73, 0),
         (13, 8.73, 8.73, 18),
@@ -243,9 +259,9 @@ def test_the_demo_walk_has_the_released_poses() -> None:
         torch.testing.assert_close(
             pose[frame, [0, 1, 4]], torch.tensor([x, y, yaw]), atol=1e-3, rtol=0
         )
-    c2w = memory.to_released(memory.pose_to_c2w(released_pose5(pose)))[None]
-    cameras = memory.segment_cameras(memory.from_released(c2w), 0, 15)
-    image = memory.released_rays(cameras, 0, 14, torch.tensor([640.0, 352, 640, 352]), (44, 80, 16))
+    c2w = camera.to_released(camera.pose_to_c2w(released_pose5(pose)))[None]
+    cameras = segment_cameras(camera.from_released(c2w), 0, 15)
+    image = released_rays(cameras, 0, 14, torch.tensor([640.0, 352, 640, 352]), (44, 80, 16))
     corner = torch.tensor([0, 0, 0, -0.577323, -0.576953, 0.577774])
     torch.testing.assert_close(image[0, ::256, 0, 0, 0], corner, atol=1e-6, rtol=0)
     last = torch.tensor([-0.7071065, 0, 0.7071071, 0.00077814, -0.08913241, 0.99601942])
@@ -260,8 +276,8 @@ def test_the_demo_walk_has_the_released_poses() -> None:
     for k, frames in expected.items():
         start, end = 1 + 40 * k, 57 + 40 * k
         scores = overlap(
-            memory.from_released(c2w[0, [end - 1 - 8 * i for i in range(4)]]),
-            memory.from_released(c2w[0, 1:start]),
+            camera.from_released(c2w[0, [end - 1 - 8 * i for i in range(4)]]),
+            camera.from_released(c2w[0, 1:start]),
             "released",
         )
         assert (scores.argmax(1) + 1).tolist() == frames
@@ -276,17 +292,17 @@ def test_relative_poses_and_rays_match_official() -> None:
         g = relative(base, latents)
         g[:, :3, 3] /= g[:, :3, 3].norm(dim=-1).max()
         torch.testing.assert_close(g, CAMERA[f"relative_{name}_0_57"], atol=1e-12, rtol=0)
-    cameras = memory.from_released(
+    cameras = camera.from_released(
         CAMERA["extrinsics"][None, 0:9:4, None].expand(-1, -1, 4, -1, -1)
     )
-    image = memory.released_rays(cameras, 0, 2, torch.tensor([24.0, 16, 24, 16]), (32, 48, 1))
+    image = released_rays(cameras, 0, 2, torch.tensor([24.0, 16, 24, 16]), (32, 48, 1))
     torch.testing.assert_close(
         image[0].permute(1, 2, 3, 0), CAMERA["plucker_rel"], atol=1e-6, rtol=0
     )
 
 
 def test_released_selections_match_official() -> None:
-    c2w = memory.from_released(CAMERA["extrinsics"])
+    c2w = camera.from_released(CAMERA["extrinsics"])
     for k in range(1, 13):
         start, end = 1 + 40 * k, 57 + 40 * k
         score, frame = overlap(
@@ -301,7 +317,7 @@ def test_released_selections_match_official() -> None:
 
 @pytest.mark.parametrize("k", range(4))
 def test_every_rollout_segment_matches_official(k: int) -> None:
-    c2w, w = memory.from_released(ROLLOUT["extrinsics"])[None], Window()
+    c2w, w = camera.from_released(ROLLOUT["extrinsics"])[None], Window()
     first, end, P = w.segment(k)
     assert [first, end] == ROLLOUT[f"segment{k}.latent_range"].tolist()
     found = None
@@ -309,7 +325,7 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
         done = w.latents(k)
         bank = MemoryBank("released")
         bank.append(
-            torch.zeros(48, done, 2, 4), memory.segment_cameras(c2w, 0, done)[0], torch.arange(done)
+            torch.zeros(48, done, 2, 4), segment_cameras(c2w, 0, done)[0], torch.arange(done)
         )
         asks = c2w[0, [4 * latent for latent in w.queries(k)]]
         slots, _ = bank.retrieve(asks, before=first)
@@ -319,13 +335,12 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
         assert (frame + 1).tolist() == ROLLOUT[f"segment{k}.selected_before_sink"].tolist()
         torch.testing.assert_close(score, ROLLOUT[f"segment{k}.overlap"], atol=1e-6, rtol=0)
     windows = [
-        memory.action_windows(ROLLOUT[name][None], first, end - first)
-        for name in ("mouse", "keyboard")
+        action_windows(ROLLOUT[name][None], first, end - first) for name in ("mouse", "keyboard")
     ]
-    context = memory.make_context(
+    context = make_context(
         torch.zeros(1, 48, P, 2, 4),
         torch.arange(first, end)[None],
-        memory.segment_cameras(c2w, first, end - first),
+        segment_cameras(c2w, first, end - first),
         *windows,
         torch.zeros(1, 7, 64),
         found,
@@ -344,8 +359,8 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
 
 
 def test_released_windows_have_the_official_frames() -> None:
-    first = memory.released_windows(torch.arange(57.0)[None, :, None])[0, :, :, 0]
-    later = memory.released_windows(torch.arange(41.0, 97)[None, :, None])[0, :, :, 0]
+    first = released_windows(torch.arange(57.0)[None, :, None])[0, :, :, 0]
+    later = released_windows(torch.arange(41.0, 97)[None, :, None])[0, :, :, 0]
     assert first.shape == (15, 12) and later.shape == (14, 12)
     assert (
         first[0].tolist() == [0] * 12
@@ -358,12 +373,12 @@ def test_released_windows_have_the_official_frames() -> None:
 
 def test_a_latent_sees_the_actions_that_made_it_in_every_segment() -> None:
     actions = torch.arange(200.0)[None, :, None].expand(2, -1, 1)
-    seen = memory.action_windows(actions, torch.tensor([0, 31]), 14)[..., 0]
+    seen = action_windows(actions, torch.tensor([0, 31]), 14)[..., 0]
     for b, first in ((0, 0), (1, 31)):
         for i in range(14):
             latent = first + i
             assert seen[b, i].tolist() == [max(0, a) for a in range(4 * latent - 12, 4 * latent)]
-    assert torch.equal(seen[0], memory.released_windows(actions[:1, :57])[0, :14, :, 0])
+    assert torch.equal(seen[0], released_windows(actions[:1, :57])[0, :14, :, 0])
 
 
 # ---- overlap: fast equals slow -----------------------------------------------------------------------------
@@ -386,7 +401,7 @@ def dense_overlap(query: torch.Tensor, candidate: torch.Tensor, n: int = 300) ->
 
 def test_exact_volume_agrees_with_dense_sampling() -> None:
     query = random_cameras(1, 3)
-    candidates = query @ memory.pose_to_c2w(
+    candidates = query @ camera.pose_to_c2w(
         torch.tensor([[2, 1, -3, 12, 25], [-6, 0, 4, -20, -40]], dtype=torch.float64)
     )
     dense = torch.tensor([dense_overlap(query[0], c) for c in candidates])
@@ -465,7 +480,7 @@ def there_and_back() -> torch.Tensor:
     keyboard, mouse = torch.zeros(600, 6), torch.zeros(600, 2)
     keyboard[:160, 0] = keyboard[280:440, 0] = 1
     mouse[160:280, 1] = mouse[440:560, 1] = 0.1
-    return memory.pose_to_c2w(memory.integrate((0, -1.6, 0, 0, 0), keyboard, mouse))[::4]
+    return camera.pose_to_c2w(camera.integrate((0, -1.6, 0, 0, 0), keyboard, mouse))[::4]
 
 
 @pytest.mark.parametrize("rule", memory.RULES)
@@ -570,7 +585,7 @@ def test_a_bank_answers_at_every_size_also_just_before_it_grows(size: int) -> No
 def test_the_gate_keeps_new_places_and_skips_what_is_known() -> None:
     still = torch.eye(4).expand(400, 4, 4)
     assert len(filled_bank(still, free=16)) == 16 + 384 // 8
-    far = memory.pose_to_c2w(torch.tensor([[40.0 * i, 0, 0, 0, 0] for i in range(100)]))
+    far = camera.pose_to_c2w(torch.tensor([[40.0 * i, 0, 0, 0, 0] for i in range(100)]))
     assert len(filled_bank(far, free=16)) == 100
     lap = walk(300, 8)
     assert len(filled_bank(lap, free=16)) < 200 and len(filled_bank(lap)) == 300
@@ -640,7 +655,7 @@ def clip(B: int = 2, T: int = 45) -> dict:
     frames = 4 * (T - 1) + 1
     keyboard, mouse = random_actions(B * frames, 1)
     poses = [
-        memory.integrate(
+        camera.integrate(
             (b, -1.6, 0, 0, 40 * b),
             keyboard[: frames - 1],
             mouse[b * frames : (b + 1) * frames - 1],
@@ -649,7 +664,7 @@ def clip(B: int = 2, T: int = 45) -> dict:
     ]
     return {
         "latents": torch.randn(B, 6, T, 4, 4, generator=g),
-        "c2w": memory.pose_to_c2w(torch.stack(poses)).float(),
+        "c2w": camera.pose_to_c2w(torch.stack(poses)).float(),
         "keyboard": keyboard.view(B, frames, 6).float(),
         "mouse": mouse.view(B, frames, 2).float(),
         "text": torch.randn(B, 3, 8, generator=g),
@@ -670,17 +685,17 @@ def test_anchored_rays_move_with_the_player_absolute_ones_stay_and_none_are_zero
     rays = {}
     for encoding in ("anchored", "absolute", "none"):
         here, there = (
-            memory.clip_context(**x, start=start, n_new=10, n_past=4, encoding=encoding)[1].rays
+            clip_context(**x, start=start, n_new=10, n_past=4, encoding=encoding)[1].rays
             for x in (c, elsewhere)
         )
         rays[encoding] = here
         assert torch.allclose(here, there, atol=1e-4) == (encoding != "absolute")
     assert rays["anchored"].std() > 0.3 and rays["none"].abs().max() == 0
     at_origin = c | {
-        "c2w": memory.relative(c["c2w"][:, 56:57], c["c2w"])
+        "c2w": camera.relative(c["c2w"][:, 56:57], c["c2w"])
     }  # the last frame of the past of latent 15 ...
     both = [
-        memory.clip_context(**at_origin, start=start, n_new=10, n_past=4, encoding=e)[1].rays[0]
+        clip_context(**at_origin, start=start, n_new=10, n_past=4, encoding=e)[1].rays[0]
         for e in ("anchored", "absolute")
     ]
     torch.testing.assert_close(
@@ -688,14 +703,14 @@ def test_anchored_rays_move_with_the_player_absolute_ones_stay_and_none_are_zero
     )  # ... as the origin of the world: no difference
 
 
-@pytest.mark.parametrize("encoding", memory.ENCODINGS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
     c, start, index = (
         clip(),
         torch.tensor([15, 25]),
         torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]]),
     )
-    x0, context = memory.clip_context(
+    x0, context = clip_context(
         **c, start=start, n_new=10, n_past=4, memory_index=index, encoding=encoding
     )
     for b in range(2):
@@ -703,15 +718,15 @@ def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
         bank = MemoryBank()
         bank.append(
             c["latents"][b, :, :35],
-            memory.segment_cameras(c["c2w"][one], 0, 35)[0],
+            segment_cameras(c["c2w"][one], 0, 35)[0],
             torch.arange(35),
         )
-        hand = memory.make_context(
+        hand = make_context(
             c["latents"][one, :, first : first + 4],
             torch.arange(first, first + 14)[None],
-            memory.segment_cameras(c["c2w"][one], first, 14),
-            memory.action_windows(c["mouse"][one], first, 14),
-            memory.action_windows(c["keyboard"][one], first, 14),
+            segment_cameras(c["c2w"][one], first, 14),
+            action_windows(c["mouse"][one], first, 14),
+            action_windows(c["keyboard"][one], first, 14),
             c["text"][one],
             bank.read(index[b]),
             encoding,
@@ -728,7 +743,7 @@ def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
 
 def test_a_context_has_the_promised_shapes_and_null_actions_on_memory() -> None:
     c = clip()
-    x0, context = memory.clip_context(
+    x0, context = clip_context(
         **c,
         start=torch.tensor([15, 30]),
         n_new=10,
@@ -754,12 +769,12 @@ def test_a_context_has_the_promised_shapes_and_null_actions_on_memory() -> None:
     assert half.rays.dtype == torch.bfloat16 and half.times.dtype == torch.long
     assert same(
         context.drop_memory(),
-        memory.clip_context(**c, start=torch.tensor([15, 30]), n_new=10, n_past=4)[1],
+        clip_context(**c, start=torch.tensor([15, 30]), n_new=10, n_past=4)[1],
     )
 
 
 def test_the_null_branch_has_no_memory_no_actions_and_its_own_text() -> None:
-    context = memory.clip_context(
+    context = clip_context(
         **clip(),
         start=torch.tensor([15, 30]),
         n_new=10,
@@ -783,9 +798,7 @@ def test_the_null_branch_has_no_memory_no_actions_and_its_own_text() -> None:
 
 
 def test_the_first_segment_starts_from_one_image_latent() -> None:
-    x0, context = memory.clip_context(
-        **clip(), start=torch.ones(2, dtype=torch.long), n_new=14, n_past=1
-    )
+    x0, context = clip_context(**clip(), start=torch.ones(2, dtype=torch.long), n_new=14, n_past=1)
     assert (
         x0.shape[2] == 14
         and context.past.shape[2] == 1
@@ -797,11 +810,11 @@ def test_the_first_segment_starts_from_one_image_latent() -> None:
 
 def test_anchored_rays_are_what_they_say() -> None:
     cameras, anchor = random_cameras(2 * 3 * 4).view(2, 3, 4, 4, 4), random_cameras(2, 9)
-    image = memory.anchored_rays(cameras, anchor, memory.intrinsics(5, 6), 5, 6)
-    slow = memory.rays(
-        relative(anchor[:, None, None], cameras), memory.intrinsics(5, 6), 5, 6
+    image = camera.anchored_rays(cameras, anchor, camera.intrinsics(5, 6), 5, 6)
+    slow = camera.rays(
+        relative(anchor[:, None, None], cameras), camera.intrinsics(5, 6), 5, 6
     )  # (2, 3, 4, 6, 5, 6)
-    o, d = slow[..., :3, :, :] / memory.ANCHORED_SCALE, slow[..., 3:, :, :]
+    o, d = slow[..., :3, :, :] / camera.ANCHORED_SCALE, slow[..., 3:, :, :]
     azimuth = torch.atan2(d[..., 0, :, :], d[..., 2, :, :])
     waves = torch.stack(
         [wave for k in (2, 4, 8) for wave in ((k * azimuth).cos(), (k * azimuth).sin())], -3
@@ -823,27 +836,27 @@ def test_rays_depend_on_where_cameras_are_to_each_other_not_in_the_world() -> No
         "n_past": 4,
         "memory_index": torch.tensor([[3, 1, 7, 7, 1], [9, 2, 0, 20, 1]]),
     }
-    here = memory.clip_context(**c, **arguments)[1]
-    there = memory.clip_context(**c | {"c2w": away @ c["c2w"].double()}, **arguments)[1]
+    here = clip_context(**c, **arguments)[1]
+    there = clip_context(**c | {"c2w": away @ c["c2w"].double()}, **arguments)[1]
     torch.testing.assert_close(here.rays, there.rays, atol=1e-4, rtol=0)
 
 
 def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
     pose = torch.zeros(1, 57, 5, dtype=torch.float64)
     pose[0, :, 4] = torch.linspace(0, 80, 57)
-    cameras = memory.segment_cameras(memory.pose_to_c2w(pose), 0, 15)
-    image = memory.released_rays(
-        cameras, 0, 14, torch.tensor([16.0, 16, 16, 16]), (4, 4, 8)
-    ).unflatten(1, (6, 64))
+    cameras = segment_cameras(camera.pose_to_c2w(pose), 0, 15)
+    image = released_rays(cameras, 0, 14, torch.tensor([16.0, 16, 16, 16]), (4, 4, 8)).unflatten(
+        1, (6, 64)
+    )
     assert image[:, :3].abs().max() == 0
     torch.testing.assert_close(image[:, 3:].norm(dim=1), torch.ones(1, 64, 15, 4, 4))
 
 
 def test_own_intrinsics_reach_the_rays() -> None:
     c, arguments = clip(), {"start": torch.tensor([15, 25]), "n_new": 10, "n_past": 4}
-    plain = memory.clip_context(**c, **arguments)[1]
-    same_view = memory.clip_context(**c, **arguments, K=memory.intrinsics(32, 32).expand(2, 4))[1]
-    narrow = memory.clip_context(**c, **arguments, K=memory.intrinsics(32, 32, fov=40))[1]
+    plain = clip_context(**c, **arguments)[1]
+    same_view = clip_context(**c, **arguments, K=camera.intrinsics(32, 32).expand(2, 4))[1]
+    narrow = clip_context(**c, **arguments, K=camera.intrinsics(32, 32, fov=40))[1]
     assert torch.equal(plain.rays, same_view.rays) and not torch.allclose(plain.rays, narrow.rays)
 
 
@@ -855,7 +868,7 @@ def test_building_a_training_context_costs_milliseconds() -> None:
     )
     start, index = torch.randint(20, 50, (B,)), torch.randint(1, 15, (B, 5))
     zeros = torch.zeros(B, frames, 6)
-    build = lambda: memory.clip_context(
+    build = lambda: clip_context(
         latents, c2w, zeros, zeros[..., :2], torch.zeros(B, 3, 4), start, 10, 4, index
     )
     assert best_time(build) < 20e-3  # measured: 3 ms
@@ -869,11 +882,11 @@ def test_bad_cameras_are_named() -> None:
     for bad in (torch.nan, 3.0):
         c2w = good.clone()
         c2w[4, 0, 0] = bad
-        assert memory.is_rigid(c2w).tolist() == [True] * 4 + [False, True]
+        assert camera.is_rigid(c2w).tolist() == [True] * 4 + [False, True]
         with pytest.raises(ValueError, match=r"candidates\[4\] is no camera"):
             overlap(good[:1], c2w)
     with pytest.raises(ValueError, match="from_released"):
-        overlap(memory.to_released(good), good)
+        overlap(camera.to_released(good), good)
     with pytest.raises(ValueError, match="query must be"):
         overlap(good[:, :3], good)
 
@@ -896,19 +909,17 @@ def test_bad_requests_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="latents must be"):
         bank.append(torch.zeros(2, 3, 2, 2), torch.eye(4).expand(1, 4, 4, 4), torch.tensor([500]))
     with pytest.raises(ValueError, match="start must lie in 4 .. 35"):
-        memory.clip_context(**c, start=torch.tensor([3, 15]), n_new=10, n_past=4)
+        clip_context(**c, start=torch.tensor([3, 15]), n_new=10, n_past=4)
     with pytest.raises(ValueError, match="encoding must be one of"):
-        memory.clip_context(
-            **c, start=torch.tensor([15, 15]), n_new=10, n_past=4, encoding="plucker"
-        )
+        clip_context(**c, start=torch.tensor([15, 15]), n_new=10, n_past=4, encoding="plucker")
     with pytest.raises(ValueError, match="start must be > 4"):
         memory.select_training(c["c2w"], torch.tensor([4, 20]), 10)
     with pytest.raises(ValueError, match="frames 0 .. 99"):
-        memory.segment_cameras(c["c2w"][:, :100], 20, 10)
+        segment_cameras(c["c2w"][:, :100], 20, 10)
     with pytest.raises(ValueError, match="keyboard must be"):
-        memory.integrate((0, 0, 0, 0, 0), torch.zeros(4, 4), torch.zeros(4, 2))
+        camera.integrate((0, 0, 0, 0, 0), torch.zeros(4, 4), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="4k\\+1"):
-        memory.palindrome(56)
+        palindrome(56)
 
 
 def test_a_context_refuses_parts_that_do_not_belong_together() -> None:
@@ -916,12 +927,12 @@ def test_a_context_refuses_parts_that_do_not_belong_together() -> None:
     parts = dict(
         past=c["latents"][:, :, 11:15],
         times=torch.arange(11, 25).expand(2, 14),
-        cameras=memory.segment_cameras(c["c2w"], 11, 14),
-        mouse=memory.action_windows(c["mouse"], 11, 14),
-        keyboard=memory.action_windows(c["keyboard"], 11, 14),
+        cameras=segment_cameras(c["c2w"], 11, 14),
+        mouse=action_windows(c["mouse"], 11, 14),
+        keyboard=action_windows(c["keyboard"], 11, 14),
         text=c["text"],
     )
-    memory.make_context(**parts)
+    make_context(**parts)
     for name, wrong in (
         ("times", parts["times"][:1]),
         ("cameras", parts["cameras"][:, :13]),
@@ -930,9 +941,9 @@ def test_a_context_refuses_parts_that_do_not_belong_together() -> None:
         ("text", parts["text"][0]),
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            memory.make_context(**parts | {name: wrong})
+            make_context(**parts | {name: wrong})
     lost = Memory(
-        c["latents"][:, :, :5], torch.arange(4).expand(2, 4), memory.segment_cameras(c["c2w"], 0, 5)
+        c["latents"][:, :, :5], torch.arange(4).expand(2, 4), segment_cameras(c["c2w"], 0, 5)
     )
     with pytest.raises(ValueError, match="memory.times must be"):
-        memory.make_context(**parts, memory=lost)
+        make_context(**parts, memory=lost)

@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import camera
 import dit
-import memory
+import flow
 import moe
+from context import Memory, Window, make_context, released_windows, segment_cameras
+from dit import DiTConfig
+from engine import weights
 
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = dit.PRESETS["micro"]
@@ -65,13 +69,13 @@ def run_folder(path, model, steps=("000500",), ema=None):
     """What train.py leaves behind."""
     for step in steps:
         folder = path / "ckpt" / step
-        moe.write_weights(
+        weights.write_weights(
             folder / "diffusion_pytorch_model.safetensors",
             model.state_dict(),
             {"model": asdict(model.cfg), "step": int(step)},
         )
         if ema is not None:
-            moe.write_weights(
+            weights.write_weights(
                 folder / "ema.safetensors", ema.state_dict(), {"model": asdict(ema.cfg)}
             )
     (path / "latest").write_text(steps[-1])
@@ -97,7 +101,7 @@ def test_one_expert_runs_per_step(experts, scene, monkeypatch):
         monkeypatch.setattr(
             expert, "forward", lambda *a, n=name, f=forward, **k: calls.append(n) or f(*a, **k)
         )
-    dit.sample(experts.look("third"), scene.context, dit.sigma_grid(8), scene.x)
+    flow.sample(experts.look("third"), scene.context, flow.sigma_grid(8), scene.x)
     assert len(calls) == 8 and calls == sorted(
         calls, reverse=True
     )  # third, third, …, low: one change
@@ -114,9 +118,9 @@ def test_two_equal_experts_equal_one_dense_model(experts, scene):
     dense = experts.low
     twins = moe.Experts({"first": dense}, dense)
     for method in ("euler", "unipc"):
-        once = dit.sample(twins, scene.context, dit.sigma_grid(4), scene.x, method)
+        once = flow.sample(twins, scene.context, flow.sigma_grid(4), scene.x, method)
         assert torch.equal(
-            once, dit.sample(dense, scene.context, dit.sigma_grid(4), scene.x, method)
+            once, flow.sample(dense, scene.context, flow.sigma_grid(4), scene.x, method)
         )
 
 
@@ -189,8 +193,8 @@ def test_the_28b_preset_is_two_14b_networks_per_view_on_meta():
 
 def test_experts_survive_a_checkpoint(experts, tmp_path):
     file = tmp_path / "experts.safetensors"
-    moe.write_weights(file, experts.state_dict(), {"model": asdict(experts.config)})
-    loaded, _ = moe.load(file)
+    weights.write_weights(file, experts.state_dict(), {"model": asdict(experts.config)})
+    loaded, _ = weights.load(file)
     assert (
         isinstance(loaded, moe.Experts)
         and loaded.config == experts.config
@@ -204,7 +208,7 @@ def test_experts_trained_apart_are_joined(tmp_path, scene):
         for seed, name in enumerate(("first", "low", "third"))
     }
     runs = {name: run_folder(tmp_path / name, net) for name, net in nets.items()}
-    joined = moe.join(runs)
+    joined = weights.join(runs)
     assert set(joined.high) == {"first", "third"} and equal(joined.low, nets["low"])
     sigma = torch.tensor([0.95])
     assert torch.equal(
@@ -212,10 +216,10 @@ def test_experts_trained_apart_are_joined(tmp_path, scene):
         nets["third"](scene.x, sigma, scene.context),
     )
     with pytest.raises(ValueError, match="a low one and at least one view"):
-        moe.join({"first": runs["first"]})
+        weights.join({"first": runs["first"]})
     wider = run_folder(tmp_path / "wider", moe.build(replace(MICRO, ffn=32)))
     with pytest.raises(ValueError, match="one architecture"):
-        moe.join({"first": runs["first"], "low": wider})
+        weights.join({"first": runs["first"], "low": wider})
 
 
 # ---- the door: what opens
@@ -229,8 +233,8 @@ def test_weights_and_metadata_survive_a_round_trip(tmp_path):
         "d": torch.ones(2).bfloat16(),
     }
     said = {"model": {"dim": 3}, "step": 7, "note": "x0 → v", "list": [1, 2]}
-    moe.write_weights(tmp_path / "deep" / "w.safetensors", tensors, said)
-    found, metadata = moe.read_weights(tmp_path / "deep" / "w.safetensors")
+    weights.write_weights(tmp_path / "deep" / "w.safetensors", tensors, said)
+    found, metadata = weights.read_weights(tmp_path / "deep" / "w.safetensors")
     assert metadata == said and found.keys() == tensors.keys()
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
@@ -238,16 +242,16 @@ def test_weights_and_metadata_survive_a_round_trip(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
-    moe.write_weights(file, {"a": torch.zeros(3)})
+    weights.write_weights(file, {"a": torch.zeros(3)})
 
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(moe, "save_file", full_disk)
+    monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        moe.write_weights(file, {"a": torch.ones(3)})
-    assert list(tmp_path.iterdir()) == [file] and moe.read_weights(file)[0]["a"].sum() == 0
+        weights.write_weights(file, {"a": torch.ones(3)})
+    assert list(tmp_path.iterdir()) == [file] and weights.read_weights(file)[0]["a"].sum() == 0
 
 
 def test_a_file_a_folder_and_a_run_open_the_same_model(tmp_path):
@@ -255,24 +259,24 @@ def test_a_file_a_folder_and_a_run_open_the_same_model(tmp_path):
     run = run_folder(tmp_path / "runs" / "x", model, ("000010", "000500"))
     checkpoint = run / "ckpt" / "000500"
     for path in (run, str(checkpoint), checkpoint / "diffusion_pytorch_model.safetensors"):
-        loaded, meta = moe.load(path)
+        loaded, meta = weights.load(path)
         assert (
             equal(loaded, model)
             and loaded.cfg == MICRO
             and meta["step"] == 500
             and not loaded.training
         )
-    assert moe.find(run).parent.name == "000500"
+    assert weights.find(run).parent.name == "000500"
 
 
 def test_averaged_weights_are_preferred(tmp_path):
     model, ema = shaken(moe.build("micro")), shaken(moe.build("micro"), seed=1)
-    assert equal(moe.load(run_folder(tmp_path, model, ema=ema))[0], ema)
+    assert equal(weights.load(run_folder(tmp_path, model, ema=ema))[0], ema)
 
 
 def test_shards_make_one_model(tmp_path):
     folder = released_folder(tmp_path / "model")
-    whole, _ = moe.load(folder, dtype=torch.float32)
+    whole, _ = weights.load(folder, dtype=torch.float32)
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     names, index = sorted(tensors), {}
@@ -283,12 +287,12 @@ def test_shards_make_one_model(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": index})
     )
-    assert equal(moe.load(folder, dtype=torch.float32)[0], whole)
+    assert equal(weights.load(folder, dtype=torch.float32)[0], whole)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     with pytest.raises(
         ValueError, match="lacks 1 of 3 shards, diffusion_pytorch_model-00002-of-00003.safetensors"
     ):
-        moe.load(folder)
+        weights.load(folder)
 
 
 def test_nested_and_flat_torch_files_open_without_running_code(tmp_path):
@@ -296,17 +300,17 @@ def test_nested_and_flat_torch_files_open_without_running_code(tmp_path):
     torch.save(tensors, tmp_path / "flat.pth")
     torch.save({"state_dict": {"gen_model": tensors, "step": 3}}, tmp_path / "nested.pth")
     for name in ("flat", "nested"):
-        found, _ = moe.read_weights(tmp_path / f"{name}.pth")
+        found, _ = weights.read_weights(tmp_path / f"{name}.pth")
         assert found.keys() == tensors.keys() and torch.equal(
             found["conv1.weight"], tensors["conv1.weight"]
         )
     torch.save({"a": SimpleNamespace()}, tmp_path / "code.pth")
     with pytest.raises(Exception, match="weights_only|Weights only"):
-        moe.read_weights(tmp_path / "code.pth")
+        weights.read_weights(tmp_path / "code.pth")
 
 
 def test_an_fp32_checkpoint_becomes_a_bf16_model_of_the_rounded_weights(tmp_path):
-    model, _ = moe.load(released_folder(tmp_path), dtype=torch.bfloat16)
+    model, _ = weights.load(released_folder(tmp_path), dtype=torch.bfloat16)
     stored = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(t, stored[n].bfloat16()) for n, t in model.state_dict().items())
     context = dit.random_context(model.cfg, memory=2, past=1, new=3, size=4)
@@ -315,8 +319,8 @@ def test_an_fp32_checkpoint_becomes_a_bf16_model_of_the_rounded_weights(tmp_path
 
 
 def test_the_released_config_says_everything(tmp_path):
-    model, _ = moe.load(released_folder(tmp_path))
-    assert model.cfg == dit.DiTConfig(
+    model, _ = weights.load(released_folder(tmp_path))
+    assert model.cfg == DiTConfig(
         dim=64,
         heads=2,
         layers=2,
@@ -357,7 +361,7 @@ def test_the_released_config_says_everything(tmp_path):
             "vae_time_compression_ratio": 4,
         },
     }
-    assert moe.from_released(published) == dit.PRESETS["5b"]
+    assert weights.from_released(published) == dit.PRESETS["5b"]
 
 
 def test_a_config_without_sigma_theta_is_warned_about(tmp_path):
@@ -366,31 +370,31 @@ def test_a_config_without_sigma_theta_is_warned_about(tmp_path):
     del said["sigma_theta"]
     (folder / "config.json").write_text(json.dumps(said))
     with pytest.warns(UserWarning, match="no sigma_theta: using 0.8"):
-        assert moe.load(folder)[0].cfg.sigma_theta == 0.8
+        assert weights.load(folder)[0].cfg.sigma_theta == 0.8
 
 
 @torch.no_grad()
 def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
     released_folder(tmp_path / "weights" / "base_distilled_model", timestep="integer")
-    model, _ = moe.load(tmp_path / "weights", dtype=torch.float32)
+    model, _ = weights.load(tmp_path / "weights", dtype=torch.float32)
     golden = load_file(GOLDEN / "rollout.safetensors")
-    c2w = memory.from_released(golden["extrinsics"])[None]
+    c2w = camera.from_released(golden["extrinsics"])[None]
     history = golden["image_latent"]
     for k in range(4):
-        first, last, n_past = memory.Window().segment(k)
+        first, last, n_past = Window().segment(k)
         frames = slice(4 * first - 3 if k else 0, 4 * last - 3)
         mouse, keyboard = (
-            memory.released_windows(golden[name][None, frames]) for name in ("mouse", "keyboard")
+            released_windows(golden[name][None, frames]) for name in ("mouse", "keyboard")
         )
         remembered = None
         if k:
             index = golden[f"segment{k}.memory_latents_idx"][None]
-            seen = torch.stack([memory.segment_cameras(c2w, int(i), 1)[:, 0] for i in index[0]], 1)
-            remembered = memory.Memory(history[:, :, index[0]], index, seen)
-        context = memory.make_context(
+            seen = torch.stack([segment_cameras(c2w, int(i), 1)[:, 0] for i in index[0]], 1)
+            remembered = Memory(history[:, :, index[0]], index, seen)
+        context = make_context(
             history[:, :, first : first + n_past],
             torch.arange(first, last)[None],
-            memory.segment_cameras(c2w, first, last - first),
+            segment_cameras(c2w, first, last - first),
             mouse,
             keyboard,
             golden["context"][None],
@@ -399,7 +403,7 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
             stride=16,
         )
         noise = golden[f"segment{k}.noise"][:, :, n_past:]
-        x0 = dit.sample(model, context, golden["sigmas"], noise, "unipc")
+        x0 = flow.sample(model, context, golden["sigmas"], noise, "unipc")
         history = torch.cat([history, x0], 2)
         wanted = golden[f"segment{k}.latents"]
         assert (history[:, :, -wanted.shape[2] :] - wanted).norm() / wanted.norm() < 5e-6, (
@@ -410,11 +414,11 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
 def test_wan_weights_start_a_model_whose_cameras_and_actions_are_fresh(tmp_path):
     model = shaken(moe.build("micro"))
     wan = {n: t for n, t in model.state_dict().items() if not moe.is_new(n)}
-    moe.write_weights(tmp_path / "wan" / "diffusion_pytorch_model.safetensors", wan)
-    started, fresh = moe.start_from(tmp_path / "wan", "micro")
+    weights.write_weights(tmp_path / "wan" / "diffusion_pytorch_model.safetensors", wan)
+    started, fresh = weights.start_from(tmp_path / "wan", "micro")
     assert fresh and all(map(moe.is_new, fresh))
     assert all(torch.equal(started.state_dict()[n], t) for n, t in wan.items())
-    same, fresh = moe.start_from(run_folder(tmp_path / "run", model), "micro", torch.bfloat16)
+    same, fresh = weights.start_from(run_folder(tmp_path / "run", model), "micro", torch.bfloat16)
     assert not fresh and next(same.parameters()).dtype == torch.bfloat16
 
 
@@ -430,7 +434,7 @@ def test_missing_weights_name_the_command_that_gets_them(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(ValueError) as error:
-            moe.load(path)
+            weights.load(path)
         assert str(error.value) == (
             f"No weights at {path} (looked for base_distilled_model/config.json). Get them (~30 GB):\n"
             "  hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 \\\n"
@@ -448,9 +452,9 @@ def test_a_folder_of_two_models_asks_for_one(tmp_path):
         match="--weights points at a folder; it holds 2 models: "
         "base_distilled_model, base_model. Pass one of them.",
     ):
-        moe.load(tmp_path)
+        weights.load(tmp_path)
     shutil.rmtree(tmp_path / "base_model")
-    assert moe.load(tmp_path)[0].cfg.layers == 2  # one model beside a VAE file is no question
+    assert weights.load(tmp_path)[0].cfg.layers == 2  # one model beside a VAE file is no question
 
 
 def test_a_file_that_is_no_weight_file_is_refused(tmp_path):
@@ -458,16 +462,16 @@ def test_a_file_that_is_no_weight_file_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="is no weight file; pass a folder or a file in .safetensors"
     ):
-        moe.load(tmp_path / "start.png")
+        weights.load(tmp_path / "start.png")
 
 
 def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
     (tmp_path / "demo" / "ckpt").mkdir(parents=True)
     with pytest.raises(ValueError, match="python train.py --stage base --run demo"):
-        moe.load(tmp_path / "demo")
+        weights.load(tmp_path / "demo")
     (tmp_path / "demo" / "latest").write_text("000500")  # its folder was deleted
     with pytest.raises(ValueError, match="run without a checkpoint"):
-        moe.load(tmp_path / "demo")
+        weights.load(tmp_path / "demo")
 
 
 def test_plain_wan_weights_are_recognised(tmp_path):
@@ -475,7 +479,7 @@ def test_plain_wan_weights_are_recognised(tmp_path):
     stored = load_file(GOLDEN / "dit.safetensors")
     drop = {k.removeprefix("weights.") for k in stored if moe.is_new(k)}
     with pytest.raises(ValueError) as error:
-        moe.load(released_folder(tmp_path, drop=drop))
+        weights.load(released_folder(tmp_path, drop=drop))
     text = str(error.value)
     assert (
         new
@@ -493,16 +497,16 @@ def test_other_keys_are_counted_and_shown(tmp_path):
     with pytest.raises(
         ValueError, match=r"2 missing \(blocks.0.norm3.weight, …\), 1 unexpected \(ghost\)\.$"
     ):
-        moe.load(folder)
+        weights.load(folder)
 
 
 def test_a_quantised_file_says_where_it_belongs(tmp_path):
     model = moe.build("micro")
     tensors = {n: t for n, t in model.state_dict().items() if n != "blocks.0.self_attn.q.weight"}
     tensors["blocks.0.self_attn.q.weight_int8"] = torch.ones(2, dtype=torch.int8)
-    moe.write_weights(tmp_path / "q.safetensors", tensors, {"model": asdict(model.cfg)})
+    weights.write_weights(tmp_path / "q.safetensors", tensors, {"model": asdict(model.cfg)})
     with pytest.raises(ValueError, match="It is quantised: load the float weights"):
-        moe.load(tmp_path / "q.safetensors")
+        weights.load(tmp_path / "q.safetensors")
 
 
 def test_a_config_of_another_size_names_the_tensor(tmp_path):
@@ -512,7 +516,7 @@ def test_a_config_of_another_size_names_the_tensor(tmp_path):
         match=r"does not fit its config: blocks.0.ffn.0.weight is \(128, 64\), "
         r"the config needs \(256, 64\)",
     ):
-        moe.load(folder)
+        weights.load(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -10])
@@ -526,28 +530,28 @@ def test_a_cut_download_is_recognised(tmp_path, keep):
             match=r"is 2.7 MB, header says 2.7 MB: download was cut. "
             r"Re-run the same hf download; it resumes.",
         ):
-            moe.load(folder)
+            weights.load(folder)
     else:
         with pytest.raises(ValueError, match="download was cut"):
-            moe.load(folder)
+            weights.load(folder)
 
 
 def test_a_cut_torch_file_is_recognised(tmp_path):
     torch.save({"a": torch.randn(1000)}, tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
     with pytest.raises(ValueError, match="no readable torch file .* download was cut"):
-        moe.read_weights(tmp_path / "w.pth")
+        weights.read_weights(tmp_path / "w.pth")
 
 
 def test_a_file_without_a_config_is_never_guessed(tmp_path):
-    moe.write_weights(tmp_path / "w.safetensors", moe.build("micro").state_dict())
+    weights.write_weights(tmp_path / "w.safetensors", moe.build("micro").state_dict())
     with pytest.raises(ValueError, match="does not say what it is"):
-        moe.load(tmp_path)
-    moe.write_weights(
+        weights.load(tmp_path)
+    weights.write_weights(
         tmp_path / "w.safetensors", {"a": torch.ones(1)}, {"model": asdict(MICRO) | {"wings": 2}}
     )
     with pytest.raises(ValueError, match="unknown fields wings"):
-        moe.load(tmp_path)
+        weights.load(tmp_path)
 
 
 def test_an_unknown_preset_lists_the_known_ones():

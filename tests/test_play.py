@@ -1,6 +1,7 @@
 """Walking around inside: what is held is what acts, nothing queues, nothing is lost, and every error says what to type."""
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import http.client
@@ -18,16 +19,25 @@ import threading
 import time
 from pathlib import Path
 
+import av
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-import data
+import camera
+import moe
 import play
 import realtime
 import world
+from dataset.episode import list_episodes, poses_to_c2w, psnr, read_episode
+from engine import weights
+from game import render
+from game.scene import SPLITS, make_scene
+from page import recording
+from page.player import Player, explain
+from page.server import MAX_LOOK, STREAMS, Controls, bind
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENT = 300  # seconds a browser may need on a machine that is busy with other things
@@ -71,8 +81,8 @@ def main(folder: Path, *flags: str) -> tuple[int, str]:
 def page(tmp_path: Path, *flags: str):
     """A fake session behind a real server in this process: (player, server)."""
     args = arguments("--fake", "--size", "64x64", "--out", str(tmp_path / "session"), *flags)
-    player = play.Player(args, 40)
-    server = play.bind(player, args.host, 18000 + os.getpid() % 2000)
+    player = Player(args, 40)
+    server = bind(player, args.host, 18000 + os.getpid() % 2000)
     player.start()
     try:
         wait_for(lambda: player.begun is not None)
@@ -233,8 +243,8 @@ def test_action_files_are_read_and_a_missing_one_is_an_error(tmp_path: Path) -> 
     assert np.array_equal(play.read_actions(str(tmp_path / "keys.npz"), 16)[1], mouse)
     poses = [(0.0, -1.6, 0.0, 0.0, 0.0)]
     for keys, turn in zip(keyboard.tolist(), mouse.tolist(), strict=True):
-        poses.append(world.step_pose(poses[-1], keys, turn))
-    np.savez(tmp_path / "poses.npz", poses=data.poses_to_c2w(np.array(poses)))
+        poses.append(camera.step_pose(poses[-1], keys, turn))
+    np.savez(tmp_path / "poses.npz", poses=poses_to_c2w(np.array(poses)))
     again, turn, notes = play.read_actions(str(tmp_path / "poses.npz"), 16)
     assert np.array_equal(again, keyboard) and np.abs(turn - mouse).max() < 1e-3 and notes
     with pytest.raises(
@@ -259,7 +269,7 @@ class Clock:
 
 def test_a_tap_is_never_lost() -> None:
     clock = Clock()
-    controls = play.Controls(clock)
+    controls = Controls(clock)
     clock.now = 0.1
     controls.post(["w"])
     clock.now = 0.101
@@ -271,7 +281,7 @@ def test_a_tap_is_never_lost() -> None:
 
 def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
     clock = Clock()
-    controls = play.Controls(clock)
+    controls = Controls(clock)
     controls.post(["d"])
     clock.now = 0.5
     controls.post([])
@@ -280,7 +290,7 @@ def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
 
 def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
     clock = Clock()
-    controls = play.Controls(clock)
+    controls = Controls(clock)
     controls.post(["w"])
     clock.now = 1.0
     assert controls.read(40, 40)[0][:, 0].all()
@@ -290,7 +300,7 @@ def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
 
 
 def test_opposite_keys_cancel_and_others_combine() -> None:
-    controls = play.Controls(Clock())
+    controls = Controls(Clock())
     controls.post(["w", "s", "d"])
     keyboard, mouse, _ = controls.read(8, 40)
     assert keyboard.sum(0).tolist() == [0, 0, 0, 8, 0, 0]
@@ -299,7 +309,7 @@ def test_opposite_keys_cancel_and_others_combine() -> None:
 
 
 def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() -> None:
-    controls = play.Controls(Clock())
+    controls = Controls(Clock())
     controls.post([], 10, -5)
     controls.post([], 30, 0)
     _, mouse, said = controls.read(40, 40)
@@ -308,11 +318,11 @@ def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() 
     )  # right and up are positive
     controls.post([], 1e4, 0)
     _, mouse, said = controls.read(40, 40)
-    assert said["clipped"] and mouse.max() == np.float32(play.MAX_LOOK)
+    assert said["clipped"] and mouse.max() == np.float32(MAX_LOOK)
 
 
 def test_pitch_stays_within_its_limit() -> None:
-    controls, pitch = play.Controls(Clock()), 0.0
+    controls, pitch = Controls(Clock()), 0.0
     controls.post(["i"])
     for _ in range(4):
         _, mouse, _ = controls.read(40, 40, pitch, limit=85)
@@ -327,7 +337,7 @@ def save(path: Path, *size: int, mode: str = "RGB") -> Path:
 
 
 def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None:
-    start = play.open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
+    start = recording.open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
     assert (
         start.image.shape == (64, 128, 3)
         and "big.png: 400x300 → 128x64 centre crop" in start.note
@@ -335,13 +345,13 @@ def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None
     )
     assert (
         "alpha dropped"
-        in play.open_start(
+        in recording.open_start(
             save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png"
         ).note
     )
     assert (
         "enlarged: it is smaller than the model's 64x64"
-        in play.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
+        in recording.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
     )
 
 
@@ -355,17 +365,17 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
         with pytest.raises(
             ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"
         ):
-            play.open_start(source, (64, 64), name)
+            recording.open_start(source, (64, 64), name)
 
 
 def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:
-    start = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
-    assert start.truth["scene"]["seed"] in world.SPLITS["test"], (
+    start = recording.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    assert start.truth["scene"]["seed"] in SPLITS["test"], (
         "held out: no training has seen this world"
     )
     assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
     start.save(tmp_path / "again.png")
-    again = play.open_start(tmp_path / "again.png", (128, 128), "again.png")
+    again = recording.open_start(tmp_path / "again.png", (128, 128), "again.png")
     assert again.pose == start.pose and again.image.shape == (128, 128, 3), (
         "drawn again at the size that is asked for"
     )
@@ -381,17 +391,17 @@ def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None
     ],
 )
 def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
-    info = play.PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
     Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
     with pytest.raises(ValueError, match="liar.png cannot be read"):
-        play.open_start(tmp_path / "liar.png", (64, 64), "liar.png")
+        recording.open_start(tmp_path / "liar.png", (64, 64), "liar.png")
 
 
 # ---- the fake session ------------------------------------------------------------------------------------------------
-def fake() -> play.FakeSession:
-    session = play.FakeSession((32, 32))
+def fake() -> recording.FakeSession:
+    session = recording.FakeSession((32, 32))
     session.reset(None, "", 3, ())
     return session
 
@@ -403,7 +413,7 @@ def test_the_fake_session_is_the_game() -> None:
     frames, info = session.step(keyboard, mouse)
     assert frames.shape == (4, 32, 32, 3) and frames.dtype == torch.uint8
     assert np.array_equal(
-        frames.numpy(), play.true_views(session.inside, np.array(info["poses"]), 32, 32)
+        frames.numpy(), recording.true_views(session.inside, np.array(info["poses"]), 32, 32)
     )
     assert math.isclose(info["poses"][-1][4] - session.poses[0][4], 6.0, abs_tol=1e-5)
 
@@ -414,7 +424,7 @@ def test_a_fake_undo_and_a_restored_state_go_on_alike(tmp_path: Path) -> None:
     session.undo()
     session.save(tmp_path / "state.safetensors")
     assert torch.equal(session.step(keyboard, mouse).frames, first)
-    other = play.FakeSession((32, 32))
+    other = recording.FakeSession((32, 32))
     other.restore(tmp_path / "state.safetensors")
     assert torch.equal(other.step(keyboard, mouse).frames, first)
 
@@ -426,10 +436,10 @@ def test_looking_up_and_walking_into_walls_stays_in_the_known_world(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "walk/session.json").read_text())
     highest = max(pose[3] for pose in said["poses"])
-    assert world.MAX_PITCH - 1e-4 < highest < world.MAX_PITCH + 1e-4
+    assert render.MAX_PITCH - 1e-4 < highest < render.MAX_PITCH + 1e-4
     walked = np.array(said["keyboard"])[:, 0]
     assert 0 < walked.sum() < 80
-    scene = world.make_scene(**said["truth"]["scene"])
+    scene = make_scene(**said["truth"]["scene"])
     for pose in said["poses"]:
         assert not scene.solid[int(pose[0]), int(pose[2])]
 
@@ -469,10 +479,10 @@ def test_play_writes_frames_headless(walked: Path) -> None:
 
 
 def test_a_session_folder_is_a_training_clip(walked: Path) -> None:
-    episode = data.read_episode(walked)
-    assert episode.video.shape == (129, 64, 64, 3) and data.list_episodes(walked.parent) == [walked]
+    episode = read_episode(walked)
+    assert episode.video.shape == (129, 64, 64, 3) and list_episodes(walked.parent) == [walked]
     assert np.array_equal(
-        episode.video[60], data.true_frames(episode.meta, episode.c2w[60:61], 64, 64)[0]
+        episode.video[60], world.true_frames(episode.meta, episode.c2w[60:61], 64, 64)[0]
     )
     assert episode.valid[:-1].all() and not episode.valid[-1]
     free = ~episode.contact[:-1]
@@ -482,14 +492,14 @@ def test_a_session_folder_is_a_training_clip(walked: Path) -> None:
         episode.mouse.tolist(),
         strict=False,
     )
-    steps = [world.step_pose(*row) for row in rows]
+    steps = [camera.step_pose(*row) for row in rows]
     assert np.abs(np.array(steps) - episode.player[1:])[free].max() < 1e-3, (
         "the stored action explains the next pose"
     )
 
 
 def test_revisit_comes_back_to_the_first_view(walked: Path) -> None:
-    video = data.read_episode(walked).video
+    video = read_episode(walked).video
     assert (
         np.abs(video[8].astype(int) - video[128]).max() <= 1
         and np.abs(video[8].astype(int) - video[68]).mean() > 5
@@ -499,9 +509,7 @@ def test_revisit_comes_back_to_the_first_view(walked: Path) -> None:
 def test_replay_gives_the_same_frames(walked: Path, tmp_path: Path) -> None:
     code, said = main(tmp_path, "--replay", str(walked), "--out", "again")
     assert code == 0 and "32 of 32 chunks are identical" in said
-    assert np.array_equal(
-        data.read_episode(walked).video, data.read_episode(tmp_path / "again").video
-    )
+    assert np.array_equal(read_episode(walked).video, read_episode(tmp_path / "again").video)
 
 
 def test_a_film_is_one_walk_in_three_panels(tmp_path: Path) -> None:
@@ -587,9 +595,7 @@ def test_a_session_goes_on_where_it_ended_and_goes_on_again(short: Path) -> None
         "walk-2 goes on at frame 16"
         in main(folder, "--fake", "--size", "32x32", "--actions", "j:4", "--out", "walk-2")[1]
     )
-    first, second, third = (
-        data.read_episode(folder / name) for name in ("walk", "walk-2", "walk-2-2")
-    )
+    first, second, third = (read_episode(folder / name) for name in ("walk", "walk-2", "walk-2-2"))
     assert np.array_equal(first.video[-1], second.video[0]) and np.array_equal(
         second.video[-1], third.video[0]
     )
@@ -613,7 +619,7 @@ def test_ctrl_c_leaves_a_playable_film_and_a_session_that_goes_on(tmp_path: Path
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    frames = len(data.read_episode(tmp_path / "cut").video)
+    frames = len(read_episode(tmp_path / "cut").video)
     assert (
         80 < frames < 4000
         and imageio.improps(tmp_path / "cut/play.mp4", plugin="pyav").shape[0] == frames
@@ -641,7 +647,7 @@ class Dream:
         n = len(keyboard)
         assert n == self.frames_needed
         for keys, turn in zip(keyboard.tolist(), mouse.tolist(), strict=True):
-            self.poses.append(world.step_pose(self.poses[-1], keys, turn))
+            self.poses.append(camera.step_pose(self.poses[-1], keys, turn))
         noise = torch.Generator().manual_seed(self.seed + len(self.chunks))
         frames = torch.randint(0, 255, (n, *self.image.shape), generator=noise).byte()
         read = (9, 7, 5, 3, 0) if self.chunks and self.policy != "none" else ()
@@ -665,17 +671,17 @@ class Dream:
 
 def dreaming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, slow: float = 0.0
-) -> play.Player:
+) -> Player:
     dream = Dream(slow)
     monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
-    player = play.Player(arguments("--out", str(tmp_path / "dream"), *flags), 40)
+    player = Player(arguments("--out", str(tmp_path / "dream"), *flags), 40)
     player.open()
     return player
 
 
-def act(player: play.Player, chord: str) -> None:
+def act(player: Player, chord: str) -> None:
     n = player.session.frames_needed
-    keyboard, mouse = (part.numpy() for part in data.actions_from_keys([chord] * n))
+    keyboard, mouse = (part.numpy() for part in camera.actions_from_keys([chord] * n))
     player.chunk(keyboard, mouse, {"keys": [chord]})
 
 
@@ -685,9 +691,9 @@ def test_a_model_is_judged_by_the_true_renderer(
     player = dreaming(tmp_path, monkeypatch)
     act(player, "l")
     frames, headers, _ = player.shown
-    truth = play.true_views(player.begun.truth, np.array([headers[3]["pose"]]), 64, 64)
+    truth = recording.true_views(player.begun.truth, np.array([headers[3]["pose"]]), 64, 64)
     assert (
-        abs(headers[3]["psnr"] - float(data.psnr(frames[3:4], truth))) < 0.5
+        abs(headers[3]["psnr"] - float(psnr(frames[3:4], truth))) < 0.5
         and 3 < headers[3]["psnr"] < 15
     )
 
@@ -702,12 +708,12 @@ def test_tab_shows_the_true_renderer_at_the_same_pose(
     assert (
         np.array_equal(
             frames,
-            play.true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64),
+            recording.true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64),
         )
         and headers[0]["view"] == "truth"
     )
     player.save()
-    assert not np.array_equal(data.read_episode(tmp_path / "dream").video[1:], frames), (
+    assert not np.array_equal(read_episode(tmp_path / "dream").video[1:], frames), (
         "what is recorded is what the model made"
     )
 
@@ -796,7 +802,7 @@ def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(
         np.array(second["keyboard"])[:2400, 2].all()
         and np.array(second["keyboard"])[2400:, 3].all()
     )
-    assert len(data.read_episode(tmp_path / "dream-2").video) == 1 + 61 * 40
+    assert len(read_episode(tmp_path / "dream-2").video) == 1 + 61 * 40
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
@@ -806,7 +812,7 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
         connection.request("GET", "/")
         text = connection.getresponse().read().decode()
     assert (
-        text == (ROOT / "play.html").read_text()
+        text == (ROOT / "page/index.html").read_text()
         and "http://" not in text
         and "https://" not in text
     )
@@ -912,7 +918,7 @@ def test_commands_do_what_they_say(tmp_path: Path) -> None:
         wait_for(lambda: player.seed != 42 and player.frame == 0)
         picture = io.BytesIO()
         Image.new("RGB", (80, 60), (200, 30, 30)).save(picture, "PNG")
-        viewer.post("/cmd", cmd="image", data=play.base64.b64encode(picture.getvalue()).decode())
+        viewer.post("/cmd", cmd="image", data=base64.b64encode(picture.getvalue()).decode())
         wait_for(
             lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None
         )
@@ -1015,7 +1021,7 @@ def garbage(rng: random.Random) -> bytes:
     )
 
 
-def bombard(player: play.Player, server, requests: int) -> None:
+def bombard(player: Player, server, requests: int) -> None:
     rng = random.Random(2)
     for _ in range(requests):
         with (
@@ -1046,7 +1052,7 @@ def test_ten_thousand_garbage_requests_leave_the_server_up(served) -> None:
 
 def test_viewers_are_bounded(tmp_path: Path) -> None:
     with page(tmp_path) as (player, server):
-        viewers = [Viewer(server) for _ in range(play.STREAMS)]
+        viewers = [Viewer(server) for _ in range(STREAMS)]
         assert ask(server, "GET", "/frames") == (
             503,
             {"ok": False, "error": "8 viewers are connected already"},
@@ -1089,8 +1095,8 @@ def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
 
 
 def test_another_host_demands_its_token(tmp_path: Path) -> None:
-    player = play.Player(arguments("--fake"), 40)
-    server = play.bind(player, "0.0.0.0", 18000 + os.getpid() % 2000)
+    player = Player(arguments("--fake"), 40)
+    server = bind(player, "0.0.0.0", 18000 + os.getpid() % 2000)
     try:
         assert len(server.token) == 32
         status, said = ask(server, "GET", "/state")
@@ -1207,7 +1213,7 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    experts = realtime.moe.build("tiny-moe")
+    experts = moe.build("tiny-moe")
     tensors = {name: tensor.bfloat16() for name, tensor in experts.state_dict().items()}
     said = {
         "config": dataclasses.asdict(experts.config),
@@ -1216,7 +1222,7 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
         "view": "both",
         "encoding": "anchored",
     }
-    realtime.moe.write_weights(tmp_path / "moe.safetensors", tensors, said)
+    weights.write_weights(tmp_path / "moe.safetensors", tensors, said)
     flags = [
         "--view",
         "third",
@@ -1228,8 +1234,8 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
         "walk",
     ]
     play.main([*flags, "--weights", "moe.safetensors", "--steps", "1"])
-    clip = data.read_episode(tmp_path / "walk")
-    scene = world.make_scene(**clip.meta["scene"])
+    clip = read_episode(tmp_path / "walk")
+    scene = make_scene(**clip.meta["scene"])
     assert clip.meta["view"] == "third" and np.allclose(
         clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4
     )
@@ -1239,17 +1245,17 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
         and back.max() < 3
         and not scene.solid[tuple(np.floor(clip.c2w[:, [0, 2], 3]).astype(int).T)].any()
     )
-    first = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
-    third = play.open_start(ROOT / "assets/start.png", (64, 64), "start.png", "third")
-    empty = data.true_frames(
-        third.truth | {"view": "first"}, data.eyes(third.truth, np.array([third.pose])), 64, 64
+    first = recording.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    third = recording.open_start(ROOT / "assets/start.png", (64, 64), "start.png", "third")
+    empty = world.true_frames(
+        third.truth | {"view": "first"}, world.eyes(third.truth, np.array([third.pose])), 64, 64
     )[0]
     assert (third.image != empty).any(-1).mean() > 0.01 and not np.array_equal(
         first.image, third.image
     )  # somebody stands there
     play.main([*flags[:4], "--fake", "--actions", "w:4", "--out", "game"])
     play.main(["--fake", "--actions", "w:4", "--out", "game"])  # goes on as it began
-    for clip in (data.read_episode(folder) for folder in sorted(tmp_path.glob("game*"))):
+    for clip in (read_episode(folder) for folder in sorted(tmp_path.glob("game*"))):
         assert clip.meta["view"] == "third" and np.allclose(
             clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4
         )
@@ -1266,9 +1272,9 @@ def test_a_big_preset_without_a_gpu_is_refused_early() -> None:
 def test_memory_and_device_errors_say_the_way_out() -> None:
     assert (
         "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75"
-        in play.explain(torch.OutOfMemoryError("CUDA"))
+        in explain(torch.OutOfMemoryError("CUDA"))
     )
-    said = play.explain(
+    said = explain(
         NotImplementedError("The operator 'aten::x' is not implemented for the MPS device")
     )
     assert "run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu" in said
@@ -1278,7 +1284,7 @@ def test_odd_sizes_are_refused_before_encoding(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="mp4 needs even sizes, got 63x65; nearest legal size: 64x66"
     ):
-        play.open_film(tmp_path / "odd.mp4", 16, (65, 63))
+        recording.open_film(tmp_path / "odd.mp4", 16, (65, 63))
 
 
 def test_without_a_video_library_the_frames_are_kept(
@@ -1287,7 +1293,7 @@ def test_without_a_video_library_the_frames_are_kept(
     def missing(*_, **__):
         raise ValueError("no libx264")
 
-    monkeypatch.setattr(play.av, "open", missing)
+    monkeypatch.setattr(av, "open", missing)
     player = dreaming(tmp_path, monkeypatch)
     act(player, "w")
     player.save()
@@ -1295,7 +1301,7 @@ def test_without_a_video_library_the_frames_are_kept(
         'no play.mp4 (no libx264): pip install "imageio[pyav]". Every frame is kept in'
         in capsys.readouterr().out
     )
-    assert len(data.read_episode(tmp_path / "dream").video) == 57
+    assert len(read_episode(tmp_path / "dream").video) == 57
 
 
 def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
@@ -1312,11 +1318,11 @@ def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
         return step(keyboard, mouse)
 
     dream.step = breaks
-    player = play.Player(arguments("--out", str(tmp_path / "dream")), 400)
+    player = Player(arguments("--out", str(tmp_path / "dream")), 400)
     player.start()
     player.join(30)
     assert player.screen.stage == "stopped: RuntimeError: the device is gone"
-    assert len(data.read_episode(tmp_path / "dream").video) == 1 + 56 + 40
+    assert len(read_episode(tmp_path / "dream").video) == 1 + 56 + 40
 
 
 def test_check_reports_and_loads_nothing(tmp_path: Path) -> None:
@@ -1434,7 +1440,7 @@ def soak(folder: Path, minutes: float, *flags: str) -> tuple[int, float, float, 
         process.send_signal(signal.SIGINT)
         process.wait(60)
     assert frame["i"] > 600 * minutes
-    assert data.read_episode(next((folder / "runs").glob("play-*"))).video.shape[0] > 600 * minutes
+    assert read_episode(next((folder / "runs").glob("play-*"))).video.shape[0] > 600 * minutes
     return frame["i"], first, settled, last
 
 

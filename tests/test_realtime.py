@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import camera
 import dit
 import memory
 import moe
@@ -25,6 +27,11 @@ import quant
 import realtime
 import vae
 import world
+from dit import DiT
+from engine import ranks, weights
+from game import render
+from game.scene import make_scene
+from lab import bench
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = realtime.Options(preset="micro", weights="random", device="cpu", dtype="float32")
@@ -103,9 +110,7 @@ def test_the_same_seed_and_actions_give_the_same_frames(
     assert pixels(walk(session, 1)[0].frames, three[0].frames) > 10
 
 
-@pytest.mark.parametrize(
-    "pool", [None, realtime.ThreadPoolExecutor(1)], ids=["one thread", "two threads"]
-)
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor(1)], ids=["one thread", "two threads"])
 def test_async_frames_equal_sequential_frames_and_stay_in_order(
     session: realtime.Session,
     three: list[realtime.Chunk],
@@ -152,7 +157,7 @@ def test_a_restored_session_continues_exactly(
     assert other.policy == "recent"
     other.policy = "camera"
     assert torch.equal(walk(other, 1, 2)[0].frames, three[2].frames)
-    moe.write_weights(tmp_path / "foreign.safetensors", {"x": torch.zeros(1)})
+    weights.write_weights(tmp_path / "foreign.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="no saved session of preset micro"):
         other.restore(tmp_path / "foreign.safetensors")
 
@@ -166,9 +171,11 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
         "encoding": "anchored",
         "model": vars(dit.PRESETS["micro"]),
     }
-    moe.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
-    moe.write_weights(
-        tmp_path / "vae.safetensors", nets["encoder"].state_dict(), vae.metadata(nets["encoder"])
+    weights.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
+    weights.write_weights(
+        tmp_path / "vae.safetensors",
+        nets["encoder"].state_dict(),
+        weights.vae_metadata(nets["encoder"]),
     )
     session = realtime.Session(replace(OPTIONS, weights=str(tmp_path)))
     assert session.denoiser.meta == {
@@ -191,7 +198,7 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_third_person_sees_from_where_the_game_puts_its_camera() -> None:
-    scene, n = world.make_scene(7, "plaza"), 64
+    scene, n = make_scene(7, "plaza"), 64
     g = torch.Generator().manual_seed(0)
     ground = len(scene.solid) * torch.rand(n, 2, generator=g, dtype=torch.float64)
     turns = torch.rand(n, 2, generator=g, dtype=torch.float64) * torch.tensor(
@@ -204,9 +211,9 @@ def test_the_third_person_sees_from_where_the_game_puts_its_camera() -> None:
     ) > 2.799  # no wall shortens the arm
     assert free.sum() > 10
     torch.testing.assert_close(
-        memory.behind(poses, world.MAX_PITCH)[free], right[free], rtol=0, atol=1e-5
+        camera.behind(poses, render.MAX_PITCH)[free], right[free], rtol=0, atol=1e-5
     )
-    assert memory.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))[0, 1, 2] == pytest.approx(
+    assert camera.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))[0, 1, 2] == pytest.approx(
         math.sin(math.radians(85))
     )
 
@@ -224,8 +231,8 @@ def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
     pose = torch.tensor(
         [chunk.info["poses"][11]], dtype=torch.float64
     )  # latent 3 ends with frame 12
-    torch.testing.assert_close(latent, memory.behind(pose)[0], rtol=0, atol=1e-5)
-    third.denoiser.camera = memory.pose_to_c2w  # whoever knows the walls brings its own
+    torch.testing.assert_close(latent, camera.behind(pose)[0], rtol=0, atol=1e-5)
+    third.denoiser.camera = camera.pose_to_c2w  # whoever knows the walls brings its own
     third.reset(IMAGE)
     assert torch.equal(walk(third, 1)[0].frames, three[0].frames)
     third.save(tmp_path / "third.safetensors")
@@ -243,7 +250,7 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     )
 
     def parts(asked: str, **said: object) -> dict:
-        moe.write_weights(
+        weights.write_weights(
             options.weights,
             moe.build("micro").state_dict(),
             {"preset": "micro", "model": vars(cfg)} | said,
@@ -269,7 +276,7 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="view must be one of first, third, got 'fourth'"):
         realtime.resolve(replace(OPTIONS, view="fourth"))
     experts = moe.build(moe.MoEConfig(cfg))
-    moe.write_weights(
+    weights.write_weights(
         options.weights,
         experts.state_dict(),
         {"preset": "micro", "stage": "moe", "model": asdict(experts.config)},
@@ -279,14 +286,16 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     assert realtime.load_parts(options, "dit")[0]["dit"].view == "first"
     # and they play: every expert keeps its own keys and values, late actions and guidance pass through
     full = realtime.load_parts(OPTIONS, "encoder")[0]["encoder"]
-    moe.write_weights(tmp_path / "vae.safetensors", full.state_dict(), vae.metadata(full))
+    weights.write_weights(
+        tmp_path / "vae.safetensors", full.state_dict(), weights.vae_metadata(full)
+    )
     third = realtime.Session(replace(options, view="third", reuse=True, commit=1, guidance=2.0))
     third.reset(IMAGE)
     walk(third, 1)
     third.submit(*actions(40, 1), late=lambda: actions(40, 2))
     assert third.collect().info["keyboard"] == actions(40, 2)[0].tolist()
     with pytest.raises(ValueError, match="no expert for view 'third'; this model has first"):
-        moe.write_weights(
+        weights.write_weights(
             options.weights,
             moe.build(moe.MoEConfig(cfg, views=("first",))).state_dict(),
             {
@@ -381,7 +390,7 @@ def test_a_slow_decoder_blocks_the_queue_not_memory(
 ) -> None:
     session.reset(IMAGE)
     monkeypatch.setattr(
-        session, "pool", realtime.ThreadPoolExecutor(1)
+        session, "pool", ThreadPoolExecutor(1)
     )  # as with a decoder on another device
     gate, decode = threading.Event(), session.decoder.decode
     session.decoder.decode = lambda *args: (gate.wait(20), decode(*args))[1]
@@ -440,12 +449,12 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
     g, saved = load_file(GOLDEN / "rollout.safetensors"), load_file(GOLDEN / "dit.safetensors")
     said = json.loads((GOLDEN / "meta.json").read_text())["dit_config"]
     cfg = replace(
-        moe.from_released(said | {"sigma_theta": 0.0}),
+        weights.from_released(said | {"sigma_theta": 0.0}),
         text_dim=64,
         text_len=said.get("text_len", 16),
         timestep="integer",
     )
-    model = dit.DiT(cfg)
+    model = DiT(cfg)
     model.load_state_dict(
         {
             n.removeprefix("weights."): t.float()
@@ -476,24 +485,21 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_flop_formulas_give_905_tf() -> None:
-    exact, released, decode = realtime.segment_flops(realtime.Options(preset="5b"))
+    exact, released, decode = bench.segment_flops(realtime.Options(preset="5b"))
     assert (
         abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7
     )  # + text K and V, per segment
     assert abs(decode / 1e12 - 663.5) < 0.2
     assert (
-        abs(
-            realtime.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12
-            - 41.86
-        )
+        abs(bench.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86)
         < 0.1
     )
-    faster = quant.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
+    faster = bench.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
     # 572.5 with a first step that answers for the past, too; + text K and V
     assert [905.5 / ratio for ratio in faster.values()] == pytest.approx(
         [807.7, 572.5 - 3.67 + 0.6], rel=1e-3
     )
-    parts = quant.dit_flops(dit.PRESETS["5b"], 880)
+    parts = bench.dit_flops(dit.PRESETS["5b"], 880)
     for part, tf in (
         ("self-attention", 103.06),
         ("feed-forward", 88.36),
@@ -523,10 +529,10 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
     with FlopCounterMode(display=False) as later:
         model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, kept)
     ours = [
-        sum(column) for column in zip(*quant.dit_flops(model.cfg, places).values(), strict=True)
+        sum(column) for column in zip(*bench.dit_flops(model.cfg, places).values(), strict=True)
     ]
     assert later.get_total_flops() == pytest.approx(
-        sum(part[1] for part in quant.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
+        sum(part[1] for part in bench.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
     )
     assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
     assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
@@ -535,7 +541,7 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
     state = net.decode_stream(z)[1]
     with FlopCounterMode(display=False) as decode:
         net.decode_stream(z, state)
-    assert decode.get_total_flops() == pytest.approx(quant.vae_flops(net.cfg, 8, 8), rel=0.01)
+    assert decode.get_total_flops() == pytest.approx(bench.vae_flops(net.cfg, 8, 8), rel=0.01)
 
 
 # ---- behaviour: memory policies, bad input, cost ---------------------------------------------------------------------
@@ -651,9 +657,8 @@ def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session)
 
 
 def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    realtime.main(
+    bench.main(
         [
-            "--bench",
             "--preset",
             "5b",
             "--suite",
@@ -686,9 +691,8 @@ def test_bench_ladder_keeps_the_exact_row_exact(
 ) -> None:
     said = iter([True])  # to the bench only: the layers take their slow product
     monkeypatch.setattr(quant, "fp8_available", lambda device: next(said, False))
-    realtime.main(
+    bench.main(
         [
-            "--bench",
             "--preset",
             "micro",
             "--suite",
@@ -817,7 +821,7 @@ def test_ranks_with_other_options_or_weights_are_named() -> None:
         for p in list(model.parameters())[:-1]:
             torch.nn.init.ones_(p)
         try:
-            realtime.Team(rank, 3, store, options, model if rank < 2 else None)
+            ranks.Team(rank, 3, store, options, model if rank < 2 else None)
         except ValueError as error:
             said.append(str(error))
 
@@ -875,7 +879,7 @@ def with_lengths(tmp_path: Path, lengths: str) -> realtime.Options:
     tensors = moe.build("micro").state_dict()
     config = asdict(dit.PRESETS["micro"])
     said = {"config": config, "stage": "base", "preset": "micro", "new": lengths}
-    moe.write_weights(file, tensors, said)
+    weights.write_weights(file, tensors, said)
     shutil.copy(realtime.ROOT / "assets/tiny/vae.safetensors", tmp_path)
     return realtime.Options("micro", str(file), device="cpu", dtype="float32", steps=1)
 

@@ -22,10 +22,16 @@ from torch import Tensor
 import data
 import dit
 import error_buffer
-import memory
+import flow
+import lightvae
 import moe
 import train
 import vae
+from context import Window
+from dataset import episode
+from engine import optim, run, weights
+from engine.clips import Clips, batch, draw, draw_cut, load_clips, load_vae, seen_by
+from engine.run import Run, TrainConfig, generator, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = ["--preset", "micro", "--dtype", "float32", "--device", "cpu", "--log-every", "1"]
@@ -40,14 +46,15 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
 import error_buffer, train
+from engine.run import Progress
 error_buffer.ErrorConfig = functools.partial(error_buffer.ErrorConfig, warmup=3)
 step, number = map(int, os.environ.get("STOP", "-1 0").split())
-plain = train.Progress.__call__
+plain = Progress.__call__
 def progress(self, **numbers):
     plain(self, **numbers)
     if self.run.step == step and self.run.rank == 0:
         os.kill(os.getpid(), number)
-train.Progress.__call__ = progress
+Progress.__call__ = progress
 try:
     sys.exit(train.main(sys.argv[1:]))
 except ValueError as error:
@@ -61,15 +68,15 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studio")
     data.make_dataset(folder / "datasets/micro", "micro", workers=1)
     torch.manual_seed(0)
-    model, norm = vae.VAE(vae.PRESETS["micro"]), vae.LatentNorm(vae.PRESETS["micro"].z_dim)
+    model, norm = vae.VAE(vae.PRESETS["micro"]), lightvae.LatentNorm(vae.PRESETS["micro"].z_dim)
     video = torch.from_numpy(
-        data.read_episode(data.list_episodes(folder / "datasets/micro")[0]).video[:33].copy()
+        episode.read_episode(episode.list_episodes(folder / "datasets/micro")[0]).video[:33].copy()
     )
     with torch.no_grad():
         norm(model.moments(video.permute(3, 0, 1, 2)[None] / 127.5 - 1))
     norm.fold(model)
-    moe.write_weights(
-        folder / "assets/micro/vae.safetensors", model.state_dict(), vae.metadata(model)
+    weights.write_weights(
+        folder / "assets/micro/vae.safetensors", model.state_dict(), weights.vae_metadata(model)
     )
     return folder
 
@@ -139,7 +146,8 @@ def newest(run: Path | str) -> Path:
 def state(run: Path | str) -> dict:
     """All that a run is at its newest checkpoint: weights, averages, optimisers, error buffer, step."""
     files = {
-        file.stem: moe.read_weights(file)[0] for file in sorted(newest(run).glob("*.safetensors"))
+        file.stem: weights.read_weights(file)[0]
+        for file in sorted(newest(run).glob("*.safetensors"))
     }
     return files | torch.load(newest(run) / "train_state.pt", weights_only=True)
 
@@ -164,14 +172,14 @@ def same(a: object, b: object) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None]) -> None:
     """Call `then` once the line of a step is in the log."""
-    plain = train.record
+    plain = run.record
 
-    def record(run: train.Run, line: dict) -> None:
+    def record(run: Run, line: dict) -> None:
         plain(run, line)
         if line["step"] == step:
             then()
 
-    monkeypatch.setattr(train, "record", record)
+    monkeypatch.setattr(run, "record", record)
 
 
 def interrupt() -> None:
@@ -179,12 +187,10 @@ def interrupt() -> None:
 
 
 @pytest.fixture
-def clips(studio: Path) -> tuple[train.Clips, train.Run]:
-    cfg = train.parse([*MICRO, "--batch", "4"])
-    run = train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32)
-    return train.load_clips(
-        run, train.load_vae(cfg, run.device), Path("datasets/micro"), "train"
-    ), run
+def clips(studio: Path) -> tuple[Clips, Run]:
+    cfg = parse([*MICRO, "--batch", "4"])
+    run = Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32)
+    return load_clips(run, load_vae(cfg, run.device), Path("datasets/micro"), "train"), run
 
 
 # ---- identity: interrupted or not, the same run
@@ -255,15 +261,15 @@ def test_the_average_of_a_recomputing_model_computes_with_the_averaged_weights()
     torch.manual_seed(0)
     model = moe.build("micro")
     ema = [torch.randn_like(p) * 0.1 for p in model.parameters()]
-    plain = moe.averaged(model, ema)
+    plain = optim.averaged(model, ema)
     context, x, sigma = (
         dit.random_context(model.cfg),
         torch.randn(1, 16, 10, 8, 8),
         torch.tensor([0.5]),
     )
-    moe.twin(model, torch.float32, recompute=True)
+    optim.twin(model, torch.float32, recompute=True)
     with torch.no_grad():
-        assert torch.equal(moe.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
+        assert torch.equal(optim.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -287,7 +293,7 @@ def test_two_ranks_compute_the_losses_of_one_process():
     torch.testing.assert_close(
         one["errors"]["entries"], two["errors"]["entries"], atol=2e-2, rtol=0
     )
-    assert moe.load("runs/two")[0].cfg == dit.PRESETS["micro"]  # saved whole, not in shards
+    assert weights.load("runs/two")[0].cfg == dit.PRESETS["micro"]  # saved whole, not in shards
 
 
 @pytest.mark.slow
@@ -326,19 +332,19 @@ def test_distillation_runs_on_two_ranks(reference):
         "2",
     ]
     assert launch(*how, ranks=2) == [0, 0]
-    assert moe.load("runs/distill-micro")[0].cfg == dit.PRESETS["micro"]
+    assert weights.load("runs/distill-micro")[0].cfg == dit.PRESETS["micro"]
 
 
 # ---- every stage from nothing
 
 
 def test_base_leaves_a_run_that_loads_and_draws(reference):
-    model, said = moe.load(reference)
+    model, said = weights.load(reference)
     assert (
         said["step"] == 12 and said["stage"] == "base" and said["path"].endswith("ema.safetensors")
     )
-    x = dit.sample(
-        model, dit.random_context(model.cfg), dit.sigma_grid(2), torch.randn(1, 16, 10, 8, 8)
+    x = flow.sample(
+        model, dit.random_context(model.cfg), flow.sigma_grid(2), torch.randn(1, 16, 10, 8, 8)
     )
     assert x.isfinite().all()
     assert {
@@ -352,9 +358,11 @@ def test_base_leaves_a_run_that_loads_and_draws(reference):
 def test_the_vae_stages_leave_vaes_that_encode_and_decode():
     video = torch.rand(1, 3, 9, 64, 64) * 2 - 1
     start("--stage", "vae", "--steps", "2", "--batch", "1")
-    full = vae.from_weights(*moe.read_weights("runs/vae-micro/vae.safetensors")).float()
+    full = weights.vae_from_weights(*weights.read_weights("runs/vae-micro/vae.safetensors")).float()
     start("--stage", "lightvae", "--rate", ".5", "--steps", "2", "--batch", "1")
-    light = vae.from_weights(*moe.read_weights("runs/lightvae-micro/vae.safetensors")).float()
+    light = weights.vae_from_weights(
+        *weights.read_weights("runs/lightvae-micro/vae.safetensors")
+    ).float()
     with torch.no_grad():
         z = full.encode(video)
         assert full.decode(z).shape == light.decode(z).shape == video.shape
@@ -379,7 +387,7 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
         "--decoder-only",
     )
     before, after = (
-        vae.from_weights(*moe.read_weights(f"runs/{run}/vae.safetensors")).float()
+        weights.vae_from_weights(*weights.read_weights(f"runs/{run}/vae.safetensors")).float()
         for run in ("whole", "decoder")
     )
     with torch.no_grad():
@@ -396,11 +404,9 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
 
 def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch):
     monkeypatch.chdir(Path(train.__file__).parent)
-    assert train.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
-    assert train.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
-    assert (
-        train.parse(["--stage", "distill", "--preset", "micro"]).init == train.parse([]).init == ""
-    )
+    assert run.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
+    assert run.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
+    assert run.parse(["--stage", "distill", "--preset", "micro"]).init == run.parse([]).init == ""
 
 
 def test_distill_makes_a_student_of_a_base(reference):
@@ -422,7 +428,7 @@ def test_distill_makes_a_student_of_a_base(reference):
         "--ratio-cold",
         "1",
     )
-    student, base = moe.load("runs/distill-micro")[0], moe.load(reference)[0]
+    student, base = weights.load("runs/distill-micro")[0], weights.load(reference)[0]
     moved = [
         not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)
     ]
@@ -431,14 +437,14 @@ def test_distill_makes_a_student_of_a_base(reference):
 
 @pytest.mark.parametrize("preset", ["micro", "tiny"])
 def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset):
-    cfg = train.parse(["--stage", "distill", "--preset", preset])
-    assert memory.Window().frames(cfg.segments) <= data.PRESETS[preset].frames
+    cfg = run.parse(["--stage", "distill", "--preset", preset])
+    assert Window().frames(cfg.segments) <= data.PRESETS[preset].frames
 
 
 def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
-    levels, plain = [], dit.add_noise
+    levels, plain = [], flow.add_noise
     monkeypatch.setattr(
-        dit, "add_noise", lambda x0, noise, sigma: levels.append(sigma) or plain(x0, noise, sigma)
+        flow, "add_noise", lambda x0, noise, sigma: levels.append(sigma) or plain(x0, noise, sigma)
     )
     seen = {}
     for expert, view in (("high-first", "first"), ("high-third", "third"), ("low", "low")):
@@ -469,7 +475,7 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
         )
         == 0
     )
-    joined, said = moe.load("moe.safetensors", dtype=torch.float32)
+    joined, said = weights.load("moe.safetensors", dtype=torch.float32)
     assert (
         set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
     )
@@ -477,7 +483,7 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
         train.main(["--export", "runs/low", "runs/low", "moe.safetensors"])
     with pytest.raises(ValueError, match="--export RUN ... FILE takes runs"):
         train.main(["--export", "runs/low"])
-    low, _ = moe.load("runs/low")
+    low, _ = weights.load("runs/low")
     torch.testing.assert_close(
         joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6
     )  # bfloat16
@@ -487,21 +493,18 @@ def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clip
     run = dataclasses.replace(
         clips[1], cfg=dataclasses.replace(clips[1].cfg, stage="moe", expert="dense")
     )
-    decoder, root = train.load_vae(run.cfg, run.device), Path(run.cfg.data or "datasets/micro")
-    one, three, both = (
-        train.seen_by(view, run, decoder, root) for view in ("first", "third", "both")
-    )
+    decoder, root = load_vae(run.cfg, run.device), Path(run.cfg.data or "datasets/micro")
+    one, three, both = (seen_by(view, run, decoder, root) for view in ("first", "third", "both"))
     assert (run.view, len(one.latents), len(three.latents), len(both.latents)) == ("both", 4, 1, 8)
     assert all(torch.equal(row, three.latents[0]) for row in both.latents[4:])
     high = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, expert="high-first"))
-    read = data.read_episode
+    read = episode.read_episode
     monkeypatch.setattr(
-        data,
-        "read_episode",
+        "engine.clips.read_episode",
         lambda path: (e := read(path), e.meta.update(action_source="inferred"))[0],
     )
     with pytest.raises(ValueError, match="no episodes of split"):
-        train.load_clips(high, decoder, root, "train")
+        load_clips(high, decoder, root, "train")
 
 
 def test_samples_and_held_out_scores_appear_while_training():
@@ -545,12 +548,12 @@ def test_loss_falls_on_one_clip():
 
 
 def test_only_new_latents_carry_loss(clips, monkeypatch):
-    targets, plain = [], dit.velocity
+    targets, plain = [], flow.velocity
     monkeypatch.setattr(
-        dit, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise)
+        flow, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise)
     )
     start("--steps", "1")
-    (x0, noise), (drawn, context) = targets[0], train.draw(*clips, 0)
+    (x0, noise), (drawn, context) = targets[0], draw(*clips, 0)
     assert torch.equal(x0, drawn)
     new = context.times[:, -x0.shape[2] :]  # the newest latents of the window, no past, no memory
     assert (new.diff(dim=1) == 1).all() and (
@@ -561,14 +564,14 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
 
 
 def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
-    given, targets, inject, velocity = [], [], train.inject, dit.velocity
+    given, targets, inject, velocity = [], [], train.inject, flow.velocity
     monkeypatch.setattr(train, "inject", lambda *args: given.append(inject(*args)) or given[-1])
     monkeypatch.setattr(
-        dit, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise)
+        flow, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise)
     )
     start("--steps", "10", "--p-error", "1", "--p-i2v", "0", "--p-memory-off", "0")
     for step, (context, target) in enumerate(zip(given, targets, strict=True)):
-        x0, clean = train.draw(*with_flags(clips, p_i2v=0.0, p_memory_off=0.0), step)
+        x0, clean = draw(*with_flags(clips, p_i2v=0.0, p_memory_off=0.0), step)
         assert torch.equal(target, x0)
         changed = [
             not torch.equal(getattr(context, name), getattr(clean, name))
@@ -584,7 +587,7 @@ def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch)
 @pytest.mark.parametrize("where", ["past", "memory"])
 def test_errors_go_only_where_they_are_asked_to_go(where, clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, inject=where)
-    clean = train.draw(clips, run, 0)[1]
+    clean = draw(clips, run, 0)[1]
     dirty = train.inject(filled("real"), clean, run, torch.Generator().manual_seed(0))
     assert [not torch.equal(getattr(dirty, k), getattr(clean, k)) for k in ("past", "memory")] == [
         where == "past",
@@ -594,8 +597,8 @@ def test_errors_go_only_where_they_are_asked_to_go(where, clips):
 
 def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, p_own=1.0, p_later=0.0)
-    cut = train.draw_cut(clips, run, 0)
-    clean = train.batch(clips, run, cut)[1]
+    cut = draw_cut(clips, run, 0)
+    clean = batch(clips, run, cut)[1]
     seen = []
 
     def network(x_sigma, sigma, context):
@@ -631,7 +634,7 @@ def test_errors_of_the_same_scene_train_and_resume_exactly():
 
 def test_every_step_draws_one_of_the_lengths_and_stays_inside_the_clip(clips):
     clips, run = with_flags(clips, p_i2v=0.0, new="10 5 2")
-    cuts = [train.draw_cut(clips, run, step) for step in range(60)]
+    cuts = [draw_cut(clips, run, step) for step in range(60)]
     assert {cut.n_new for cut in cuts} == {10, 5, 2}
     last = clips.latents.shape[2]
     assert all(int(cut.start.max()) + cut.n_new <= last for cut in cuts)
@@ -640,32 +643,32 @@ def test_every_step_draws_one_of_the_lengths_and_stays_inside_the_clip(clips):
     # ten at once draws what it drew before there were lengths: the same windows, the same memory
     clips, ten = with_flags((clips, run), p_i2v=0.0, new="10")
     for step, cut in enumerate(cuts):
-        same_step = train.draw_cut(clips, ten, step)
+        same_step = draw_cut(clips, ten, step)
         assert torch.equal(same_step.rows, cut.rows) and same_step.n_new == 10
         assert (cut.start >= same_step.start).all()
 
 
 def test_short_segments_ask_for_memory_as_play_does(clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, new="2")
-    x0, context = train.draw(clips, run, 0)
+    x0, context = draw(clips, run, 0)
     assert x0.shape[2] == 2 and context.memory.shape[2] == 5 and context.past.shape[2] == 4
 
 
 @pytest.mark.parametrize("said", ["3", "", "10,5", "ten"])
 def test_lengths_that_nobody_plays_are_refused(said, capsys):
     with pytest.raises(ValueError, match="'10 5 2'"):
-        train.lengths(train.TrainConfig(new=said))
+        run.lengths(TrainConfig(new=said))
 
 
 def test_a_lone_image_is_real_data_and_stays(clips):
     clips, run = with_flags(clips, p_i2v=1.0)
-    clean = train.draw(clips, run, 0)[1]
+    clean = draw(clips, run, 0)[1]
     assert torch.equal(train.inject(filled("real"), clean, run, torch.Generator()).past, clean.past)
 
 
 def test_the_gaussian_control_has_the_variance_of_the_real_errors(clips):
     clips, run = with_flags(clips, batch=16, p_i2v=0.0, p_memory_off=0.0)
-    clean, size = train.draw(clips, run, 0)[1], {}
+    clean, size = draw(clips, run, 0)[1], {}
     for kind in ("real", "gaussian"):
         dirty = train.inject(filled(kind), clean, run, torch.Generator().manual_seed(0))
         size[kind] = torch.stack(
@@ -685,9 +688,7 @@ def filled(kind: str) -> error_buffer.ErrorBuffer:
     return buffer
 
 
-def with_flags(
-    clips: tuple[train.Clips, train.Run], **flags: object
-) -> tuple[train.Clips, train.Run]:
+def with_flags(clips: tuple[Clips, Run], **flags: object) -> tuple[Clips, Run]:
     return clips[0], dataclasses.replace(clips[1], cfg=dataclasses.replace(clips[1].cfg, **flags))
 
 
@@ -697,7 +698,7 @@ def with_flags(
 def test_shares_of_batches_are_what_was_asked_for(clips):
     shares = dict(p_i2v=0.3, p_memory_off=0.4, p_null=0.2)
     clips = with_flags(clips, **shares)
-    batches = [train.draw(*clips, step)[1] for step in range(300)]
+    batches = [draw(*clips, step)[1] for step in range(300)]
     image = [c.past.shape[2] == 1 for c in batches]
     off = [c.memory.shape[2] == 0 for c, i in zip(batches, image, strict=True) if not i]
     null = torch.cat(
@@ -714,7 +715,7 @@ def test_shares_of_batches_are_what_was_asked_for(clips):
 
 
 def test_image_to_video_has_one_past_latent_and_no_memory(clips):
-    x0, context = train.draw(*with_flags(clips, p_i2v=1.0), 0)
+    x0, context = draw(*with_flags(clips, p_i2v=1.0), 0)
     assert (context.past.shape[2], context.memory.shape[2], x0.shape[2]) == (1, 0, 14)
     assert context.times.tolist() == [list(range(15))] * 4
 
@@ -722,7 +723,7 @@ def test_image_to_video_has_one_past_latent_and_no_memory(clips):
 def test_memory_is_always_older_than_the_past(clips):
     clips = with_flags(clips, p_i2v=0.0, p_memory_off=0.0)
     for step in range(40):
-        x0, context = train.draw(*clips, step)
+        x0, context = draw(*clips, step)
         M, P = context.memory.shape[2], context.past.shape[2]
         assert (M, P) == (5, 4) and x0.shape[2] in (10, 5, 2)
         assert (context.times[:, :M].amax(1) < context.times[:, M]).all()
@@ -732,7 +733,7 @@ def test_without_a_sink_the_oldest_latent_is_remembered_only_where_it_is_asked_f
     sure = dict(p_i2v=0.0, p_memory_off=0.0)
     last = [
         [
-            train.draw(*with_flags(clips, **sure, sink=sink), step)[1].times[:, 4].tolist()
+            draw(*with_flags(clips, **sure, sink=sink), step)[1].times[:, 4].tolist()
             for step in range(10)
         ]
         for sink in (True, False)
@@ -747,7 +748,7 @@ def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
     waits = []
     for step in range(40):
         (x0, then), (other, now) = (
-            train.draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0)
+            draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0)
         )
         wait = then.times - now.times
         assert (
@@ -767,9 +768,9 @@ def test_revisits_are_drawn_as_often_as_asked(clips):
     worth = {}
     for share in (0.0, 1.0):
         sure = with_flags((clips, run), revisit=share, p_i2v=0.0, p_later=0.0, new="10")
-        starts = [(train.draw(*sure, step)[1].times[:, -10]) for step in range(40)]
+        starts = [(draw(*sure, step)[1].times[:, -10]) for step in range(40)]
         rows = [
-            torch.randint(len(clips.latents), (4,), generator=train.generator(run.cfg, step))
+            torch.randint(len(clips.latents), (4,), generator=generator(run.cfg, step))
             for step in range(40)
         ]
         worth[share] = torch.cat(
@@ -779,10 +780,9 @@ def test_revisits_are_drawn_as_often_as_asked(clips):
 
 
 def test_ranks_share_a_batch_without_loss(clips):
-    whole = train.draw(*clips, 7)[0]
+    whole = draw(*clips, 7)[0]
     parts = [
-        train.draw(clips[0], dataclasses.replace(clips[1], rank=rank, world=2), 7)[0]
-        for rank in range(2)
+        draw(clips[0], dataclasses.replace(clips[1], rank=rank, world=2), 7)[0] for rank in range(2)
     ]
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
 
@@ -800,7 +800,7 @@ def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     (victim / "precious").write_text("kept")
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match="--run takes a name under runs/"):
-        train.setup(train.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
+        run.setup(run.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
     assert (victim / "precious").read_text() == "kept" and (place / "runs").is_dir()
 
 
@@ -810,13 +810,13 @@ def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
     notes.mkdir(parents=True)
     (notes / "thesis.txt").write_text("kept")
     with pytest.raises(ValueError, match="no config.json"):
-        train.start_over(Path("runs/notes"))
+        run.start_over(Path("runs/notes"))
     assert (notes / "thesis.txt").exists()
     (tmp_path / "runs/link").symlink_to(notes)
     (notes / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="deletes runs"):
-        train.start_over(Path("runs/link"))
-    train.start_over(Path("runs/notes"))
+        run.start_over(Path("runs/link"))
+    run.start_over(Path("runs/notes"))
     assert not notes.exists()
 
 
@@ -874,7 +874,7 @@ def test_another_network_is_trained_and_its_run_says_what_it_is():
         )
         == 0
     )
-    model, said = moe.load("runs/base-micro")
+    model, said = weights.load("runs/base-micro")
     assert (model.cfg.layers, model.cfg.sigma_theta, model.cfg.dim, model.cfg.heads) == (
         1,
         0.1,
@@ -952,11 +952,12 @@ def test_several_ranks_refuse_muon_and_odd_batches(monkeypatch):
 def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, capsys):
     start("--steps", "4")
     with monkeypatch.context() as patch:
-        patch.setattr(moe, "save_file", full)
+        patch.setattr(weights, "save_file", full)
         assert script(patch, *MICRO, "--steps", "12", "--save-every", "4") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (
-        newest("runs/base-micro").name == "000004" and moe.load("runs/base-micro")[1]["step"] == 4
+        newest("runs/base-micro").name == "000004"
+        and weights.load("runs/base-micro")[1]["step"] == 4
     )
     start("--steps", "12", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
@@ -971,11 +972,11 @@ def full(*_: object) -> None:
 def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeypatch, capsys):
     start("--steps", "2")
     file = newest("runs/base-micro") / "diffusion_pytorch_model.safetensors"
-    tensors, said = moe.read_weights(file)
+    tensors, said = weights.read_weights(file)
     name = next(n for n in tensors if "blocks.1." in n and tensors[n].ndim == 2)
     tensors = {n: t.clone() for n, t in tensors.items()}
     tensors[name][0, 0] = float("nan")
-    moe.write_weights(file, tensors, said)
+    weights.write_weights(file, tensors, said)
     assert script(monkeypatch, *MICRO, "--steps", "4") == 2
     told = capsys.readouterr().err
     assert (
@@ -983,7 +984,7 @@ def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeyp
         and "runs/base-micro/nan_dump.safetensors" in told
         and f"first bad weight: {name}" in told
     )
-    assert moe.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
+    assert weights.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -995,9 +996,9 @@ def test_the_other_stages_stop_at_it_too(stage, file, reference):
     how += ["--init", str(reference), *DISTILL] if stage == "distill" else []
     start(*how, "--steps", "1")
     path = newest(f"runs/{stage}-micro") / f"{file}.safetensors"
-    tensors, said = moe.read_weights(path)
+    tensors, said = weights.read_weights(path)
     name = next(n for n in tensors if tensors[n].ndim >= 2 and n.endswith("weight"))
-    moe.write_weights(path, tensors | {name: torch.full_like(tensors[name], torch.nan)}, said)
+    weights.write_weights(path, tensors | {name: torch.full_like(tensors[name], torch.nan)}, said)
     with pytest.raises(ValueError, match=f"loss is nan.*first bad weight: {name}"):
         start(*how, "--steps", "2")
     assert newest(f"runs/{stage}-micro").name == "000001"
@@ -1030,14 +1031,12 @@ def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, 
 def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
     clips, cfg = (
         clips[0],
-        train.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
+        run.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
     )
     clips = dataclasses.replace(
         clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
     )
-    x0, context = train.draw(
-        clips, train.Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0
-    )
+    x0, context = draw(clips, Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0)
     assert x0.shape == (2, 48, 10, 4, 4) and context.rays.shape == (
         2,
         dit.PRESETS[preset].ray_channels,
@@ -1053,7 +1052,7 @@ def test_big_presets_build_in_shards_on_meta(preset):
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     try:
-        model = moe.shard(moe.build(preset, "meta"), torch.bfloat16)
+        model = optim.shard(moe.build(preset, "meta"), torch.bfloat16)
         local = sum(p.to_local().numel() for p in model.parameters())
         whole = sum(p.numel() for p in model.parameters())
         assert abs(local / whole - 1 / 8) < 0.001

@@ -7,18 +7,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import lightvae
 import vae
-from vae import (
-    PRESETS,
-    VAE,
-    LatentNorm,
-    Projections,
-    Stream,
-    VAEConfig,
-    light_loss,
-    pruned,
-    vae_loss,
-)
+from engine import weights
+from lightvae import LatentNorm, Projections, light_loss, vae_loss
+from vae import PRESETS, VAE, Stream, VAEConfig, pruned
 
 MICRO = PRESETS["micro"]
 WAN = replace(PRESETS["wan2.2"], mean=(), std=())
@@ -291,7 +284,7 @@ def test_the_released_light_vae_loads_by_its_own_names() -> None:
     named["dynamic_feature_projection_heads.up_block_1.bias"] = torch.zeros(1)
     assert len(named) == 198
     for file in ({"state_dict": {"gen_model": named}, "step": 3}, named, model.state_dict()):
-        back = vae.from_weights(file)
+        back = weights.vae_from_weights(file)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in back.state_dict().items())
         assert back.cfg == model.cfg and torch.equal(back.latent_std, torch.tensor(vae.WAN_STD))
 
@@ -299,8 +292,8 @@ def test_the_released_light_vae_loads_by_its_own_names() -> None:
 def test_our_files_carry_their_config() -> None:
     model = VAE(pruned(MICRO, 0.5))
     model.set_statistics([0.5] * 16, [2.0] * 16)
-    back = vae.from_weights(
-        {k: v.bfloat16() for k, v in model.state_dict().items()}, vae.metadata(model)
+    back = weights.vae_from_weights(
+        {k: v.bfloat16() for k, v in model.state_dict().items()}, weights.vae_metadata(model)
     )
     assert (
         back.cfg == model.cfg and back.encoder is None and back.conv2.weight.dtype == torch.float32
@@ -396,8 +389,8 @@ def test_pruned_decoder_reads_the_same_latents() -> None:
 def test_structure_sees_blur_and_ignores_brightness() -> None:
     video = torch.rand(1, 3, 2, 32, 32)
     blurred = vae.batch_as_frames(F.avg_pool2d(vae.frames_as_batch(video), 3, 1, 1), 1)
-    assert vae.structure(video, video) == 0 and vae.structure(video + 0.3, video) < 1e-6
-    assert vae.structure(blurred, video) > 0.1
+    assert lightvae.structure(video, video) == 0 and lightvae.structure(video + 0.3, video) < 1e-6
+    assert lightvae.structure(blurred, video) > 0.1
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -436,17 +429,19 @@ def test_bad_latents_and_foreign_states_are_named(micro: VAE) -> None:
 
 
 def test_corrupt_and_foreign_files_are_named(micro: VAE) -> None:
-    good, said = dict(micro.state_dict()), vae.metadata(micro)
+    good, said = dict(micro.state_dict()), weights.vae_metadata(micro)
     with pytest.raises(ValueError, match="do not fit this VAE.*expected Wan2.2_VAE.pth"):
-        vae.from_weights({"blocks.0.weight": torch.zeros(2)})
+        weights.vae_from_weights({"blocks.0.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="encoder.head.0.gamma missing"):
-        vae.from_weights({k: v for k, v in good.items() if k != "encoder.head.0.gamma"}, said)
+        weights.vae_from_weights(
+            {k: v for k, v in good.items() if k != "encoder.head.0.gamma"}, said
+        )
     with pytest.raises(ValueError, match="extra.weight unknown"):
-        vae.from_weights(good | {"extra.weight": torch.zeros(1)}, said)
+        weights.vae_from_weights(good | {"extra.weight": torch.zeros(1)}, said)
     with pytest.raises(ValueError, match=r"conv2.bias is \(3,\), expected \(16,\)"):
-        vae.from_weights(good | {"conv2.bias": torch.zeros(3)}, said)
+        weights.vae_from_weights(good | {"conv2.bias": torch.zeros(3)}, said)
     with pytest.raises(ValueError, match="do not fit"):
-        vae.from_weights(good)  # tiny weights without their config
+        weights.vae_from_weights(good)  # tiny weights without their config
 
 
 def test_a_stage_number_is_not_a_stream_slot() -> None:

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 import world
-from memory import intrinsics, step_pose
-from world import KINDS, NavMesh, World, cameras, make_scene, render, simulate
+from camera import intrinsics, step_pose
+from game import explore, figure
+from game import render as render_file
+from game.explore import NavMesh
+from game.render import render
+from game.scene import CEILING, EYE, KINDS, RADIUS, SPLITS, flood, make_scene
+from world import World, cameras, simulate
 
-START = (0.0, -world.EYE, 0.0, 0.0, 0.0)
+START = (0.0, -EYE, 0.0, 0.0, 0.0)
 
 
 def lens(size):
@@ -31,7 +36,7 @@ def poses_in(scene, count, seed=0, pitch=0.0):
     ) * nav.cell
     columns = (
         places[:, 0],
-        np.full(count, -world.EYE),
+        np.full(count, -EYE),
         places[:, 1],
         np.full(count, pitch),
         rng.uniform(-180, 180, count),
@@ -63,20 +68,20 @@ def test_the_same_seed_is_the_same_place():
     assert (one.solid == two.solid).all() and all(
         np.array_equal(one.style[k], two.style[k]) for k in one.style
     )
-    assert np.array_equal(world._bake(one)[0], world._bake(two)[0])
+    assert np.array_equal(render_file.bake(one)[0], render_file.bake(two)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_free_space_is_connected(kind):
     for seed in range(100):
         free = ~make_scene(seed, kind).solid
-        assert ((world.flood(free, tuple(np.argwhere(free)[0])) >= 0) == free).all()
+        assert ((flood(free, tuple(np.argwhere(free)[0])) >= 0) == free).all()
 
 
 def test_no_scene_is_in_two_splits():
-    ranges = list(world.SPLITS.values())
+    ranges = list(SPLITS.values())
     assert all(not set(a[:: len(a) - 1]) & set(b) and a[-1] < b[0] for a, b in pairwise(ranges))
-    assert len(world.SPLITS["train"]) > 1000  # the paper: more than a thousand scenes
+    assert len(SPLITS["train"]) > 1000  # the paper: more than a thousand scenes
 
 
 # ---- renderer
@@ -177,7 +182,7 @@ def share_shown(rgb, image, fog, row, column, density, distance):
         inside = (np.abs(row / n - i - 0.5) < 0.47) & (np.abs(column / n - j - 0.5) < 0.47)
         some = inside & sure & (np.floor(np.log2(np.maximum(density, 1))) == level)
         colour = mean[:, i[some].astype(int), j[some].astype(int)].T
-        clear = 1 / (1 + (distance[some] / world.FOG) ** 2)[:, None]
+        clear = 1 / (1 + (distance[some] / render_file.FOG) ** 2)[:, None]
         expected = 255 * ((colour - fog) * clear + fog)
         agree.append(np.abs(rgb[some] - expected).max(-1) < 1)
     assert all(len(part) > 300 for part in agree), [len(part) for part in agree]
@@ -188,15 +193,15 @@ def share_shown(rgb, image, fog, row, column, density, distance):
 def test_a_wall_shows_the_texel_that_was_painted_there(monkeypatch, pitch, share):
     """Column: the face's first, and 16 per metre along z (faces to ±x) or x (faces to ±z). Row: 16 per metre upwards."""
     scene = make_scene(0, "rooms")
-    size = 3, world.CEILING * 16, 16 * (scene.faces.max() + 1)
+    size = 3, CEILING * 16, 16 * (scene.faces.max() + 1)
     image = np.random.default_rng(0).random(size, np.float32)
-    monkeypatch.setattr(world, "_paint_walls", lambda scene: image)
+    monkeypatch.setattr(render_file, "_paint_walls", lambda scene: image)
     rgb, way, point, flat, forward = seen_points(scene, pitch)
     above = -point[..., 1]
     for axis in (0, 2):
         line = np.rint(point[..., axis])
         wall = (np.abs(point[..., axis] - line) < 1e-4) & (way[..., axis] != 0)
-        wall &= (above > 0.01) & (above < world.CEILING - 0.01)
+        wall &= (above > 0.01) & (above < CEILING - 0.01)
         # the solid cell behind the line, and which of its faces looks at the camera: to -x, +x, -z or +z
         back = way[..., axis][wall] < 0
         along = point[..., 2 - axis][wall]
@@ -211,17 +216,17 @@ def test_a_wall_shows_the_texel_that_was_painted_there(monkeypatch, pitch, share
         assert agree > share, (axis, agree)
 
 
-@pytest.mark.parametrize("above", [0, world.CEILING])
+@pytest.mark.parametrize("above", [0, CEILING])
 def test_floor_and_ceiling_show_the_texel_that_was_painted_there(monkeypatch, above):
     """Row: 16 per metre along x. Column: 16 per metre along z."""
     scene = make_scene(0, "rooms")
     n = 16 * len(scene.solid)
     floor, ceiling = np.random.default_rng(0).random((2, 3, n, n), np.float32)
-    monkeypatch.setattr(world, "_paint_ground", lambda scene: [floor, ceiling])
+    monkeypatch.setattr(render_file, "_paint_ground", lambda scene: [floor, ceiling])
     rgb, _, point, flat, forward = seen_points(scene, 0.0)
     level = np.abs(point[..., 1] + above) < 1e-4
     x, _, z = 16 * point[level].T
-    density = forward[level] * np.sqrt(np.maximum(forward[level] / world.EYE, 1))
+    density = forward[level] * np.sqrt(np.maximum(forward[level] / EYE, 1))
     image = ceiling if above else floor
     agree = share_shown(rgb[level], image, scene.style["fog"], x, z, density, flat[level])
     assert agree > 0.999, agree
@@ -289,17 +294,17 @@ def test_rendering_is_fast_enough_to_make_data():
 
 def character_id(digits: dict[str, int]) -> int:
     return sum(
-        digits[slot] * math.prod(list(world.SLOTS.values())[:k])
-        for k, slot in enumerate(world.SLOTS)
+        digits[slot] * math.prod(list(figure.SLOTS.values())[:k])
+        for k, slot in enumerate(figure.SLOTS)
     )
 
 
 def test_more_than_1e8_characters():
-    assert world.N_CHARACTERS == math.prod(world.SLOTS.values()) > 1e8
-    for number in np.random.default_rng(0).integers(0, world.N_CHARACTERS, 10_000).tolist():
-        assert character_id(world.character(number)) == number
+    assert figure.N_CHARACTERS == math.prod(figure.SLOTS.values()) > 1e8
+    for number in np.random.default_rng(0).integers(0, figure.N_CHARACTERS, 10_000).tolist():
+        assert character_id(figure.character(number)) == number
     with pytest.raises(ValueError, match="a character is a number from 0"):
-        world.character(world.N_CHARACTERS)
+        figure.character(figure.N_CHARACTERS)
 
 
 def test_every_character_slot_changes_pixels():
@@ -310,8 +315,8 @@ def test_every_character_slot_changes_pixels():
         if np.linalg.norm(cameras(scene, [p], "third")[0, :3, 3] - p[:3]) > 2.7
     )[None]
     c2w = cameras(scene, player, "third")
-    base = dict.fromkeys(world.SLOTS, 0)
-    for slot, size in world.SLOTS.items():
+    base = dict.fromkeys(figure.SLOTS, 0)
+    for slot, size in figure.SLOTS.items():
         dress = [
             character_id(base | ({"pattern": 1} if slot == "torso" else {}) | {slot: k})
             for k in range(size)
@@ -345,7 +350,7 @@ def test_the_camera_is_never_inside_a_wall():
                 assert not scene.solid[
                     (eye[:, 0] + dx).astype(int), (eye[:, 2] + dz).astype(int)
                 ].any()
-            assert (eye[:, 1] < 0).all() and (scene.outdoor or (eye[:, 1] > -world.CEILING).all())
+            assert (eye[:, 1] < 0).all() and (scene.outdoor or (eye[:, 1] > -CEILING).all())
             away = np.linalg.norm(eye - player[:, :3], axis=1)
             assert (away > 0.1).all()  # it is not the eye of the player
             x, y, z = np.moveaxis(
@@ -411,7 +416,7 @@ def test_steps_into_a_wall_are_not_taken_and_all_others_are():
     assert not any(player.move(keys, turn) for keys, turn in rows)
     pose = start
     for keys, turn in rows:
-        pose = step_pose(pose, keys, turn, world.MAX_PITCH)
+        pose = step_pose(pose, keys, turn, render_file.MAX_PITCH)
     assert math.dist(pose, player.pose) < 1e-9  # what the model integrates is where the game is
 
     free = world.stop_at_walls(scene, start, 0 * keyboard, mouse)
@@ -422,7 +427,7 @@ def test_a_walk_that_begins_in_a_wall_is_left_alone():
     scene = make_scene(3, "rooms")
     i, j = np.argwhere(scene.solid[1:-1, 1:-1])[0] + 1
     keyboard, mouse = np.ones((8, 6), np.float32), np.zeros((8, 2), np.float32)
-    touching = (i + 0.5, -world.EYE, j + 1.1, 0.0, 0.0)
+    touching = (i + 0.5, -EYE, j + 1.1, 0.0, 0.0)
     player = World(scene, pose=touching, size=0)
     assert player.move([0.0] * 6, [0.0, 0.0])
     assert np.array_equal(world.stop_at_walls(scene, touching, keyboard, mouse), keyboard)
@@ -442,7 +447,7 @@ def test_actions_then_inverses_return_home():
 
 
 def test_a_circle_closes_across_the_yaw_seam():
-    pose = start = (0.0, -world.EYE, 0.0, 0.0, 170.0)
+    pose = start = (0.0, -EYE, 0.0, 0.0, 170.0)
     for _ in range(240):
         pose = step_pose(pose, world.W, (0.0, 0.1))
     assert (
@@ -463,7 +468,7 @@ def test_a_player_slides_along_a_wall_and_is_flagged():
     scene = make_scene(0, "rooms")
     game = World(scene, pose=(1.5, -1.6, 1.5, 0.0, -60.0))
     touched = [game.tick(world.W, (0.0, 0.0))["contact"] for _ in range(20)]
-    assert touched[-1] and abs(game.pose[0] - 1 - world.RADIUS) < 1e-6 and game.pose[2] > 2
+    assert touched[-1] and abs(game.pose[0] - 1 - RADIUS) < 1e-6 and game.pose[2] > 2
     with pytest.raises(ValueError, match="must be a free cell"):
         World(scene, pose=START)
     with pytest.raises(ValueError, match="view must be first or third"):
@@ -485,7 +490,7 @@ def test_paths_stay_in_free_space():
                 gap = np.linalg.norm(
                     line[:, None] - np.clip(line[:, None], solid, solid + 1), axis=-1
                 ).min()
-                assert gap > world.RADIUS  # of the body's centre to any wall
+                assert gap > RADIUS  # of the body's centre to any wall
             grid = nav.astar(*(tuple(int(v / nav.cell) for v in end) for end in (a, b)))
             length = lambda points: sum(math.dist(p, q) for p, q in pairwise(points))
             assert length(way) <= 1.001 * nav.cell * length(grid)  # pulled tight
@@ -515,17 +520,17 @@ def test_astar_finds_what_a_slow_search_finds():
 
 
 def test_learned_explorer_covers_more_than_waypoints_than_random():
-    scenes = [make_scene(seed) for seed in world.SPLITS["test"][:40]]
-    trained = world.train_explorer([make_scene(seed) for seed in world.SPLITS["train"][:64]])
+    scenes = [make_scene(seed) for seed in SPLITS["test"][:40]]
+    trained = explore.train_explorer([make_scene(seed) for seed in SPLITS["train"][:64]])
     interval = {}
     for name, weights in (
         ("random", None),
         ("waypoints", np.zeros(4)),
         ("learned", trained),
-        ("shipped", world.POLICY),
+        ("shipped", explore.POLICY),
     ):
         share = [
-            np.mean([world.explore(s, weights, np.random.default_rng(k))[0] for k in range(2)])
+            np.mean([explore.explore(s, weights, np.random.default_rng(k))[0] for k in range(2)])
             for s in scenes
         ]
         interval[name] = np.mean(share), 1.96 * np.std(share) / math.sqrt(40)

@@ -1,0 +1,1 @@
+"""Episodes on disk, and what turns films, games and words into them."""

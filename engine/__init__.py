@@ -1,0 +1,1 @@
+"""The machinery under the paper: weight files, optimisers, checkpoints, runs, clips, ranks."""

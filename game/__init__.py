@@ -1,0 +1,1 @@
+"""The world that is walked in: scenes, pictures, figures and ways, in numpy alone."""

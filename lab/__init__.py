@@ -1,0 +1,1 @@
+"""The laboratory: measures, truths, statistics, claims, tables and benches."""
