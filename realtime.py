@@ -18,7 +18,6 @@ import contextlib
 import math
 import multiprocessing
 import os
-import pickle
 import sys
 import time
 from collections import deque
@@ -590,34 +589,33 @@ class Decoder:
 # ---- N + 1 ranks -----------------------------------------------------------------------------------------------------
 
 
-def serve(rank: int, world: int, port: int, options: Options) -> None:
+ORDERS = {  # what rank 0 may ask of whom
+    "denoise": ("reset", "run", "load", "undo", "close"),
+    "decode": ("decode", "dump", "load", "undo", "close"),
+}
+
+
+def serve(rank: int, world: int, port: int, key: bytes, options: Options) -> None:
     """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes."""
-    store, box, k = (
-        dist.TCPStore("127.0.0.1", port),
-        "decode" if rank == world - 1 else "denoise",
-        0,
-    )
+    ranks.end_with_parent()
+    store = ranks.join_store(port)
+    box = "decode" if rank == world - 1 else "denoise"
     try:
         torch.set_num_threads(options.threads or torch.get_num_threads())
         nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
-        team = ranks.Team(rank, world, store, options, nets.get("dit"))
-        actor = (
-            Decoder(nets["decoder"], options)
-            if box == "decode"
-            else Denoiser(nets["dit"], meta, options, team.group)
-        )
-        while (order := pickle.loads(store.get(f"{box}{(k := k + 1)}")))[0] != "close":
-            name, *args = order
-            if name == "decode":
-                dist.recv(z := torch.empty(args[0], dtype=args[1]), 0)
-                args = [z, args[2]]
+        team = ranks.Team(rank, world, store, options, nets.get("dit"), key)
+        if box == "decode":
+            actor = Decoder(nets["decoder"], options)
+        else:
+            actor = Denoiser(nets["dit"], meta, options, team.group)
+        inbox = ranks.Inbox(store, box, key, ORDERS[box])
+        while True:
+            name, args = inbox.next()
+            if name == "close":
+                break
             result = getattr(actor, name)(*args)
             if box == "decode":
-                dist.send_object_list(
-                    [(result[0].shape, result[1]) if name == "decode" else result], 0
-                )
-            if name == "decode":
-                dist.send(result[0], 0)
+                ranks.answer(result)
         dist.destroy_process_group()
     except Exception as error:  # whatever it is, rank 0 must hear of it, if it lives
         with contextlib.suppress(RuntimeError):
@@ -637,27 +635,27 @@ def open_session(options: Options, dit_ranks: int = 0) -> "Session | None":
         int(os.environ.get("RANK", 0)),
         [],
     )
-    if rank or not (ranks := dit_ranks or started - 1):
+    if rank or not (count := dit_ranks or started - 1):
         return None if rank else Session(options)
-    if not 1 <= ranks <= (most := places(options)) or started not in (1, ranks + 1):
+    if not 1 <= count <= (most := places(options)) or started not in (1, count + 1):
         raise ValueError(
-            f"{ranks} denoising ranks cannot work here: {options.preset} has {most} places to share, and {started} processes were "
+            f"{count} denoising ranks cannot work here: {options.preset} has {most} places to share, and {started} processes were "
             f"started. Use 1 to {most}; torchrun --nproc_per_node needs one more"
         )
     if (cuda := options.device.startswith("cuda")) and not dist.is_nccl_available():
         raise ValueError(
             "this torch has no nccl, which ranks on GPUs need; use --device cpu or another build of torch"
         )
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for r in range(1, ranks + 1):
+    store, key = ranks.open_store(), ranks.new_key()
+    for r in range(1, count + 1):
         place = replace(options, device=f"cuda:{r}" if cuda else "cpu")
         crew.append(
             multiprocessing.get_context("spawn").Process(
-                target=serve, args=(r, ranks + 1, store.port, place), daemon=True
+                target=serve, args=(r, count + 1, store.port, key, place), daemon=True
             )
         )
         crew[-1].start()
-    return Session(options, store, crew)
+    return Session(options, store, crew, key)
 
 
 class Session:
@@ -668,6 +666,7 @@ class Session:
         options: Options = Options(),
         store: dist.Store | None = None,
         crew: Sequence[multiprocessing.Process] = (),
+        key: bytes = b"",  # what the orders of rank 0 are signed with
     ):
         self.options, self.policy, self.pending = resolve(options), options.policy, deque()
         self.pool = (
@@ -686,7 +685,7 @@ class Session:
             )
             self.options = replace(self.options, new=self.lengths[0])
         self.team = (
-            ranks.Team(0, len(crew) + 1, store, self.options, self.nets["dit"], crew)
+            ranks.Team(0, len(crew) + 1, store, self.options, self.nets["dit"], key, crew)
             if store
             else None
         )

@@ -1,10 +1,14 @@
 """A session: the same frames however they are made, bounded in memory, honest about its cost, never left hanging."""
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -755,7 +759,9 @@ def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
     )
     # a rank that fails is named, and nobody is left behind
     ranks.team.post("denoise", "nonsense")
-    with pytest.raises(RuntimeError, match=r"rank 1 \(denoise\) failed: AttributeError.*nonsense"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 \(denoise\) failed: ValueError: unknown order 'nonsense'"
+    ):
         walk(ranks, 2, 3)
     ranks.close()
     for process in ranks.team.crew:
@@ -821,7 +827,7 @@ def test_ranks_with_other_options_or_weights_are_named() -> None:
         for p in list(model.parameters())[:-1]:
             torch.nn.init.ones_(p)
         try:
-            ranks.Team(rank, 3, store, options, model if rank < 2 else None)
+            ranks.Team(rank, 3, store, options, model if rank < 2 else None, b"key")
         except ValueError as error:
             said.append(str(error))
 
@@ -909,3 +915,91 @@ def test_a_live_player_gets_the_shortest_segments_that_are_made_fast_enough(tmp_
 def test_a_length_that_nobody_trains_is_refused() -> None:
     with pytest.raises(ValueError, match="new must be one of 10, 5, 2, got 3"):
         realtime.resolve(realtime.Options("micro", "random", device="cpu", new=3))
+
+
+class Evil:
+    """What a pickle does when it is opened."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Local addresses, in the kernel's hexadecimal, on which these processes wait for connections."""
+    sockets = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in sockets:
+                found.add(columns[1].split(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
+def test_ranks_meet_on_this_machine_alone_and_obey_nobody_but_rank_0(tmp_path: Path) -> None:
+    team = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
+    assert listening({os.getpid(), team.team.crew[0].pid}) <= LOOPBACK
+    team.reset(IMAGE)
+
+    # a stranger on this machine who found the port writes the next order
+    marker = tmp_path / "executed"
+    stranger = ranks.join_store(team.team.store.port)
+    place = team.team.posted["decode"] + 1
+    stranger.set(f"decode{place}", pickle.dumps(Evil(marker)))
+    team.team.crew[0].join(20)
+    assert not team.team.crew[0].is_alive() and not marker.exists()
+    assert "not signed by rank 0" in team.team.failure()
+    team.close()
+
+
+def test_orders_are_signed_for_their_place_and_say_only_what_json_can() -> None:
+    key = ranks.new_key()
+    order = {"x": torch.ones(2, 3), "names": ["a", 1, None], "none": torch.zeros(0)}
+    tensors: list[Tensor] = []
+    text = json.dumps(ranks.pack(order, tensors))
+    said = json.loads(text)
+    assert [x.shape for x in ranks.shapes_in(said)] == [x.shape for x in tensors]
+    again = ranks.unpack(said, iter(tensors))
+    assert torch.equal(again["x"], order["x"]) and again["names"] == order["names"]
+    assert ranks.signature(key, "decode1", text) != ranks.signature(key, "decode2", text)
+    with pytest.raises(TypeError):
+        json.dumps(ranks.pack(Evil(Path("x")), []))
+
+
+@pytest.mark.parametrize("after", [0.0, 2.0, 6.0])
+@pytest.mark.slow
+def test_ranks_end_with_the_process_that_started_them(after: float, tmp_path: Path) -> None:
+    """Slow: kills rank 0 while the others start, load and wait."""
+    program = f"""
+import sys; sys.path.insert(0, {str(realtime.ROOT)!r})
+import realtime
+if __name__ == "__main__":
+    session = realtime.open_session(realtime.Options(**{vars(OPTIONS)!r}), 2)
+    import time; time.sleep(60)
+"""
+    script = tmp_path / "rank0.py"
+    script.write_text(program)
+    first = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
+    time.sleep(after + 3)
+    children = [
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if f"PPid:\t{first.pid}\n" in (path / "status").read_text()
+    ]
+    first.kill()
+    first.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, "a rank outlived its parent"
+        time.sleep(0.2)
