@@ -1,4 +1,36 @@
-"""Memory, past, new: all that the network sees besides noise."""
+"""Memory, past, new: all that the network sees besides noise.
+
+What it does. A segment is made in one go: a few clean latents of the past, noise in the place of the new ones,
+five old latents that memory.py found, and for every latent the cameras and actions that belong to it. Training,
+distillation, play and evaluation build this context here and nowhere else.
+
+Time. The first frame is alone in its latent, every later latent holds four (vae.py has the reason):
+
+    frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...            latent L >= 1 covers frames 4L − 3 .. 4L          (1)
+    latents    0 |    1    |    2    | 3 ...
+
+    segment 0  [0 | 1 ........... 14]                   the image is the past of 14 new latents: 57 frames
+    segment 1             [11 .. 14 | 15 ........ 24]   four latents of the past, ten new: 40 frames
+    segment 2                       [21 .. 24 | 25 ...  10, 5 or 2 at once: the fewer, the sooner a key acts
+
+Sequence. [memory | past | new] is ONE sequence for attention. Memory and past enter clean, at t = 0, and carry
+no loss; only the new latents are noise. What tells an old latent from a new one is its time (a clock, see
+attention.py) and its camera (rays, see camera.py).
+
+Memory. Slot j was asked for by the new latent that lies j·new/5 before the newest: five questions, spread
+over the segment, for 10 new ones at −1 −3 −5 −7 −9.                                                      (2)
+
+Actions. action[t] leads from frame t to t + 1. Latent L sees the twelve actions 4L − 12 .. 4L − 1: the four
+that made its frames and eight before, so that a start or stop is seen coming.                            (3)
+
+Guidance subtracts what the network says without knowing: no memory, null actions (mouse +1, keyboard −1, as
+released; memory tokens carry them too), no text. Training mutes a share of its samples so that it can answer.
+
+What differs. The released windows slip by one frame after segment 0 and repeat the last action, which is not
+known yet; whoever plays released weights, or trains for that encoding, gets them (released_windows).
+
+Try it: python memory.py      Tests: pytest tests/test_context.py tests/test_memory.py
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -7,20 +39,24 @@ from torch import Tensor
 
 import camera
 
-NULL_MOUSE, NULL_KEY = 1.0, -1.0  # "no action": memory tokens and the guidance branch
-ACTIONS_SEEN = 12  # per latent: the four that made its frames, eight before
+NULL_MOUSE = 1.0  # "no action": memory tokens and the branch that guidance subtracts
+NULL_KEY = -1.0
+ACTIONS_SEEN = 12  # per latent
 ENCODINGS = ("anchored", "absolute", "none", "released")  # of rays
 LENGTHS = (10, 5, 2)  # new latents of a segment that our own models are trained for
 
 
+# ---- time --------------------------------------------------------------------------------------------------
+
+
 def query_offsets(new: int, memory: int) -> list[int]:
     """Memory slot j asks this many latents before the newest: 0 2 4 6 8 for 10 new latents and 5 slots."""
-    return [slot * new // memory for slot in range(memory)]
+    return [slot * new // memory for slot in range(memory)]  # (2)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Every number of time. Latent 0 is frame 0 alone; latent L >= 1 covers frames 4L-3 .. 4L."""
+    """Every number of time."""
 
     stride: int = 4  # pixel frames per latent after the first
     first: int = 15  # latents of segment 0: the image and 14 new ones
@@ -29,6 +65,7 @@ class Window:
     memory: int = 5  # retrieved latents
 
     def latents(self, segments: int) -> int:
+        """How many there are after so many segments."""
         return self.first + self.new * (segments - 1)
 
     def frames(self, segments: int) -> int:
@@ -38,63 +75,86 @@ class Window:
         return (frame - 1) // self.stride + 1
 
     def frames_of(self, latent: int) -> range:
-        return (
-            range(1)
-            if latent == 0
-            else range(self.stride * (latent - 1) + 1, self.stride * latent + 1)
-        )
+        if latent == 0:
+            return range(1)
+        return range(self.stride * (latent - 1) + 1, self.stride * latent + 1)  # (1)
 
     def segment(self, k: int) -> tuple[int, int, int]:
         """First latent, last latent + 1, how many of them are clean past."""
         end = self.latents(k + 1)
-        return (0, end, 1) if k == 0 else (end - self.new - self.past, end, self.past)
+        if k == 0:
+            return 0, end, 1
+        return end - self.new - self.past, end, self.past
 
     def queries(self, k: int) -> list[int]:
-        """Latents whose last frames ask for memory, spread over the new ones: end-1, -3, -5, -7, -9."""
-        return [self.segment(k)[1] - 1 - offset for offset in query_offsets(self.new, self.memory)]
+        """Latents whose last frames ask for memory, newest first."""
+        newest = self.segment(k)[1] - 1
+        return [newest - offset for offset in query_offsets(self.new, self.memory)]
 
 
 def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) -> Tensor:
     """Frames 4L + step of x (B, F, ...) for each of n latents: (B, n, S, ...), clamped at frame 0, never past the end."""
-    latents = torch.as_tensor(first_latent, device=x.device).expand(len(x))[:, None] + torch.arange(
-        n, device=x.device
-    )
-    frames = Window.stride * latents[..., None] + steps.to(x.device)
+    first = torch.as_tensor(first_latent, device=x.device).expand(len(x))
+    latents = first[:, None] + torch.arange(n, device=x.device)  # (B, n)
+    frames = Window.stride * latents[..., None] + steps.to(x.device)  # (B, n, S)
     if int(frames.max()) >= x.shape[1] or int(latents.min()) < 0:
         raise ValueError(
             f"the clip has frames 0 .. {x.shape[1] - 1}, but latents {int(latents.min())} .. "
             f"{int(latents.max())} need frames up to {int(frames.max())}"
         )
-    return x[torch.arange(len(x), device=x.device)[:, None, None], frames.clamp(min=0)]
+    rows = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[rows, frames.clamp(min=0)]
 
 
 def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, 4, 4) from global frame 0, an int or (B,) -> (B, n, 4, 4, 4): the cameras of each latent's four
-    frames, of which [:, :, -1] is the latent's pose. Latent 0 has frame 0 four times."""
-    return take_frames(c2w, first_latent, n, torch.arange(-Window.stride + 1, 1))
+    """(B, F, 4, 4) from frame 0, an int or (B,) -> (B, n, 4, 4, 4): the cameras of each latent's four frames.
+
+    The last of the four, [:, :, -1], is the latent's own pose. Latent 0 has frame 0 four times.
+    """
+    return take_frames(c2w, first_latent, n, torch.arange(1 - Window.stride, 1))  # (1)
 
 
 def action_windows(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, A) from global frame 0 -> (B, n, 12, A): latent L sees actions 4L−12 .. 4L−1, the four that made its
-    frames and the eight before, clamped at 0."""
-    return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))
+    """(B, F, A) from frame 0 -> (B, n, 12, A): what each latent sees of the actions, clamped at frame 0."""
+    return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))  # (3)
 
 
 def released_windows(actions: Tensor) -> Tensor:  # (B, 57 | 56, A) -> (B, 15 | 14, 12, A)
     """Of one segment: 12 copies of its own first action in front of 4k+1 frames, 8 in front of 4k."""
-    fill = ACTIONS_SEEN if actions.shape[1] % Window.stride == 1 else ACTIONS_SEEN - Window.stride
-    padded = torch.cat([actions[:, :1].expand(-1, fill, -1), actions], 1)
-    return padded.unfold(1, ACTIONS_SEEN, Window.stride)[
-        :, : (actions.shape[1] + 3) // Window.stride
-    ].mT
+    frames = actions.shape[1]
+    copies = ACTIONS_SEEN if frames % Window.stride == 1 else ACTIONS_SEEN - Window.stride
+    padded = torch.cat([actions[:, :1].expand(-1, copies, -1), actions], 1)
+    latents = (frames + 3) // Window.stride
+    return padded.unfold(1, ACTIONS_SEEN, Window.stride)[:, :latents].mT
 
 
-def palindrome(frames: int) -> Tensor:  # (F,) long: which frame to show, F = 4k+1
-    """n, n, n−1 … n/2+1, n/2+1 … n: the second half revisits, backwards, what the first half showed."""
-    if frames % 4 != 1 or frames < 5:
-        raise ValueError(f"a palindrome needs 4k+1 frames, at least 5, got {frames}")
-    last = torch.arange((frames - 1) // 2 + 1, frames)
-    return torch.cat([last[-1:], last.flip(0), last])
+def released_actions(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
+    """(B, F, A) from frame 0 -> (B, n, 12, A): the release's windows of one segment.
+
+    It lists one action per frame of the segment; the last frame has none yet and repeats the one before.
+    """
+    first = torch.as_tensor(first_latent, device=actions.device).expand(len(actions))
+    begins = (Window.stride * (first - 1) + 1).clamp(min=0)  # the segment's first frame
+    last = Window.stride * (first + n - 1)  # and its last
+    count = int(last[0] - begins[0]) + 1
+    frames = begins[:, None] + torch.arange(count, device=actions.device)
+    frames = torch.minimum(frames, last[:, None] - 1)
+    rows = torch.arange(len(actions), device=actions.device)[:, None]
+    return released_windows(actions[rows, frames])
+
+
+# ---- what goes into a context ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lens:
+    """How cameras are told to the network."""
+
+    encoding: str = "anchored"  # see camera.py
+    stride: int = 8  # pixels per latent cell
+    K: Tensor | None = (
+        None  # (4,) pixels; anchored also (B, 4); None: 90° across (released: both ways)
+    )
 
 
 @dataclass(frozen=True)
@@ -121,49 +181,42 @@ class Context:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Context":
-        every = {field.name: getattr(self, field.name) for field in fields(self)}  # times stay long
-        return Context(
-            **{
-                name: x.to(device, dtype if x.is_floating_point() else None)
-                for name, x in every.items()
-            }
+        """Elsewhere or in another precision; times stay integers."""
+        moved = {}
+        for field in fields(self):
+            x = getattr(self, field.name)
+            moved[field.name] = x.to(device, dtype if x.is_floating_point() else None)
+        return Context(**moved)
+
+    def without(self, rows: int) -> "Context":
+        """Everything that belongs to the first latents of the sequence is gone, but for the latents themselves."""
+        return replace(
+            self,
+            times=self.times[:, rows:],
+            rays=self.rays[:, :, rows:],
+            mouse=self.mouse[:, rows:],
+            keyboard=self.keyboard[:, rows:],
         )
 
     def drop_memory(self) -> "Context":
-        M = self.memory.shape[2]
-        return replace(
-            self,
-            memory=self.memory[:, :, :0],
-            times=self.times[:, M:],
-            rays=self.rays[:, :, M:],
-            mouse=self.mouse[:, M:],
-            keyboard=self.keyboard[:, M:],
-        )
+        return replace(self.without(self.memory.shape[2]), memory=self.memory[:, :, :0])
 
     def alone(self) -> "Context":
         """The new latents and their cameras, without anything that came before, text or actions."""
-        T = self.times.shape[1] - self.memory.shape[2] - self.past.shape[2]
-        bare = replace(
-            self,
-            memory=self.memory[:, :, :0],
-            past=self.past[:, :, :0],
-            times=self.times[:, -T:],
-            rays=self.rays[:, :, -T:],
-            mouse=self.mouse[:, -T:],
-            keyboard=self.keyboard[:, -T:],
-        )
+        clean = self.memory.shape[2] + self.past.shape[2]
+        bare = self.without(clean)
+        bare = replace(bare, memory=self.memory[:, :, :0], past=self.past[:, :, :0])
         return bare.mute(torch.ones(len(self.past), dtype=torch.bool))
 
     def mute(self, where: Tensor) -> "Context":  # (B,) bool
         """Null actions, zero text for some samples: so training learns the branch guidance subtracts."""
-        B, where = len(where), where.to(self.text.device)
-        mouse = torch.where(where.view(B, 1, 1, 1), NULL_MOUSE, self.mouse)
-        keyboard = torch.where(where.view(B, 1, 1, 1), NULL_KEY, self.keyboard)
+        where = where.to(self.text.device)
+        muted = where.view(-1, 1, 1, 1)
         return replace(
             self,
-            mouse=mouse,
-            keyboard=keyboard,
-            text=torch.where(where.view(B, 1, 1), 0.0, self.text),
+            mouse=torch.where(muted, NULL_MOUSE, self.mouse),
+            keyboard=torch.where(muted, NULL_KEY, self.keyboard),
+            text=torch.where(where.view(-1, 1, 1), 0.0, self.text),
         )
 
     def null(self, text: Tensor | None = None) -> "Context":
@@ -172,122 +225,171 @@ class Context:
         return bare if text is None else replace(bare, text=text)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Where a player goes while a segment is made: its past latents first, then the new ones."""
+
+    times: Tensor  # (B, T) long, absolute latent indices
+    cameras: Tensor  # (B, T, 4, 4, 4) c2w of each latent's four frames
+    mouse: Tensor  # (B, T, 12, 2) the actions that each latent sees
+    keyboard: Tensor  # (B, T, 12, 6)
+
+    def __post_init__(self) -> None:
+        B, T = self.mouse.shape[:2]
+        camera.expect("times", self.times, (B, T))
+        camera.expect("cameras", self.cameras, (B, T, Window.stride, 4, 4))
+        camera.expect("mouse", self.mouse, (B, T, ACTIONS_SEEN, 2))
+        camera.expect("keyboard", self.keyboard, (B, T, ACTIONS_SEEN, 6))
+
+    @classmethod
+    def cut(
+        cls,
+        walk: object,  # c2w (B, F, 4, 4), keyboard (B, F, 6), mouse (B, F, 2) of every frame from frame 0
+        first: int | Tensor,  # its first latent, an int or (B,)
+        n: int,  # how many latents
+        encoding: str = "anchored",
+    ) -> "Segment":
+        """n latents out of whole walks."""
+        windows = released_actions if encoding == "released" else action_windows
+        start = torch.as_tensor(first).expand(len(walk.c2w))
+        return cls(
+            times=start[:, None] + torch.arange(n, device=start.device),
+            cameras=segment_cameras(walk.c2w, first, n),
+            mouse=windows(walk.mouse, first, n),
+            keyboard=windows(walk.keyboard, first, n),
+        )
+
+    def asking(self, new: int, slots: int = Window.memory) -> Tensor:
+        """(B, M, 4, 4): the cameras of the new latents that ask for memory, newest first."""
+        newest = self.times.shape[1] - 1
+        asks = [newest - offset for offset in query_offsets(new, slots)]
+        return self.cameras[:, asks, -1]
+
+    def context(
+        self,
+        past: Tensor,  # (B, C, P, h, w) clean latents
+        text: Tensor,  # (B, n, text_dim)
+        memory: Memory | None = None,
+        lens: Lens = Lens(),
+    ) -> Context:
+        """The ONE place where a context is put together."""
+        B, C, P, h, w = past.shape
+        if memory is None:
+            memory = Memory(past[:, :, :0], self.times[:, :0], self.cameras[:, :0])
+        M = memory.latents.shape[2]
+        camera.expect("times", self.times, (B, self.times.shape[1]))
+        camera.expect("text", text, (B, *text.shape[-2:]))
+        camera.expect("memory.latents", memory.latents, (B, C, M, h, w))
+        camera.expect("memory.times", memory.times, (B, M))
+        camera.expect("memory.cameras", memory.cameras, (B, M, Window.stride, 4, 4))
+
+        cameras = torch.cat([memory.cameras.to(self.cameras), self.cameras], 1)
+        camera.check_rigid("cameras (memory first)", cameras)
+        rays = self.rays_of(cameras, P, (h, w), lens)
+
+        # memory tokens have times and cameras of their own, and no actions
+        no_turn = self.mouse.new_full((B, M, ACTIONS_SEEN, 2), NULL_MOUSE)
+        no_key = self.keyboard.new_full((B, M, ACTIONS_SEEN, 6), NULL_KEY)
+        return Context(
+            past=past,
+            memory=memory.latents.to(past),
+            times=torch.cat([memory.times.to(self.times), self.times], 1),
+            rays=rays.to(past.device),
+            mouse=torch.cat([no_turn, self.mouse], 1),
+            keyboard=torch.cat([no_key, self.keyboard], 1),
+            text=text,
+        )
+
+    def rays_of(self, cameras: Tensor, P: int, size: tuple[int, int], lens: Lens) -> Tensor:
+        """(B, M+T, 4, 4, 4) -> (B, R, M+T, h, w) in the encoding that the network was trained for."""
+        h, w = size
+        T = self.times.shape[1]
+        if camera.choose("encoding", lens.encoding, ENCODINGS) == "released":
+            K = torch.tensor([w, h, w, h]) * lens.stride / 2 if lens.K is None else lens.K
+            return released_rays(cameras, cameras.shape[1] - T, T - P, K, (h, w, lens.stride))
+
+        anchor = self.cameras[:, P - 1, -1]  # the last past frame
+        if lens.encoding == "absolute":
+            anchor = torch.eye(4).to(anchor).expand_as(anchor)
+        K = camera.intrinsics(h, w) if lens.K is None else lens.K / lens.stride
+        rays = camera.anchored_rays(cameras, anchor, K, h, w)
+        return rays * (lens.encoding != "none")
+
+
 def released_rays(
-    cameras: Tensor, M: int, new: int, K: Tensor, size: tuple[int, int, int]
-) -> Tensor:
-    """(B, M+T, 4, 4, 4), M memory latents first and `new` new ones last, K (4,) in pixels, size = latent h, w
-    and pixels per cell -> (B, 6*stride², M+T, h, w) float32."""
-    (h, w, stride), pose, T = (
-        size,
-        camera.to_released(cameras[:, :, -1].double()),
-        cameras.shape[1] - M,
-    )
-    # past and new latents:  g_i = c2w_{i−1}⁻¹ c2w_i,  g_0 = I;   memory:  g_j = c2w_query(j)⁻¹ c2w_j
-    base = [M + T - 1 - offset for offset in query_offsets(new, M)] + [M, *range(M, M + T - 1)]
-    g = camera.relative(pose[:, base], pose)
+    cameras: Tensor,  # (B, M+T, 4, 4, 4): M memory latents first
+    M: int,
+    new: int,  # of the T latents, the last ones
+    K: Tensor,  # (4,) pixels
+    size: tuple[int, int, int],  # latent h, w and pixels per cell
+) -> Tensor:  # (B, 6*stride², M+T, h, w) float32
+    """As released: every latent relative to the one before, memory relative to the view that asks for it."""
+    h, w, stride = size
+    pose = camera.to_released(cameras[:, :, -1].double())
+    T = cameras.shape[1] - M
+
+    # past and new:  g_i = c2w_{i−1}⁻¹ c2w_i,  g_0 = I;     memory:  g_j = c2w_query(j)⁻¹ c2w_j
+    asked_by = [M + T - 1 - offset for offset in query_offsets(new, M)]
+    before = [M, *range(M, M + T - 1)]
+    g = camera.relative(pose[:, asked_by + before], pose)
+
     # t / |t| of memory, t / max |t| of the segment; below 0.1 mm a direction would be rounding noise
     length = g[..., :3, 3].norm(dim=-1)
     length[:, M:] = length[:, M:].amax(1, keepdim=True)
     g[..., :3, 3] /= torch.where(length > 1e-4, length, 1.0)[..., None]
-    # (c, h s, w s) -> (c, row in cell, column in cell, h, w): the order the released weights expect
-    cells = (
-        camera.rays(g.float(), K, h * stride, w * stride)
-        .unflatten(-1, (w, stride))
-        .unflatten(-3, (h, stride))
-    )
-    return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4).transpose(1, 2)
+
+    return fold_cells(camera.rays(g.float(), K, h * stride, w * stride), stride).transpose(1, 2)
 
 
-def make_context(
-    past: Tensor,  # (B, C, P, h, w) clean latents
-    times: Tensor,  # (B, P+N) long, absolute latent indices
-    cameras: Tensor,  # (B, P+N, 4, 4, 4) c2w, see segment_cameras
-    mouse: Tensor,  # (B, P+N, 12, 2), see action_windows
-    keyboard: Tensor,  # (B, P+N, 12, 6)
-    text: Tensor,  # (B, n, text_dim)
-    memory: Memory | None = None,
-    encoding: str = "anchored",
-    stride: int = 8,  # pixels per latent cell
-    K: Tensor | None = None,  # (4,) pixels; anchored also (B, 4); default 90° (released: both ways)
-) -> Context:
-    """The ONE place where a context is put together: training, distillation, play and evaluation call it."""
-    memory = Memory(past[:, :, :0], times[:, :0], cameras[:, :0]) if memory is None else memory
-    (B, C, P, h, w), T, M = past.shape, times.shape[1], memory.latents.shape[2]
-    for name, x, shape in (
-        ("times", times, (B, T)),
-        ("cameras", cameras, (B, T, 4, 4, 4)),
-        ("text", text, (B, *text.shape[-2:])),
-        ("mouse", mouse, (B, T, ACTIONS_SEEN, 2)),
-        ("keyboard", keyboard, (B, T, ACTIONS_SEEN, 6)),
-        ("memory.latents", memory.latents, (B, C, M, h, w)),
-        ("memory.times", memory.times, (B, M)),
-        ("memory.cameras", memory.cameras, (B, M, 4, 4, 4)),
-    ):
-        camera.expect(name, x, shape)
-    anchor, cameras = cameras[:, P - 1, -1], torch.cat([memory.cameras.to(cameras), cameras], 1)
-    camera.check_rigid("cameras (memory first)", cameras)
-    if camera.choose("encoding", encoding, ENCODINGS) == "released":
-        image = released_rays(
-            cameras,
-            M,
-            T - P,
-            torch.tensor([w, h, w, h]) * stride / 2 if K is None else K,
-            (h, w, stride),
-        )
-    else:
-        anchor = torch.eye(4).to(anchor).expand_as(anchor) if encoding == "absolute" else anchor
-        image = camera.anchored_rays(
-            cameras, anchor, camera.intrinsics(h, w) if K is None else K / stride, h, w
-        ) * (encoding != "none")
-    times = torch.cat([memory.times.to(times), times], 1)
-    mouse = torch.cat([mouse.new_full((B, M, ACTIONS_SEEN, 2), NULL_MOUSE), mouse], 1)
-    keyboard = torch.cat([keyboard.new_full((B, M, ACTIONS_SEEN, 6), NULL_KEY), keyboard], 1)
-    return Context(
-        past, memory.latents.to(past), times, image.to(past.device), mouse, keyboard, text
-    )
+def fold_cells(x: Tensor, stride: int) -> Tensor:
+    """(B, T, c, h s, w s) -> (B, T, c s², h, w): channel, row in the cell, column in the cell, as released weights expect."""
+    cells = x.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))  # (..., c, h, s, w, s)
+    return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4)
 
 
-def clip_context(
-    latents: Tensor,
-    c2w: Tensor,
-    keyboard: Tensor,
-    mouse: Tensor,
-    text: Tensor,  # whole clips, see below
-    start: Tensor,  # (B,) long: the first NEW latent of each sample
-    n_new: int,
-    n_past: int,
-    memory_index: Tensor | None = None,  # (B, M) long: latents to remember
-    encoding: str = "anchored",
-    stride: int = 8,
-    K: Tensor | None = None,
-) -> tuple[Tensor, Context]:  # x0 (B, C, N, h, w) and its context
-    """Cut a training or evaluation window out of whole clips: latents (B, C, T, h, w), cameras and actions of every
-    frame (B, F, 4, 4), (B, F, 6), (B, F, 2), all from frame 0, and text (B, n, text_dim)."""
-    first, T = start.to(latents.device) - n_past, n_past + n_new
-    if int(first.min()) < 0 or int(first.max()) + T > latents.shape[2]:
-        raise ValueError(
-            f"start must lie in {n_past} .. {latents.shape[2] - n_new} for {n_past} past and {n_new} "
-            f"new latents in a clip of {latents.shape[2]}, got {start.tolist()}"
-        )
-    rows = torch.arange(len(first), device=first.device)[:, None]
-    times = first[:, None] + torch.arange(T, device=first.device)
-    window, memory = latents.transpose(1, 2)[rows, times].transpose(1, 2), None
-    if memory_index is not None:
-        index = memory_index.to(first.device)
-        seen = torch.cat(
-            [segment_cameras(c2w, latent, 1) for latent in index.to(c2w.device).unbind(1)], 1
-        )
-        memory = Memory(latents.transpose(1, 2)[rows, index].transpose(1, 2), index, seen)
-    context = make_context(
-        window[:, :, :n_past],
-        times,
-        segment_cameras(c2w, first, T),
-        action_windows(mouse, first, T),
-        action_windows(keyboard, first, T),
-        text,
-        memory,
-        encoding,
-        stride,
-        K,
-    )
-    return window[:, :, n_past:], context
+# ---- windows of whole clips --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Whole clips, everything from frame 0."""
+
+    latents: Tensor  # (B, C, T, h, w)
+    c2w: Tensor  # (B, F, 4, 4)
+    keyboard: Tensor  # (B, F, 6)
+    mouse: Tensor  # (B, F, 2)
+    text: Tensor  # (B, n, text_dim)
+
+    def window(
+        self,
+        start: Tensor,  # (B,) long: the first NEW latent of each sample
+        n_new: int,
+        n_past: int,
+        remember: Tensor | None = None,  # (B, M) long: latents to remember
+        lens: Lens = Lens(),
+    ) -> tuple[Tensor, Context]:  # x0 (B, C, N, h, w) and its context
+        """Cut a window of training or evaluation out of the clips."""
+        first = start.to(self.latents.device) - n_past
+        n = n_past + n_new
+        if int(first.min()) < 0 or int(first.max()) + n > self.latents.shape[2]:
+            raise ValueError(
+                f"start must lie in {n_past} .. {self.latents.shape[2] - n_new} for {n_past} past and {n_new} "
+                f"new latents in a clip of {self.latents.shape[2]}, got {start.tolist()}"
+            )
+        segment = Segment.cut(self, first, n, lens.encoding)
+        latents = self.latents_at(segment.times)
+        memory = None if remember is None else self.memory_at(remember)
+        context = segment.context(latents[:, :, :n_past], self.text, memory, lens)
+        return latents[:, :, n_past:], context
+
+    def latents_at(self, times: Tensor) -> Tensor:  # (B, n) -> (B, C, n, h, w)
+        rows = torch.arange(len(times), device=self.latents.device)[:, None]
+        by_time = self.latents.transpose(1, 2)
+        return by_time[rows, times.to(self.latents.device)].transpose(1, 2)
+
+    def memory_at(self, times: Tensor) -> Memory:  # (B, M)
+        """These latents as if a bank had given them."""
+        index = times.to(self.latents.device)
+        slots = index.to(self.c2w.device).unbind(1)
+        cameras = torch.cat([segment_cameras(self.c2w, slot, 1) for slot in slots], 1)
+        return Memory(self.latents_at(index), index, cameras)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flow
-from context import Context, Memory, Window, action_windows, make_context, segment_cameras
+from context import Clip, Context, Lens, Memory, Segment, Window
 from memory import MemoryBank
 
 
@@ -52,21 +52,9 @@ class DMDConfig:
     guidance: float = 1.0  # of the teacher, as in flow.sample: 1 is none, 4 the lineage's "w = 3"
     segments: int = 6  # K: longest self-rollout, in segments of 10 new latents
     most: int = 12  # segments of a rollout when they are short: as far in time, if these suffice
-    p_mask: float = 0.2  # share of rollouts without past and memory: one image-to-video segment
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The world a rollout happens in: one true latent, and where the player goes."""
-
-    image: Tensor  # (B, C, 1, h, w) latent 0
-    c2w: Tensor  # (B, F, 4, 4) of every frame, F >= Window().frames(segments)
-    keyboard: Tensor  # (B, F, 6)
-    mouse: Tensor  # (B, F, 2)
-    text: Tensor  # (B, n, text_dim)
-    encoding: str = "anchored"  # of the rays, as in context.make_context
-    stride: int = 8  # pixels per latent cell
+    lens: Lens = Lens()  # how cameras are told
     sink: bool = True  # the last memory is always the oldest latent
+    p_mask: float = 0.2  # share of rollouts without past and memory: one image-to-video segment
 
 
 # ---- what an iteration draws -----------------------------------------------------------------------------
@@ -233,7 +221,7 @@ def few_step(
 
 def rollout(
     student: Callable,
-    clip: Clip,
+    clip: Clip,  # latent 0, cameras and actions of every frame: the world and the ways to go
     segments: int,  # k, from draw_segments
     exit_step: int | None = None,  # of the last segment; None finishes it
     cfg: DMDConfig = DMDConfig(),
@@ -249,49 +237,38 @@ def rollout(
             f"segment), the clip has {clip.c2w.shape[1]}"
         )
     graph = torch.is_grad_enabled()
-    past = clip.image
-    rule = "released" if clip.encoding == "released" else "uniform"
+    past = clip.latents[:, :, :1]
+    rule = "released" if cfg.lens.encoding == "released" else "uniform"
     banks = [MemoryBank(rule) for _ in past]
-    first_camera = segment_cameras(clip.c2w, 0, 1)
-    remember(banks, past, first_camera, torch.zeros(1, dtype=torch.long))
+    remember(banks, past, Segment.cut(clip, 0, 1))
 
     for k in range(segments):
         last = k == segments - 1
         first, end, P = window.segment(k)
+        N = end - first - P
         past = past[:, :, -P:]
-        times = torch.arange(first, end)
-        cameras = segment_cameras(clip.c2w, first, end - first)
 
         # what the student is told: what it made, what it remembers, where the player goes
-        found = None
-        if k > 0:
-            asks = [latent - first for latent in window.queries(k)]
-            found = recall(banks, cameras[:, asks, -1], first, clip.sink)
-        context = make_context(
-            past,
-            times.expand(len(past), -1),
-            cameras,
-            action_windows(clip.mouse, first, end - first),
-            action_windows(clip.keyboard, first, end - first),
-            clip.text,
-            found,
-            clip.encoding,
-            clip.stride,
-        ).to(past.device)
+        segment = Segment.cut(clip, first, end - first, cfg.lens.encoding)
+        found = recall(banks, segment.asking(N), first, cfg.sink) if k else None
+        context = segment.context(past, clip.text, found, cfg.lens).to(past.device)
 
         # one segment; the gradient is that of the last one's exit step
-        noise = fresh(past[:, :, :1].expand(-1, -1, end - first - P, -1, -1), generator)
+        noise = fresh(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
         with torch.set_grad_enabled(graph and last):
             x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
         if not last:
-            remember(banks, x0, cameras[:, P:], times[P:])
+            remember(banks, x0, segment)
             past = torch.cat([past, x0.to(past)], 2)[:, :, -window.past :]
     return x0, context
 
 
-def remember(banks: list[MemoryBank], latents: Tensor, cameras: Tensor, times: Tensor) -> None:
-    for bank, x, c2w in zip(banks, latents, cameras, strict=True):
-        bank.append(x, c2w.float(), times)
+def remember(banks: list[MemoryBank], latents: Tensor, segment: Segment) -> None:
+    """The newest latents of a segment, each world in its own bank."""
+    n = latents.shape[2]
+    for row, bank in enumerate(banks):
+        cameras = segment.cameras[row, -n:].float()
+        bank.append(latents[row], cameras, segment.times[row, -n:])
 
 
 def recall(

@@ -52,7 +52,7 @@ import moe
 import quant
 import realtime
 import world
-from context import clip_context, query_offsets, segment_cameras
+from context import Clip, Lens, query_offsets, segment_cameras
 from dataset import episode
 from dataset.prompt import embed_prompt
 from engine import weights
@@ -913,18 +913,9 @@ def int8(run: Run) -> None:
             torch.tensor([30]),
             getattr(torch, p.options.dtype),
         )
-        x0, context = clip_context(
-            z.float(),
-            c2w,
-            script.keyboard[None],
-            script.mouse[None],
-            prompt(p, script),
-            start,
-            10,
-            4,
-            memory.select_training(c2w, start, 10),
-            p.meta["encoding"],
-        )
+        clip = Clip(z.float(), c2w, script.keyboard[None], script.mouse[None], prompt(p, script))
+        chosen = memory.select_training(c2w, start, 10)
+        x0, context = clip.window(start, 10, 4, chosen, Lens(p.meta["encoding"]))
         for sigma in torch.tensor([[0.9], [0.5], [0.1]]):
             x = flow.add_noise(
                 x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), sigma

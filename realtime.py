@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -39,17 +40,7 @@ import memory
 import moe
 import quant
 import vae
-from context import (
-    LENGTHS,
-    Context,
-    Memory,
-    Window,
-    action_windows,
-    make_context,
-    query_offsets,
-    released_windows,
-    segment_cameras,
-)
+from context import LENGTHS, Context, Lens, Memory, Segment, Window, segment_cameras
 from dataset.prompt import embed_prompt, encode_umt5
 from engine import ranks, weights
 from memory import MemoryBank
@@ -382,37 +373,30 @@ class Denoiser:
         self, keyboard: Tensor, mouse: Tensor, policy: str
     ) -> tuple[Context, list[dict], list[Tensor], Tensor, Tensor]:
         """A segment under these actions: its context, what is recalled, the walk with it, times and cameras of its new latents."""
-        now, n, P = self.now, len(keyboard) // WINDOW.stride, self.now.past.shape[2]
-        times = torch.arange(now.count - P, now.count + n)  # of the window: past, then new
-        poses = camera.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[
+        now, n = self.now, len(keyboard) // WINDOW.stride
+        P = now.past.shape[2]
+        ahead = camera.integrate(now.poses[-1].tolist(), keyboard, mouse, self.options.max_pitch)[
             1:
         ]
         walked = [
             torch.cat(pair)
-            for pair in ((now.poses, poses), (now.keyboard, keyboard), (now.mouse, mouse))
+            for pair in ((now.poses, ahead), (now.keyboard, keyboard), (now.mouse, mouse))
         ]
-        first = (
-            int(times[0]) - now.origin // WINDOW.stride
-        )  # the kept rows begin at latent origin/4
-        cameras = segment_cameras(self.camera(walked[0])[None], first, P + n)
-        found, picks = (
-            self.recall(cameras[0, P:, -1].float(), int(times[0]), policy)
-            if now.segment and policy != "none"
-            else (None, [])
+
+        # the kept rows begin at latent origin/4; the clock goes on from there
+        kept = now.origin // WINDOW.stride
+        walk = SimpleNamespace(
+            c2w=self.camera(walked[0])[None], keyboard=walked[1][None], mouse=walked[2][None]
         )
-        keys, turns = (self.windows(rows, first, P + n) for rows in walked[1:])
-        context = make_context(
-            now.past,
-            times[None],
-            cameras,
-            turns,
-            keys,
-            now.text,
-            found,
-            self.meta["encoding"],
-            vae_config(self.options.preset).stride[1],
-        ).to(**self.place)
-        return context, picks, walked, times[P:], cameras[0, P:].float()
+        segment = Segment.cut(walk, now.count - P - kept, P + n, self.meta["encoding"])
+        segment = replace(segment, times=segment.times + kept)
+
+        found, picks = None, []
+        if now.segment and policy != "none":
+            found, picks = self.recall(segment.asking(n)[0].float(), now.count - P, policy)
+        lens = Lens(self.meta["encoding"], vae_config(self.options.preset).stride[1])
+        context = segment.context(now.past, now.text, found, lens).to(**self.place)
+        return context, picks, walked, segment.times[0, P:], segment.cameras[0, P:].float()
 
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
         """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened: info has the actions and poses that were used."""
@@ -490,12 +474,11 @@ class Denoiser:
 
     def recall(
         self, poses: Tensor, before: int, policy: str
-    ) -> tuple[Memory, list[dict]]:  # (n, 4, 4) of the new latents
+    ) -> tuple[Memory, list[dict]]:  # (5, 4, 4) of the new latents that ask
         """The memory of a segment, newest query first, and its description for whoever watches."""
-        asks = [len(poses) - 1 - offset for offset in query_offsets(len(poses), WINDOW.memory)]
         generator = torch.Generator().manual_seed(self.now.seed * 1_000_003 + self.now.segment)
         slots, scores = self.bank.retrieve(
-            poses[asks], before, policy, sink := self.meta.get("sink", True), generator
+            poses, before, policy, sink := self.meta.get("sink", True), generator
         )
         found = self.bank.read(slots)
         return found, [
@@ -507,14 +490,6 @@ class Denoiser:
             }
             for t, s in zip(found.times[0].tolist(), scores.tolist(), strict=True)
         ]
-
-    def windows(self, actions: Tensor, first: int, n: int) -> Tensor:  # (1, n, 12, A)
-        if self.meta["encoding"] != "released":
-            return action_windows(actions[None], first, n)
-        rows = actions[
-            max(0, WINDOW.stride * (first - 1) + 1) :
-        ]  # one per frame of the window; the last has none yet
-        return released_windows(torch.cat([rows, rows[-1:]])[None])
 
     def dump(self) -> dict[str, Tensor]:  # everything but the weights
         bank = {f"bank.{name}": x for name, x in self.bank.state_dict().items()}

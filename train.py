@@ -50,6 +50,7 @@ from engine.clips import (
     draw_cut,
     draw_length,
     frame_batch,
+    lens_of,
     load_clips,
     load_vae,
     scene,
@@ -320,7 +321,12 @@ def train_distill(run: Run) -> None:
     clips = load_clips(run, decoder, root, "train")
     held = load_clips(run, decoder, root, "tune")
     how = dmd.DMDConfig(
-        shift=cfg.shift, guidance=cfg.guidance, segments=cfg.segments, p_mask=cfg.p_i2v
+        shift=cfg.shift,
+        guidance=cfg.guidance,
+        segments=cfg.segments,
+        p_mask=cfg.p_i2v,
+        lens=lens_of(cfg),
+        sink=cfg.sink,
     )
 
     # three copies of the base: one is asked, one learns what the student makes, one is the student
@@ -359,10 +365,10 @@ def train_distill(run: Run) -> None:
                 x0 = dmd.few_step(student_in, context, dmd.fresh(true, own), exit_step, how, own)
             else:  # on its own outputs
                 new, _ = draw_length(run, run.step)
-                clip, latents = scene(clips, run, run.step)
+                clip = scene(clips, run, run.step)
                 k = dmd.draw_segments(how, g, new)
                 x0, context = dmd.rollout(student_in, clip, k, exit_step, how, own, new)
-                true = latents[:, :, context.times[0, -x0.shape[2] :]]
+                true = clip.latents[:, :, context.times[0, -x0.shape[2] :]]
 
         numbers = {}
         if students_turn:

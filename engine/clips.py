@@ -13,12 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import context
 import dit
-import dmd
 import memory
 import vae
-from context import Context, Window
+from context import Clip, Context, Lens, Window
 from dataset import prompt
 from dataset.episode import list_episodes, read_episode
 from engine import weights
@@ -213,22 +211,26 @@ def draw_cut(clips: Clips, run: Run, step: int) -> Cut:
     return Cut(rows, start, n_past, n_new, index, null, later)
 
 
+def lens_of(cfg: TrainConfig) -> Lens:
+    """How cameras are told in this run."""
+    return Lens(cfg.encoding, VAES[cfg.preset].stride[1])
+
+
+def episodes_of(clips: Clips, rows: Tensor) -> Clip:
+    """Some of the episodes, as float32."""
+    return Clip(
+        latents=clips.latents[rows].float(),
+        c2w=clips.c2w[rows],
+        keyboard=clips.keyboard[rows].float(),
+        mouse=clips.mouse[rows],
+        text=clips.text[rows].float(),
+    )
+
+
 def windows(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
     """The new latents of a cut and what the network is told about them."""
-    rows = cut.rows
-    return context.clip_context(
-        clips.latents[rows].float(),
-        clips.c2w[rows],
-        clips.keyboard[rows].float(),
-        clips.mouse[rows],
-        clips.text[rows].float(),
-        cut.start,
-        cut.n_new,
-        cut.n_past,
-        cut.memory,
-        run.cfg.encoding,
-        VAES[run.cfg.preset].stride[1],
-    )
+    clip = episodes_of(clips, cut.rows)
+    return clip.window(cut.start, cut.n_new, cut.n_past, cut.memory, lens_of(run.cfg))
 
 
 def batch(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
@@ -243,21 +245,9 @@ def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, Context]:
     return batch(clips, run, draw_cut(clips, run, step))
 
 
-def scene(clips: Clips, run: Run, step: int) -> tuple[dmd.Clip, Tensor]:
-    """Where the rollouts of a step begin and the ways they go; and the true latents along them."""
-    episodes = torch.randint(
-        len(clips.latents), (run.cfg.batch,), generator=generator(run.cfg, step)
-    )
-    rows = share(run, episodes)
-    latents = clips.latents[rows].float().to(run.device)
-    clip = dmd.Clip(
-        latents[:, :, :1],
-        clips.c2w[rows],
-        clips.keyboard[rows].float(),
-        clips.mouse[rows],
-        clips.text[rows].float(),
-        run.cfg.encoding,
-        VAES[run.cfg.preset].stride[1],
-        run.cfg.sink,
-    )
-    return clip, latents
+def scene(clips: Clips, run: Run, step: int) -> Clip:
+    """Where the rollouts of a step begin and the ways they go; the true latents along them come with it."""
+    g = generator(run.cfg, step)
+    episodes = torch.randint(len(clips.latents), (run.cfg.batch,), generator=g)
+    clip = episodes_of(clips, share(run, episodes))
+    return dataclasses.replace(clip, latents=clip.latents.to(run.device))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import make_context
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +25,7 @@ import dit
 import flow
 import memory
 from attention import attention
-from context import Context, Memory, Window, make_context, released_windows, segment_cameras
+from context import Context, Memory, Window, released_windows, segment_cameras
 from dit import DiT, DiTConfig, random_context
 from flow import sample, sigma_grid
 

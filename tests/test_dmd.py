@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import clip_context
 
 import camera
 import dit
 import dmd
 import flow
-from context import Window, clip_context
+from context import Clip, Window
 from dit import DiT
-from dmd import Clip, DMDConfig, few_step, generator_loss, rollout
+from dmd import DMDConfig, few_step, generator_loss, rollout
 from lab import metrics, truth
 
 MICRO = dit.PRESETS["micro"]
@@ -52,7 +53,7 @@ def clip(segments=1, B=2, **changes):
     ]
     c2w = camera.pose_to_c2w(torch.stack(poses))
     fields = {
-        "image": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g),
+        "latents": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g),
         "c2w": c2w.float(),
         "keyboard": keyboard,
         "mouse": mouse,
@@ -241,7 +242,7 @@ def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from
     x0, context = rollout(student, world, 3, None, CFG, seeded())
     made = [student.calls[i]["x0"] for i in (2, 5, 8)]  # the last step of each segment
     assert torch.equal(x0.detach(), made[2]) and x0.shape[2] == 10
-    pool = torch.cat([world.image, made[0], made[1]], 2)  # 25 latents: what it has lived
+    pool = torch.cat([world.latents, made[0], made[1]], 2)  # 25 latents: what it has lived
     first, _, P = Window().segment(2)
     assert torch.equal(context.past, pool[:, :, first : first + P])
     for b in range(2):
@@ -256,7 +257,7 @@ def test_the_first_segment_is_image_to_video_without_memory():
     assert (
         x0.shape[2] == 14
         and context.memory.shape[2] == 0
-        and torch.equal(context.past, world.image)
+        and torch.equal(context.past, world.latents)
     )
 
 
@@ -265,7 +266,7 @@ def test_the_context_is_the_one_that_play_and_training_build():
     student, world = Spy(network()), clip(2)
     _, context = rollout(student, world, 2, None, CFG, seeded())
     lived = torch.cat(
-        [world.image, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2
+        [world.latents, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2
     )
     _, same = clip_context(
         lived,

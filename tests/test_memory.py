@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import clip_context, make_context, palindrome
 from safetensors.torch import load_file
 
 import camera
@@ -20,9 +21,6 @@ from context import (
     Memory,
     Window,
     action_windows,
-    clip_context,
-    make_context,
-    palindrome,
     query_offsets,
     released_rays,
     released_windows,
@@ -721,12 +719,21 @@ def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
             segment_cameras(c["c2w"][one], 0, 35)[0],
             torch.arange(35),
         )
+        # the release's windows: one action per frame of the window, the last one is not known yet
+        mouse, keyboard = (
+            action_windows(c[name][one], first, 14) for name in ("mouse", "keyboard")
+        )
+        if encoding == "released":
+            frames = [*range(4 * first - 3, 4 * first + 52), 4 * first + 51]
+            mouse, keyboard = (
+                released_windows(c[k][one][:, frames]) for k in ("mouse", "keyboard")
+            )
         hand = make_context(
             c["latents"][one, :, first : first + 4],
             torch.arange(first, first + 14)[None],
             segment_cameras(c["c2w"][one], first, 14),
-            action_windows(c["mouse"][one], first, 14),
-            action_windows(c["keyboard"][one], first, 14),
+            mouse,
+            keyboard,
             c["text"][one],
             bank.read(index[b]),
             encoding,

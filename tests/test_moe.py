@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import make_context
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,7 +16,7 @@ import camera
 import dit
 import flow
 import moe
-from context import Memory, Window, make_context, released_windows, segment_cameras
+from context import Memory, Window, released_windows, segment_cameras
 from dit import DiTConfig
 from engine import weights
 

@@ -632,7 +632,8 @@ class Dream:
     """A stand-in for a model: chunks of 56 and then 40 frames, grey noise, the whole interface of realtime.Session."""
 
     def __init__(self, slow: float = 0.0) -> None:
-        self.options, self.policy, self.slow = argparse.Namespace(preset="tiny"), "camera", slow
+        self.options = realtime.Options(device="cpu", dtype="float32")
+        self.policy, self.slow = "camera", slow
 
     def reset(self, image: torch.Tensor, prompt: str, seed: int, pose: tuple) -> realtime.Chunk:
         self.poses, self.chunks, self.seed, self.image = [tuple(pose)], [], seed, image
@@ -1318,7 +1319,7 @@ def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
         return step(keyboard, mouse)
 
     dream.step = breaks
-    player = Player(arguments("--out", str(tmp_path / "dream")), 400)
+    player = Player(arguments("--new", "10", "--out", str(tmp_path / "dream")), 400)
     player.start()
     player.join(30)
     assert player.screen.stage == "stopped: RuntimeError: the device is gone"
