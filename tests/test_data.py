@@ -313,6 +313,34 @@ def test_known_inertia_is_undone(walks: list[dict]) -> None:
         assert wsad.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
 
 
+def test_the_score_of_the_keys_by_hand() -> None:
+    rows = (  # held, read, valid, contact
+        ("w jump", "w", True, False),  # right: jumps are not asked for
+        ("w s", "", True, False),  # right: opposite keys cancel
+        ("w a d", "w", False, False),  # right
+        ("w a", "w", False, False),  # one of two keys is not enough
+        ("d", "a", True, False),  # wrong
+        ("s", "s", False, True),  # right
+        ("w", "", False, True),  # wrong
+        ("w", "s", True, True),  # the last row leads nowhere and is not scored
+    )
+
+    def keys(words: tuple[str, ...]) -> np.ndarray:
+        return np.array([[key in word.split() for key in memory.KEYS] for word in words], np.uint8)
+
+    held, read, valid, contact = zip(*rows, strict=True)
+    labels = data.Labels(keys(read), np.zeros((8, 2)), np.array(valid))
+    assert data.wsad_report(labels, keys(held), np.array(contact)) == {
+        "all": 4 / 7,
+        "free": 3 / 5,
+        "contact": 1 / 2,
+        "valid": 2 / 3,
+        "coverage": 3 / 7,
+    }
+    nowhere = data.wsad_report(labels, keys(held), np.zeros(8, bool))
+    assert np.isnan(nowhere["contact"]) and nowhere["free"] == nowhere["all"] == 4 / 7
+
+
 def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
     wrong = flagged = 0
     for run in bumps:

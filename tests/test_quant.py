@@ -1,17 +1,22 @@
 """INT8: the integers are the released ones, the error is small and known, only what was asked is converted."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from dit import PRESETS, DiT, random_context
 from quant import (
     Fp8Linear,
     Int8Linear,
     approximate_,
     chosen,
+    dit_flops,
     fp8_available,
     int_mm,
     int_mm_plain,
@@ -21,7 +26,10 @@ from quant import (
     quantised,
     quantize_,
     report,
+    vae_flops,
 )
+from vae import PRESETS as VAES
+from vae import VAE, pruned
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "int8.safetensors")
 
@@ -135,6 +143,34 @@ def test_the_integer_product_is_exact_for_any_shape(M, K, N):
     a, b = (torch.randint(-128, 128, s, generator=g).to(torch.int8) for s in ((M, K), (N, K)))
     exact = (a.long()[:, None] * b.long()[None]).sum(-1)
     assert torch.equal(int_mm(a, b).long(), exact) and torch.equal(int_mm_plain(a, b).long(), exact)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of this machine that says it is on a GPU: the way that is taken there can be walked here."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("K, N", [(64, 48), (6, 48), (64, 7), (3096, 8)])
+@pytest.mark.parametrize("M", [1, 15, 16, 17, 40])
+def test_on_a_gpu_int_mm_is_given_only_what_it_takes_there(monkeypatch, M, K, N):
+    """More than 16 rows, K and N in multiples of 8; whatever is padded, the product stays the plain one."""
+    product, taken = torch._int_mm, []
+
+    def picky(a, b):
+        assert a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0
+        taken.append(tuple(a.shape))
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", picky)
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, s, generator=g).to(torch.int8) for s in ((M, K), (N, K)))
+    out = int_mm(a.as_subclass(OnGpu), b.as_subclass(OnGpu)).as_subclass(torch.Tensor)
+    assert torch.equal(out.long(), a.long() @ b.long().t())
+    rows = M if M > 16 else 32
+    assert taken == ([(rows, K)] if K % 8 == 0 and N % 8 == 0 else [])
 
 
 def test_a_single_row_still_works():
@@ -252,6 +288,75 @@ def test_the_report_measures_each_layer_and_leaves_the_model_as_it_was():
     assert abs(q.sqnr - 20 * torch.log10(y.norm() / (y - y_hat).norm()).item()) < 1e-3
     assert abs(q.max_error - (y - y_hat).abs().max().item()) < 1e-6
     assert q.sqnr > 35 and q.cosine > 0.999 and q.verdict == "EXCELLENT"
+
+
+# ---- cost
+
+
+def counted(run):
+    """Multiply-adds, twice, of every module inside a call, and of the whole call under "Global"."""
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        run()
+    return {name: sum(ops.values()) for name, ops in count.get_flop_counts().items()}
+
+
+def matching(counts, pattern):
+    return sum(flops for name, flops in counts.items() if re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize("memory, past, new, size", [(5, 4, 10, 8), (0, 1, 14, 4)])
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_the_cost_of_a_step_is_what_its_modules_count(preset, memory, past, new, size):
+    model = DiT(PRESETS[preset])
+    c = model.cfg
+    context = random_context(c, 1, memory, past, new, size)
+    x = torch.randn(1, c.in_dim, new, size, size)
+    parts = dit_flops(c, size**2 // 4, memory + past, new)
+    once = counted(lambda: model.prepare(context))
+    prepared = model.prepare(context)
+    step = counted(lambda: model(x, torch.tensor([0.5]), context, prepared))
+    assert once["Global"] == sum(part[0] for part in parts.values())
+    assert step["Global"] == sum(part[1] for part in parts.values())
+
+    blocks = matching(step, r"DiT\.blocks\.\d+")
+    qkvo = matching(step, r".*\.self_attn\.[qkvo]")
+    ffn = matching(step, r".*\.ffn")
+    actions = matching(step, r".*\.action_model")
+    assert parts["self-attention qkvo"][1] == qkvo
+    assert parts["feed-forward"][1] == ffn
+    assert parts["actions"][1] == actions
+    assert parts["self-attention"][1] + parts["text attention"][1] == blocks - qkvo - ffn - actions
+    # what is left of the text's attention are the products of its queries with the words
+    words = matching(step, r".*\.cross_attn\.[qo]")
+    queries = words // (4 * c.dim**2)
+    assert parts["text attention"][1] == words + 4 * queries * c.text_len * c.dim
+    assert parts["time"][1] + parts["patches, head"][1] == step["Global"] - blocks
+
+
+def test_the_released_cost_is_that_of_a_network_that_answers_for_every_token():
+    """With actions in every block the last one asks for all tokens, too: once and step then add up to the release."""
+    c = PRESETS["micro"]
+    every = dit_flops(replace(c, action_blocks=tuple(range(c.layers))), 16)
+    L = 16 * 19
+    for name, (once, step, released) in every.items():
+        if name == "time":  # a row for every token instead of two
+            assert released * 2 == step * L
+        elif name == "patches, head":  # the head for all latents, not for new ones only
+            assert (released - once - step) * 19 == released // 2 * 9
+        else:
+            assert released == once + step, name
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 6)])
+@pytest.mark.parametrize("kind", ["full", "light50", "light75"])
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_the_cost_of_decoding_is_what_its_modules_count(preset, kind, size):
+    full = VAES[preset]
+    net = VAE(full if kind == "full" else pruned(full, int(kind.removeprefix("light")) / 100))
+    z = torch.randn(1, net.cfg.z_dim, 1, *size)
+    with torch.no_grad():
+        state = net.decode_stream(z)[1]
+    assert counted(lambda: net.decode_stream(z, state))["Global"] == vae_flops(net.cfg, *size)
 
 
 # ---- bad input
