@@ -1,9 +1,7 @@
 """What data.py promises: the quadruplet stays together, bad data is named, killed runs resume, foreign clips read alike."""
 
-import hashlib
 import json
 import os
-import queue
 import shutil
 import signal
 import subprocess
@@ -16,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import camera
 import context
 import data
 import world
-from dataset import prompt, readers, recorder, wsad
+from dataset import readers
 from dataset.episode import (
     _sha256,
     filters,
@@ -30,15 +27,12 @@ from dataset.episode import (
     list_episodes,
     poses_to_c2w,
     problems,
-    psnr,
     read_episode,
     read_video,
     write_episode,
     write_mp4,
 )
-from game import explore
-from game.scene import SPLITS, make_scene, scene_caption
-from lab import metrics
+from game.scene import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = replace(data.PRESETS["micro"], frames=41, train=3, third=1, tune=1, test=1)
@@ -55,39 +49,9 @@ def episode(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(list_episodes(dataset, "train")[0], tmp_path / "clip"))
 
 
-@pytest.fixture(scope="module")
-def walks() -> list[dict]:
-    return [
-        world.simulate(make_scene(i), i, 241, behaviour)
-        for i in range(6)
-        for behaviour in ("rl", "loop")
-    ]
-
-
-@pytest.fixture(scope="module")
-def bumps() -> list[dict]:
-    return [world.simulate(make_scene(i), i, 241, "random") for i in range(8)]
-
-
-def infer(run: dict, noise: float = 0.0, **options: object) -> wsad.Labels:
-    player = run["player"] + np.pad(
-        noise * np.random.default_rng(0).standard_normal((len(run["player"]), 3)), ((0, 0), (0, 2))
-    )
-    return wsad.infer_wsad(player[:, :3], player[:, 4], player[:, 3], camera.STEP, **options)
-
-
-def mean(runs: list[dict], key: str, noise: float = 0.0) -> float:
-    return float(
-        np.nanmean(
-            [
-                wsad.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key]
-                for run in runs
-            ]
-        )
-    )
-
-
 # ------------------------------------------------------------------------------------------- video, pose, action, prompt
+
+
 def test_every_episode_has_video_pose_action_prompt(dataset: Path) -> None:
     e = read_episode(list_episodes(dataset, "train")[1])
     shapes = {
@@ -136,6 +100,8 @@ def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ making a dataset
+
+
 def hashes(root: Path) -> dict[str, str]:
     return {
         str(p.relative_to(root)): _sha256(p)
@@ -182,6 +148,8 @@ def test_splits_share_no_scene(dataset: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
+
+
 def spoil(path: Path, file: str, **arrays: np.ndarray) -> None:
     stored = dict(np.load(path / file))
     np.savez(path / file, **{**stored, **arrays})
@@ -280,37 +248,7 @@ def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
     assert not [p for p in list_episodes(dataset) if filters(read_episode(p))]
 
 
-def test_captions_name_the_kind_the_colours_and_the_motion() -> None:
-    scene = make_scene(2, "maze")
-    run = world.simulate(scene, 0, 121, "rl")
-    levels = prompt.caption(
-        scene_caption(scene), run["keyboard"], run["mouse"], run["player"], "maze"
-    )["simple"]
-    assert (
-        levels["tag"] == "maze" and "maze" in levels["scene"] and levels["scene"].endswith("walls")
-    )
-    assert (
-        levels["motion"].startswith("The camera walks")
-        and levels["full"] == f"{levels['scene']}. {levels['motion']}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- keys from positions
-def test_keys_are_recovered_from_positions(walks: list[dict]) -> None:
-    assert mean(walks, "free") >= 0.999 and mean(walks, "valid") >= 0.999
-    assert mean(walks, "free", noise=0.01) >= 0.99
-
-
-def test_known_inertia_is_undone(walks: list[dict]) -> None:
-    for run in walks[:4]:
-        player, d = run["player"].copy(), np.diff(run["player"][:, [0, 2]], axis=0)
-        for t in range(1, len(d)):
-            d[t] = 0.5 * d[t] + 0.5 * d[t - 1]  # v_t = k·u_t + (1−k)·v_{t−1}
-        player[1:, [0, 2]] = player[0, [0, 2]] + np.cumsum(d, 0)
-        labels = wsad.infer_wsad(
-            player[:, :3], player[:, 4], player[:, 3], camera.STEP, inertia=0.5
-        )
-        assert wsad.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
 
 
 def test_the_score_of_the_keys_by_hand() -> None:
@@ -326,7 +264,7 @@ def test_the_score_of_the_keys_by_hand() -> None:
     )
 
     def keys(words: tuple[str, ...]) -> np.ndarray:
-        return np.array([[key in word.split() for key in memory.KEYS] for word in words], np.uint8)
+        return np.array([[key in word.split() for key in camera.KEYS] for word in words], np.uint8)
 
     held, read, valid, contact = zip(*rows, strict=True)
     labels = data.Labels(keys(read), np.zeros((8, 2)), np.array(valid))
@@ -341,121 +279,9 @@ def test_the_score_of_the_keys_by_hand() -> None:
     assert np.isnan(nowhere["contact"]) and nowhere["free"] == nowhere["all"] == 4 / 7
 
 
-def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
-    wrong = flagged = 0
-    for run in bumps:
-        labels, contact = infer(run), run["contact"][:-1]
-        true = run["keyboard"][:-1, :4].astype(bool)
-        moved = (
-            np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * camera.STEP
-        )  # a full stop looks like no key
-        miss = contact & moved & (labels.keyboard[:-1, :4] != true).any(1)
-        wrong, flagged = wrong + miss.sum(), flagged + (miss & ~labels.valid[:-1]).sum()
-    assert wrong > 100 and flagged / wrong >= 0.95
-
-
-def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror() -> None:
-    keyboard, mouse = torch.zeros(60, 6), torch.zeros(60, 2)
-    keyboard[:, 0], keyboard[:, 3], mouse[:, 1] = 1, 1, 0.1
-    player = camera.integrate((0, -1.6, 0, 0, 150), keyboard, mouse).numpy()
-    wrapped = (player[:, 4] + 180) % 360 - 180
-    labels = wsad.infer_wsad(player[:, :3], wrapped, player[:, 3], camera.STEP)
-    assert (
-        (labels.keyboard[:-1] == keyboard.numpy()).all()
-        and np.allclose(labels.mouse[:-1], mouse, atol=1e-5)
-        and labels.valid[:-1].all()
-    )
-    mirror = wsad.infer_wsad(player[:, :3] * [-1, 1, 1], -player[:, 4], player[:, 3], camera.STEP)
-    assert (mirror.keyboard[:, [0, 1, 3, 2]] == labels.keyboard[:, :4]).all()
-    assert (
-        wsad.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
-    )  # unknown scale: v0 from the data
-
-
-# --------------------------------------------------------------------------------------------------------------- recorder
-def test_each_recording_layer_runs_alone(tmp_path: Path) -> None:
-    scene = make_scene(7)
-    keys, states, screen, segments = (queue.Queue() for _ in range(4))
-    game = world.World(scene, size=64)
-    for _ in range(20):
-        keys.put(((1, 0, 0, 0, 0, 0), (0.0, 0.1)))
-    keys.put(None)
-    recorder.game_layer(game, keys, states, screen)  # no agent, no recorder
-    kinds = [kind for kind, _, _ in list(screen.queue)]
-    assert (
-        kinds.count("frame") == states.qsize() == 20 and kinds.count("state") == 75
-    )  # 60 Hz for 20/16 s
-    states.put(None)
-    recorder.agent_layer(explore.NavMesh(scene), np.random.default_rng(0), states, keys)
-    assert keys.qsize() == 20
-    recorder.capture_layer(screen, segments, [], 1, 17)
-    segments.put(None)
-    written = []
-    recorder.output_layer(segments, tmp_path, scene, written)
-    e = read_episode(written[0])
-    assert len(e.video) == 17 and e.meta["action_source"] == "inferred"
-    assert (e.keyboard[:-1, 0] == 1)[e.valid[:-1]].all() and e.valid[:-1].mean() > 0.9
-
-
-def test_recorded_frames_get_the_pose_of_their_time(tmp_path: Path) -> None:
-    closed, (screen, segments, keys, states) = [], (queue.Queue() for _ in range(4))
-    scene = make_scene(7)
-    game = world.World(scene, size=64)
-    for t in range(60):
-        keys.put(((1, 0, 0, 0, 0, 0), (0.0, 0.2 if t % 24 < 12 else -0.2)))
-    keys.put(None)
-    recorder.game_layer(game, keys, states, screen)
-    recorder.capture_layer(screen, segments, closed, 1, 49, jitter=0.008)
-    e = recorder.align(closed[0], scene)
-    true = np.array([c2w for c2w in world.true_frames(e.meta, e.c2w, 64, 64)])
-    assert psnr(true, e.video).median() > 30
-    stamps, at = (
-        np.array([s for s, _, _ in closed[0]["frame"]]),
-        np.array([t for _, t, _ in closed[0]["frame"]]),
-    )
-    offset = np.median([stamp - time for stamp, time, _ in closed[0]["state"]])
-    fitted = np.polyval(np.polyfit(np.arange(len(at)), stamps, 1), np.arange(len(at))) - offset
-    assert (
-        np.abs(fitted - at).max() < 0.5 / 16 and np.abs(fitted - at).max() < 0.008
-    )  # half a frame; in fact within the jitter
-
-
-def test_a_crashed_layer_closes_its_segment_and_the_next_one_is_valid() -> None:
-    scene, closed, (keys, states, screen, segments) = (
-        make_scene(7),
-        [],
-        (queue.Queue() for _ in range(4)),
-    )
-
-    class Faulty(world.World):
-        """A game that crashes once, at its 20th tick."""
-
-        crashed = False
-
-        def tick(self, *action: tuple) -> dict:
-            if self.time == 20 and not self.crashed:
-                self.crashed = True
-                raise RuntimeError("out of video memory")
-            return super().tick(*action)
-
-    game = Faulty(scene, size=64)
-    states.put(game.pose)
-    layers = (
-        (recorder.game_layer, game, keys, states, screen),
-        (recorder.capture_layer, screen, segments, closed, 2, 33),
-        (recorder.agent_layer, explore.NavMesh(scene), np.random.default_rng(0), states, keys),
-    )
-    threads = [recorder.supervise(screen, *layer) for layer in layers]
-    threads[1].join(timeout=20)
-    keys.put(None)
-    states.put(None)
-    assert [len(segment["frame"]) for segment in closed] == [20, 34]
-    assert closed[0]["crash"][0][2] == "game_layer: out of video memory" and not closed[1]["crash"]
-    assert [len(recorder.align(segment, scene).video) for segment in closed] == [17, 33]
-    assert all(problems(recorder.align(segment, scene)) == [] for segment in closed)
-
-
 # ---------------------------------------------------------------------------------------------------------------- readers
+
+
 @pytest.fixture(scope="module")
 def known() -> dict:
     """A short known walk that every format below stores in its own way."""
@@ -601,48 +427,6 @@ def test_readers_say_what_is_missing(tmp_path: Path, known: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------- prompts, metrics, keys, view
-def test_umt5_matches_official() -> None:
-    golden = load_file(ROOT / "tests/golden/umt5.safetensors")
-    weights = {
-        key.removeprefix("weights."): value.float()
-        for key, value in golden.items()
-        if key.startswith("weights.")
-    }
-    out = prompt.umt5(weights, golden["ids"], golden["mask"])
-    assert (out[:, :23] - golden["out"]).abs().max() < 1e-5 and not out[:, 23:].any()
-
-
-def test_a_cached_prompt_needs_neither_weights_nor_tokeniser(tmp_path: Path) -> None:
-    name = hashlib.sha256(b"a street").hexdigest()[:16]
-    save_file({"embedding": torch.ones(512, 8)}, tmp_path / f"umt5-{name}.safetensors")
-    assert prompt.encode_umt5(
-        "  a \n street", tmp_path, lambda: pytest.fail("weights were loaded"), tmp_path
-    ).shape == (512, 8)
-
-
-def test_words_have_fixed_vectors() -> None:
-    a, b = prompt.embed_prompt("A maze, red walls", 64, 16), prompt.embed_prompt("red maze", 64, 16)
-    assert (
-        a.shape == (16, 64)
-        and torch.equal(a[1], b[1])
-        and torch.equal(a[2], b[0])
-        and not a[4:].any()
-    )
-    assert abs(prompt.embed_prompt("street", 4096, 1).std() - 1) < 0.05 and prompt.embed_prompt(
-        "", 8, 4
-    ).shape == (4, 8)
-    assert abs(float(a[0] @ a[1]) / 64) < 0.4
-
-
-def test_psnr_and_ssim_know_their_limits() -> None:
-    x = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 0.5
-    assert psnr(x, x).tolist() == [50, 50] and torch.allclose(metrics.ssim(x, x), torch.ones(2))
-    assert torch.allclose(psnr(x, x + 0.1), torch.full((2,), 20.0), atol=1e-3)  # 10 log10(1 / 0.01)
-    assert metrics.ssim(x, x.flip(1)).max() < 0.2
-    mask, y = torch.zeros(2, 32, 32), x.clone()
-    mask[:, :16], y[:, 16:] = 1, 0
-    assert psnr(x, y, mask).tolist() == [50, 50]
-    assert psnr((x[:1] * 255).byte(), x[:1]) > 45
 
 
 def test_keys_become_actions_and_come_back() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -180,23 +179,6 @@ def plain_forward(m: DiT, x_sigma: Tensor, sigma: Tensor, c: SimpleNamespace) ->
 # ---- identities --------------------------------------------------------------------------------------------
 
 
-def test_velocity_recovers_the_clean_latent():
-    g = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(8, 4, 3, 4, 4, generator=g) for _ in range(2))
-    sigma = flow.sample_sigma(8, 5.0, g)
-    x_sigma = flow.add_noise(x0, noise, sigma)
-    assert torch.allclose(flow.x0_from_v(x_sigma, flow.velocity(x0, noise), sigma), x0, atol=1e-5)
-    assert (sigma > 0).all() and (sigma <= 1).all()
-    for end, value in ((x0, 0.0), (noise, 1.0)):
-        assert torch.allclose(flow.add_noise(x0, noise, torch.full((8,), value)), end, atol=1e-6)
-
-
-def test_the_shift_of_five_spends_forty_percent_of_the_draws_above_0_875():
-    sigma = flow.sample_sigma(100_000, 5.0, torch.Generator().manual_seed(0))
-    assert abs((sigma > 0.875).float().mean() - 0.417) < 0.01
-    assert torch.equal(flow.shift(sigma, 1.0), sigma)
-
-
 def test_patchify_round_trips():
     x = torch.randn(2, 3, 4, 6, 8)
     tokens = dit.patchify(x, (1, 2, 2))  # channel, row, column
@@ -311,77 +293,6 @@ def test_only_differences_of_time_count_and_there_is_no_wall_at_2048(later: int)
     v = model(x, sigma, c)
     c.times = c.times + later
     assert rel(model(x, sigma, c), v) < 1e-5
-
-
-def test_a_rotation_keeps_lengths_and_turns_pairs():
-    x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 4, dtype=torch.float64)
-    rope = torch.stack([angles.cos(), angles.sin()], -1).float()
-    y = attention_file.rotate(x, rope)
-    assert torch.allclose(y, plain_rope(x, angles), atol=1e-6)
-    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
-    assert torch.equal(attention_file.rotate(x, torch.tensor([1.0, 0.0]).expand(rope.shape)), x)
-
-
-# ---- attention and norms -----------------------------------------------------------------------------------
-
-
-def naive_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    return torch.cat(
-        [plain_attention(q[[i]], k[[i], :n], v[[i], :n]) for i, n in enumerate(lengths)]
-    )
-
-
-@pytest.mark.parametrize("backend", ["softmax", "sdpa", "flash", ""])
-def test_ragged_attention_equals_naive_attention(backend: str, monkeypatch: pytest.MonkeyPatch):
-    # the real kernel needs a GPU; a stand-in with its axes shows that ours reach it in its order
-    monkeypatch.setattr(attention_file, "flash_attn", lambda: plain_attention)
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, n, 4, 8, generator=g, requires_grad=True) for n in (7, 9, 9))
-    for lengths in (torch.tensor([9, 4, 1]), None):
-        real = torch.full((3,), 9) if lengths is None else lengths
-        ours, naive = attention(q, k, v, lengths, backend), naive_ragged(q, k, v, real)
-        assert torch.allclose(ours, naive, atol=1e-6)
-        for a, b in zip(
-            torch.autograd.grad(ours.sin().sum(), (q, k, v)),
-            torch.autograd.grad(naive.sin().sum(), (q, k, v)),
-            strict=True,
-        ):
-            assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_attention_picks_sdpa_when_the_scores_would_be_large(monkeypatch: pytest.MonkeyPatch):
-    q = torch.empty(1, 17600, 24, 1)
-    assert attention_file.pick_backend(q, q, False) == "sdpa"
-    assert attention_file.pick_backend(q[:, :304, :4], q[:, :304, :4], False) == "softmax"
-
-
-def test_flash_attn_is_named_once_when_absent_and_when_broken(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(attention_file, "say", print)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert attention_file.load_flash.__wrapped__() is None
-    absent = "attention: SDPA (flash-attn not installed; same result, slower on long clips)"
-    assert absent in capsys.readouterr().out
-    monkeypatch.delitem(sys.modules, "flash_attn")
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert attention_file.load_flash.__wrapped__() is None
-    assert (
-        "flash-attn is installed but does not load (undefined symbol: _ZN3c10): built for another torch. "
-        "Using SDPA."
-    ) in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
-    g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(4, 6, 32, generator=g).to(dtype), torch.randn(32, generator=g).to(dtype)
-    x.requires_grad_()
-    ours, torchs = attention_file.rms(x, weight), F.rms_norm(x, (32,), weight, 1e-6)
-    assert rel(ours, torchs) < tolerance
-    assert (
-        rel(*(torch.autograd.grad(y.float().sin().sum(), x)[0] for y in (ours, torchs)))
-        < 2 * tolerance
-    )
 
 
 # ---- against the release -----------------------------------------------------------------------------------
@@ -637,92 +548,6 @@ def test_a_rollout_of_four_segments_matches_official():
         assert rel(ours, g[f"segment{k}.latents"]) < 5e-6
 
 
-# ---- samplers ----------------------------------------------------------------------------------------------
-
-
-class Straight:
-    """A world of one clean latent: v = (x − x0)/σ. Every sampler must arrive at it, however few its steps."""
-
-    def __init__(self, x0: Tensor):
-        self.x0, self.calls, self.prepared = x0, 0, 0
-
-    def prepare(self, context, group=None):
-        self.prepared += 1
-        return context
-
-    def __call__(self, x: Tensor, sigma: Tensor, context, prepared=None) -> Tensor:
-        self.calls += 1
-        scale = getattr(context, "scale", 1.0)
-        return scale * (x - self.x0) / sigma.view(-1, 1, 1, 1, 1)
-
-
-@pytest.mark.parametrize("method", ["euler", "unipc", "renoise"])
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_every_sampler_arrives_where_all_paths_lead(method: str, steps: int):
-    x0, noise = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
-    world = Straight(x0)
-    assert torch.allclose(sample(world, None, sigma_grid(steps), noise, method), x0, atol=1e-3)
-    assert world.calls == steps and world.prepared == 1
-
-
-def test_guidance_extrapolates_from_the_null_branch():
-    x0, noise = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 2, 2, 2)
-    context = SimpleNamespace(scale=1.0, null=lambda: SimpleNamespace(scale=0.5))
-    world, grid = Straight(x0), torch.tensor([0.5, 0.0])
-    guided = sample(world, context, grid, noise, guidance=5.0)
-    # v = v_null + 5·(v_full − v_null) = (0.5 + 5·0.5)·v_full
-    assert torch.allclose(guided, noise - 3 * (noise - x0), atol=1e-5)
-    assert world.calls == world.prepared == 2
-
-
-def test_renoising_repeats_with_its_generator_and_the_model_need_not_prepare():
-    noise = torch.randn(1, 2, 2, 2, 2)
-    bent = lambda x, sigma, context, prepared=None: x.sin()
-    a, b, c = (
-        sample(
-            bent, None, sigma_grid(3), noise, "renoise", generator=torch.Generator().manual_seed(s)
-        )
-        for s in (0, 0, 1)
-    )
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_unipc_is_ten_times_closer_than_euler_in_as_many_steps():
-    # data N(1, 0.3²): the flow is known, x(0) = 1 + 0.3·(x(σ) − (1−σ))/std(σ)
-    spread, x = 0.3, torch.full((1, 1, 1, 1, 1), 2.0, dtype=torch.float64)
-    std = lambda s: math.hypot((1 - s) * spread, s)
-    v = lambda x, s: -1 + (x - (1 - s)) * (s - (1 - s) * spread**2) / std(s) ** 2
-    grid = sigma_grid(20, 1.0)
-    exact = 1 + spread * (x - (1 - float(grid[0]))) / std(float(grid[0]))
-    euler, unipc = (abs(float(list(f(v, x, grid))[-1] - exact)) for f in (flow.euler, flow.unipc))
-    assert unipc < 0.1 * euler
-
-
-def test_a_newer_context_takes_over_at_its_step_and_the_noise_goes_on():
-    slow, fast = SimpleNamespace(scale=0.5), SimpleNamespace(scale=1.0)
-    x0, noise, grid, asked = (
-        torch.randn(1, 2, 2, 2, 2),
-        torch.randn(1, 2, 2, 2, 2),
-        sigma_grid(3),
-        [],
-    )
-    world, late = Straight(x0), Straight(x0)
-    half = noise + (float(grid[1]) - float(grid[0])) * world(
-        noise, grid[:1], slow
-    )  # step 0 by hand, in the old context
-    right = sample(world, fast, grid[1:], half)
-    assert torch.equal(
-        sample(
-            late, slow, grid, noise, revise=lambda k: asked.append(k) or (fast if k == 1 else None)
-        ),
-        right,
-    )
-    assert asked == [1, 2] and late.prepared == 2
-    assert torch.equal(
-        sample(world, slow, grid, noise, revise=lambda k: None), sample(world, slow, grid, noise)
-    )
-
-
 # ---- approximate: keys and values of clean tokens stay as the first step left them --------------------------
 
 
@@ -946,11 +771,3 @@ def test_two_gloo_processes_compute_what_one_computes(tmp_path: Path):
     for rank in range(2):
         errors = torch.load(tmp_path / f"{rank}.pt")
         assert errors["torch.float32"] < 2e-6 and errors["torch.bfloat16"] < 2e-2
-
-
-def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
-    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
-    with pytest.raises(ValueError, match="5 ranks cannot share 4 places; use at most 4 ranks"):
-        attention_file.shares(4, SimpleNamespace())
-    assert attention_file.shares(16, SimpleNamespace()) == ([4, 3, 3, 3, 3], slice(0, 4))

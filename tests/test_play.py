@@ -7,7 +7,6 @@ import dataclasses
 import http.client
 import io
 import json
-import math
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import camera
 import moe
@@ -34,16 +33,18 @@ import world
 from dataset.episode import list_episodes, poses_to_c2w, psnr, read_episode
 from engine import weights
 from game import render
-from game.scene import SPLITS, make_scene
+from game.scene import make_scene
 from page import recording
-from page.player import Player, explain
-from page.server import MAX_LOOK, STREAMS, Controls, bind
+from page.player import Player
+from page.server import STREAMS, bind
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENT = 300  # seconds a browser may need on a machine that is busy with other things
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
 def arguments(*flags: str) -> argparse.Namespace:
     return play.parse([*flags])
 
@@ -148,6 +149,8 @@ class Viewer:
 
 
 # ---- action strings --------------------------------------------------------------------------------------------------
+
+
 def test_an_action_string_is_one_chord_per_frame() -> None:
     assert play.parse_actions("w:4, w+l:4")[0] == ["w"] * 4 + ["w+l"] * 4
     assert play.parse_actions(" w + l : 8 ")[0] == ["w+l"] * 8
@@ -259,174 +262,21 @@ def test_action_files_are_read_and_a_missing_one_is_an_error(tmp_path: Path) -> 
         play.read_actions(str(tmp_path / "odd.npz"), 16)
 
 
-# ---- controls --------------------------------------------------------------------------------------------------------
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_tap_is_never_lost() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    clock.now = 0.1
-    controls.post(["w"])
-    clock.now = 0.101
-    controls.post([])
-    keyboard, _, said = controls.read(40, 40)
-    assert keyboard[:4, 0].all() and not keyboard[4:, 0].any() and said["keys"] == ["w"]
-    assert not controls.read(40, 40)[0].any(), "a tap acts once"
-
-
-def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    controls.post(["d"])
-    clock.now = 0.5
-    controls.post([])
-    assert controls.read(40, 40)[0][:, 3].sum() == 20  # half a second at 40 fps
-
-
-def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    controls.post(["w"])
-    clock.now = 1.0
-    assert controls.read(40, 40)[0][:, 0].all()
-    clock.now = 1.2
-    controls.post([])
-    assert not controls.read(40, 40)[0].any()
-
-
-def test_opposite_keys_cancel_and_others_combine() -> None:
-    controls = Controls(Clock())
-    controls.post(["w", "s", "d"])
-    keyboard, mouse, _ = controls.read(8, 40)
-    assert keyboard.sum(0).tolist() == [0, 0, 0, 8, 0, 0]
-    controls.post(["j", "l"])
-    assert not controls.read(8, 40)[1].any()
-
-
-def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() -> None:
-    controls = Controls(Clock())
-    controls.post([], 10, -5)
-    controls.post([], 30, 0)
-    _, mouse, said = controls.read(40, 40)
-    assert (
-        np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]
-    )  # right and up are positive
-    controls.post([], 1e4, 0)
-    _, mouse, said = controls.read(40, 40)
-    assert said["clipped"] and mouse.max() == np.float32(MAX_LOOK)
-
-
-def test_pitch_stays_within_its_limit() -> None:
-    controls, pitch = Controls(Clock()), 0.0
-    controls.post(["i"])
-    for _ in range(4):
-        _, mouse, _ = controls.read(40, 40, pitch, limit=85)
-        pitch += 15 * mouse[:, 0].sum()
-    assert math.isclose(pitch, 85, abs_tol=1e-3)
-
-
 # ---- start pictures --------------------------------------------------------------------------------------------------
+
+
 def save(path: Path, *size: int, mode: str = "RGB") -> Path:
     Image.effect_noise(size, 80).convert(mode).save(path)
     return path
 
 
-def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None:
-    start = recording.open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
-    assert (
-        start.image.shape == (64, 128, 3)
-        and "big.png: 400x300 → 128x64 centre crop" in start.note
-        and start.truth is None
-    )
-    assert (
-        "alpha dropped"
-        in recording.open_start(
-            save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png"
-        ).note
-    )
-    assert (
-        "enlarged: it is smaller than the model's 64x64"
-        in recording.open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
-    )
-
-
-def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    for source, name in (
-        (tmp_path / "bad.png", "bad.png"),
-        (tmp_path / "gone.png", "gone.png"),
-        (b"\x89PNG\r\n\x1a\n", "the dropped picture"),
-    ):
-        with pytest.raises(
-            ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"
-        ):
-            recording.open_start(source, (64, 64), name)
-
-
-def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:
-    start = recording.open_start(ROOT / "assets/start.png", (64, 64), "start.png")
-    assert start.truth["scene"]["seed"] in SPLITS["test"], (
-        "held out: no training has seen this world"
-    )
-    assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
-    start.save(tmp_path / "again.png")
-    again = recording.open_start(tmp_path / "again.png", (128, 128), "again.png")
-    assert again.pose == start.pose and again.image.shape == (128, 128, 3), (
-        "drawn again at the size that is asked for"
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        {"seed": '"x"', "kind": '"rooms"', "pose": "[0]"},
-        {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
-        {"seed": "{", "kind": "1", "pose": "[]"},
-        {"seed": "1"},
-    ],
-)
-def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
-    Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
-    with pytest.raises(ValueError, match="liar.png cannot be read"):
-        recording.open_start(tmp_path / "liar.png", (64, 64), "liar.png")
-
-
 # ---- the fake session ------------------------------------------------------------------------------------------------
+
+
 def fake() -> recording.FakeSession:
     session = recording.FakeSession((32, 32))
     session.reset(None, "", 3, ())
     return session
-
-
-def test_the_fake_session_is_the_game() -> None:
-    session = fake()
-    keyboard, mouse = torch.zeros(4, 6), torch.zeros(4, 2)
-    mouse[:, 1] = 0.1
-    frames, info = session.step(keyboard, mouse)
-    assert frames.shape == (4, 32, 32, 3) and frames.dtype == torch.uint8
-    assert np.array_equal(
-        frames.numpy(), recording.true_views(session.inside, np.array(info["poses"]), 32, 32)
-    )
-    assert math.isclose(info["poses"][-1][4] - session.poses[0][4], 6.0, abs_tol=1e-5)
-
-
-def test_a_fake_undo_and_a_restored_state_go_on_alike(tmp_path: Path) -> None:
-    session, keyboard, mouse = fake(), torch.zeros(4, 6), torch.full((4, 2), 0.1)
-    first = session.step(keyboard, mouse).frames
-    session.undo()
-    session.save(tmp_path / "state.safetensors")
-    assert torch.equal(session.step(keyboard, mouse).frames, first)
-    other = recording.FakeSession((32, 32))
-    other.restore(tmp_path / "state.safetensors")
-    assert torch.equal(other.step(keyboard, mouse).frames, first)
 
 
 def test_looking_up_and_walking_into_walls_stays_in_the_known_world(tmp_path: Path) -> None:
@@ -445,6 +295,8 @@ def test_looking_up_and_walking_into_walls_stays_in_the_known_world(tmp_path: Pa
 
 
 # ---- without a page --------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("walk")
@@ -807,6 +659,8 @@ def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
+
+
 def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     with page(tmp_path) as (_, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
@@ -1064,35 +918,6 @@ def test_viewers_are_bounded(tmp_path: Path) -> None:
 
 
 # ---- what it says (ux: every message has a test) ---------------------------------------------------------------------
-def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, "-u", str(ROOT / "play.py"), "--fake", "--port", str(port)],
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            env=env,
-        )
-        first, second = process.stdout.readline(), process.stdout.readline()
-    other = int(first.rsplit(":", 1)[1])
-    assert (
-        first
-        == f"Port {port} is taken (another play.py?). Using {other}: http://127.0.0.1:{other}\n"
-        and port < other < port + 20
-    )
-    assert (
-        second
-        == f"Open from your machine:  ssh -L {other}:127.0.0.1:{other} <this host>  then http://127.0.0.1:{other}\n"
-    )
-    connection = http.client.HTTPConnection("127.0.0.1", other, timeout=10)
-    connection.request("GET", "/state")
-    assert json.loads(connection.getresponse().read())["preset"] == "fake"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
 
 
 def test_another_host_demands_its_token(tmp_path: Path) -> None:
@@ -1270,24 +1095,6 @@ def test_a_big_preset_without_a_gpu_is_refused_early() -> None:
         play.main(["--preset", "5b", "--weights", "anywhere", "--check"])
 
 
-def test_memory_and_device_errors_say_the_way_out() -> None:
-    assert (
-        "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75"
-        in explain(torch.OutOfMemoryError("CUDA"))
-    )
-    said = explain(
-        NotImplementedError("The operator 'aten::x' is not implemented for the MPS device")
-    )
-    assert "run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu" in said
-
-
-def test_odd_sizes_are_refused_before_encoding(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="mp4 needs even sizes, got 63x65; nearest legal size: 64x66"
-    ):
-        recording.open_film(tmp_path / "odd.mp4", 16, (65, 63))
-
-
 def test_without_a_video_library_the_frames_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -1341,6 +1148,8 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture) -> None:
 
 
 # ---- with the trained model and in the browser -----------------------------------------------------------------------
+
+
 @pytest.mark.slow
 def test_revisit_with_the_shipped_model_and_its_replay(tmp_path: Path) -> None:
     if not any((ROOT / f"assets/tiny/{name}.safetensors").exists() for name in ("student", "base")):

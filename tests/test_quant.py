@@ -1,22 +1,17 @@
 """INT8: the integers are the released ones, the error is small and known, only what was asked is converted."""
 
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from dit import PRESETS, DiT, random_context
 from quant import (
     Fp8Linear,
     Int8Linear,
     approximate_,
     chosen,
-    dit_flops,
     fp8_available,
     int_mm,
     int_mm_plain,
@@ -26,10 +21,7 @@ from quant import (
     quantised,
     quantize_,
     report,
-    vae_flops,
 )
-from vae import PRESETS as VAES
-from vae import VAE, pruned
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "int8.safetensors")
 
@@ -288,75 +280,6 @@ def test_the_report_measures_each_layer_and_leaves_the_model_as_it_was():
     assert abs(q.sqnr - 20 * torch.log10(y.norm() / (y - y_hat).norm()).item()) < 1e-3
     assert abs(q.max_error - (y - y_hat).abs().max().item()) < 1e-6
     assert q.sqnr > 35 and q.cosine > 0.999 and q.verdict == "EXCELLENT"
-
-
-# ---- cost
-
-
-def counted(run):
-    """Multiply-adds, twice, of every module inside a call, and of the whole call under "Global"."""
-    with torch.no_grad(), FlopCounterMode(display=False) as count:
-        run()
-    return {name: sum(ops.values()) for name, ops in count.get_flop_counts().items()}
-
-
-def matching(counts, pattern):
-    return sum(flops for name, flops in counts.items() if re.fullmatch(pattern, name))
-
-
-@pytest.mark.parametrize("memory, past, new, size", [(5, 4, 10, 8), (0, 1, 14, 4)])
-@pytest.mark.parametrize("preset", ["micro", "tiny"])
-def test_the_cost_of_a_step_is_what_its_modules_count(preset, memory, past, new, size):
-    model = DiT(PRESETS[preset])
-    c = model.cfg
-    context = random_context(c, 1, memory, past, new, size)
-    x = torch.randn(1, c.in_dim, new, size, size)
-    parts = dit_flops(c, size**2 // 4, memory + past, new)
-    once = counted(lambda: model.prepare(context))
-    prepared = model.prepare(context)
-    step = counted(lambda: model(x, torch.tensor([0.5]), context, prepared))
-    assert once["Global"] == sum(part[0] for part in parts.values())
-    assert step["Global"] == sum(part[1] for part in parts.values())
-
-    blocks = matching(step, r"DiT\.blocks\.\d+")
-    qkvo = matching(step, r".*\.self_attn\.[qkvo]")
-    ffn = matching(step, r".*\.ffn")
-    actions = matching(step, r".*\.action_model")
-    assert parts["self-attention qkvo"][1] == qkvo
-    assert parts["feed-forward"][1] == ffn
-    assert parts["actions"][1] == actions
-    assert parts["self-attention"][1] + parts["text attention"][1] == blocks - qkvo - ffn - actions
-    # what is left of the text's attention are the products of its queries with the words
-    words = matching(step, r".*\.cross_attn\.[qo]")
-    queries = words // (4 * c.dim**2)
-    assert parts["text attention"][1] == words + 4 * queries * c.text_len * c.dim
-    assert parts["time"][1] + parts["patches, head"][1] == step["Global"] - blocks
-
-
-def test_the_released_cost_is_that_of_a_network_that_answers_for_every_token():
-    """With actions in every block the last one asks for all tokens, too: once and step then add up to the release."""
-    c = PRESETS["micro"]
-    every = dit_flops(replace(c, action_blocks=tuple(range(c.layers))), 16)
-    L = 16 * 19
-    for name, (once, step, released) in every.items():
-        if name == "time":  # a row for every token instead of two
-            assert released * 2 == step * L
-        elif name == "patches, head":  # the head for all latents, not for new ones only
-            assert (released - once - step) * 19 == released // 2 * 9
-        else:
-            assert released == once + step, name
-
-
-@pytest.mark.parametrize("size", [(8, 8), (4, 6)])
-@pytest.mark.parametrize("kind", ["full", "light50", "light75"])
-@pytest.mark.parametrize("preset", ["micro", "tiny"])
-def test_the_cost_of_decoding_is_what_its_modules_count(preset, kind, size):
-    full = VAES[preset]
-    net = VAE(full if kind == "full" else pruned(full, int(kind.removeprefix("light")) / 100))
-    z = torch.randn(1, net.cfg.z_dim, 1, *size)
-    with torch.no_grad():
-        state = net.decode_stream(z)[1]
-    assert counted(lambda: net.decode_stream(z, state))["Global"] == vae_flops(net.cfg, *size)
 
 
 # ---- bad input

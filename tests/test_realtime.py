@@ -21,21 +21,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import camera
 import dit
 import memory
 import moe
-import quant
 import realtime
-import vae
 import world
 from dit import DiT
 from engine import ranks, weights
 from game import render
 from game.scene import make_scene
-from lab import bench
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = realtime.Options(preset="micro", weights="random", device="cpu", dtype="float32")
@@ -488,66 +484,6 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
         assert (x0 - right).norm() / right.norm() < 1e-3, f"segment {k}"
 
 
-def test_flop_formulas_give_905_tf() -> None:
-    exact, released, decode = bench.segment_flops(realtime.Options(preset="5b"))
-    assert (
-        abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7
-    )  # + text K and V, per segment
-    assert abs(decode / 1e12 - 663.5) < 0.2
-    assert (
-        abs(bench.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86)
-        < 0.1
-    )
-    faster = bench.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
-    # 572.5 with a first step that answers for the past, too; + text K and V
-    assert [905.5 / ratio for ratio in faster.values()] == pytest.approx(
-        [807.7, 572.5 - 3.67 + 0.6], rel=1e-3
-    )
-    parts = bench.dit_flops(dit.PRESETS["5b"], 880)
-    for part, tf in (
-        ("self-attention", 103.06),
-        ("feed-forward", 88.36),
-        ("camera", 37.87),
-        ("time", 2.24),
-        ("rays", 1.26),
-    ):
-        assert parts[part][2] / 1e12 == pytest.approx(tf, rel=5e-3), part
-
-
-@pytest.mark.parametrize("preset", ["micro", "tiny"])
-@torch.no_grad()
-def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
-    model = moe.build(preset)
-    context, places = dit.random_context(model.cfg), 16
-    with FlopCounterMode(display=False) as once:
-        prepared = model.prepare(context)
-    with FlopCounterMode(display=False) as step:
-        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, prepared)
-    model.reuse = True
-    model(
-        torch.randn(1, model.cfg.in_dim, 10, 8, 8),
-        torch.tensor([0.9]),
-        context,
-        kept := model.prepare(context),
-    )
-    with FlopCounterMode(display=False) as later:
-        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, kept)
-    ours = [
-        sum(column) for column in zip(*bench.dit_flops(model.cfg, places).values(), strict=True)
-    ]
-    assert later.get_total_flops() == pytest.approx(
-        sum(part[1] for part in bench.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
-    )
-    assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
-    assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
-    net = vae.VAE(realtime.vae_config(preset, "light50"))
-    z = torch.randn(1, model.cfg.in_dim, 1, 8, 8)
-    state = net.decode_stream(z)[1]
-    with FlopCounterMode(display=False) as decode:
-        net.decode_stream(z, state)
-    assert decode.get_total_flops() == pytest.approx(bench.vae_flops(net.cfg, 8, 8), rel=0.01)
-
-
 # ---- behaviour: memory policies, bad input, cost ---------------------------------------------------------------------
 
 
@@ -658,70 +594,6 @@ def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session)
         t["mean"] + 0.5
     )
     assert not session.pending
-
-
-def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    bench.main(
-        [
-            "--preset",
-            "5b",
-            "--suite",
-            "model",
-            "--decoder",
-            "light75",
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    printed, saved = (
-        capsys.readouterr().out,
-        json.loads((tmp_path / "bench-5b-model.json").read_text()),
-    )
-    rows = {row[0]: row[2] for row in saved["rows"]}
-    assert (
-        rows["TF to denoise"] == pytest.approx(808.3, abs=0.1)
-        and "\n".join(saved["table"]) + "\n" == printed
-        and "threads" in printed
-    )
-    assert (
-        rows["FPS on 1 H200, projected"]
-        < rows["FPS on 2 H200, projected"]
-        < rows["FPS on 9 H200, projected"]
-    )
-
-
-def test_bench_ladder_keeps_the_exact_row_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = iter([True])  # to the bench only: the layers take their slow product
-    monkeypatch.setattr(quant, "fp8_available", lambda device: next(said, False))
-    bench.main(
-        [
-            "--preset",
-            "micro",
-            "--suite",
-            "ladder",
-            "--rounds",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    rows = {
-        row[0].split(":")[0]: row
-        for row in json.loads((tmp_path / "bench-micro-ladder.json").read_text())["rows"]
-    }
-    assert (
-        rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
-    )
-    assert 1e-5 < rows["int8"][4] < 0.3 and rows["5 new"][4] is None
-    assert (
-        1e-6 < (reuse := rows["reuse of clean keys and values (approximate)"])[4] < 0.5
-        and reuse[2] > rows["exact reuse"][2]
-    )
-    assert all(
-        1e-5 < rows[name][4] < 0.3 for name in ("fast fp8 qkvo", "fast fp8 all", "fast qkvo")
-    )
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import lightvae
 import vae
 from engine import weights
-from lightvae import LatentNorm, Projections, light_loss, vae_loss
 from vae import PRESETS, VAE, Stream, VAEConfig, pruned
 
 MICRO = PRESETS["micro"]
@@ -238,57 +236,6 @@ def test_wan_has_the_released_tensors() -> None:
     ].stride == (4, 8, 8)
 
 
-def diffusers_name(key: str) -> str:
-    """Our name -> the name in MG-LightVAE.pth, written as a table of its own."""
-    for new, old in {
-        "downsamples.2.resample": "downsampler.resample",
-        "downsamples.2.time_conv": "downsampler.time_conv",
-        "upsamples.3.": "upsampler.",
-    }.items():
-        head, _, tail = key.partition(".downsamples." if "down" in new else ".upsamples.")
-        if tail[1:].startswith("." + new):
-            return f"{head}.{'down' if 'down' in new else 'up'}_blocks.{tail[0]}.{old}{tail[2 + len(new) :]}"
-    p = key.split(".")
-    inner = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
-
-    def block(rest: list[str]) -> str:
-        return ".".join(
-            [inner[rest[1]], *rest[2:]] if rest[0] == "residual" else ["conv_shortcut", *rest[1:]]
-        )
-
-    if p[0] in ("conv1", "conv2"):
-        return f"{'quant_conv' if p[0] == 'conv1' else 'post_quant_conv'}.{p[1]}"
-    if p[1] == "middle":
-        where = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[p[2]]
-        return f"{p[0]}.mid_block.{where}." + (".".join(p[3:]) if p[2] == "1" else block(p[3:]))
-    if p[1] in ("downsamples", "upsamples"):
-        return f"{p[0]}.{'down' if p[1][0] == 'd' else 'up'}_blocks.{p[2]}.resnets.{p[4]}." + block(
-            p[5:]
-        )
-    return (
-        f"{p[0]}."
-        + {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}[".".join(p[1:-1])]
-        + f".{p[-1]}"
-    )
-
-
-def test_the_released_light_vae_loads_by_its_own_names() -> None:
-    torch.manual_seed(0)
-    model = VAE(pruned(replace(PRESETS["wan2.2"], dim=8, dec_dim=8), 0.5, encoder=True))
-    named = {diffusers_name(k): v for k, v in model.state_dict().items()}
-    assert (
-        "decoder.up_blocks.0.upsampler.time_conv.weight" in named
-        and "encoder.mid_block.resnets.1.norm1.gamma" in named
-    )
-    named["dynamic_feature_projection_heads.up_block_1.weight"] = torch.zeros(1)
-    named["dynamic_feature_projection_heads.up_block_1.bias"] = torch.zeros(1)
-    assert len(named) == 198
-    for file in ({"state_dict": {"gen_model": named}, "step": 3}, named, model.state_dict()):
-        back = weights.vae_from_weights(file)
-        assert all(torch.equal(v, model.state_dict()[k]) for k, v in back.state_dict().items())
-        assert back.cfg == model.cfg and torch.equal(back.latent_std, torch.tensor(vae.WAN_STD))
-
-
 def test_our_files_carry_their_config() -> None:
     model = VAE(pruned(MICRO, 0.5))
     model.set_statistics([0.5] * 16, [2.0] * 16)
@@ -308,89 +255,6 @@ def test_the_shipped_files_fit_in_8_mb() -> None:
         for cfg in (tiny, pruned(tiny, 0.5), pruned(tiny, 0.75)):
             files += sum(2 * p.numel() for p in VAE(cfg).parameters())
     assert files < 8e6 - 100_000  # less some room for the headers
-
-
-# ----------------------------------------------------------------------------------------------------- behaviour
-
-
-def clip(seed: int) -> torch.Tensor:
-    """Smooth coloured waves that move: (2, 3, 5, 16, 16)."""
-    g = torch.Generator().manual_seed(seed)
-    phase, speed = (
-        torch.rand(2, 3, 1, 1, 1, generator=g) * 6,
-        torch.randn(2, 3, 1, 1, 1, generator=g) * 0.3,
-    )
-    t, y, x = torch.meshgrid(
-        torch.arange(5.0), torch.arange(16.0), torch.arange(16.0), indexing="ij"
-    )
-    return torch.sin(phase + speed * t + 0.2 * x - 0.15 * y) * 0.8
-
-
-def test_vae_loss_falls_on_one_batch_in_float32_and_bfloat16() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        model, norm, video = VAE(MICRO), LatentNorm(16), clip(0)
-        opt = torch.optim.AdamW(model.parameters(), 1e-2)
-        losses = []
-        for _ in range(10):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss, parts = vae_loss(model, video, norm, torch.Generator().manual_seed(0))
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            losses.append(float(loss.detach()))
-        assert losses[-1] < 0.8 * losses[0], losses
-        assert set(parts) == {"l1", "structure", "psnr"} and not parts["l1"].requires_grad
-
-
-def test_latents_are_white_and_folding_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model, norm = VAE(MICRO), LatentNorm(16)
-    with torch.no_grad():
-        model.conv1.bias.normal_()
-        model.decoder.conv1.weight.mul_(5)
-        for seed in range(30):
-            z = norm(model.moments(clip(seed)))
-            assert (
-                z.mean((0, 2, 3, 4)).abs().max() < 1e-3
-                and (z.std((0, 2, 3, 4), correction=0) - 1).abs().max() < 0.02
-            )
-        norm.eval()
-        z = norm(model.moments(clip(1)))
-        trained = model.decode(z)
-        for _ in range(2):  # again: from folded to folded
-            norm.fold(model)
-            torch.testing.assert_close(model.encode(clip(1)), z, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(model.decode(z), trained, atol=1e-4, rtol=1e-4)
-        assert model.cfg.std != () and model.latent_mean.abs().max() > 0.1
-        assert "latent_mean" not in model.state_dict()  # the released names stay alone
-
-
-def test_pruned_decoder_reads_the_same_latents() -> None:
-    torch.manual_seed(0)
-    teacher, video = VAE(MICRO), clip(0)
-    student = VAE(pruned(MICRO, 0.5))
-    heads = Projections(student.cfg, teacher.cfg)
-    opt = torch.optim.AdamW([*student.parameters(), *heads.parameters()], 1e-2)
-    losses = []
-    for _ in range(12):
-        loss, parts = light_loss(student, teacher, heads, video)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.85 * losses[0] and parts["features"] < 2
-    assert all(p.grad is None for p in teacher.parameters())  # the teacher only shows
-    assert student.decode(teacher.encode(video)).shape == video.shape
-    counts = [sum(p.numel() for p in m.decoder.parameters()) for m in (teacher, student)]
-    assert 3 < counts[0] / counts[1] < 4.5  # half the width, a quarter of the weights
-
-
-def test_structure_sees_blur_and_ignores_brightness() -> None:
-    video = torch.rand(1, 3, 2, 32, 32)
-    blurred = vae.batch_as_frames(F.avg_pool2d(vae.frames_as_batch(video), 3, 1, 1), 1)
-    assert lightvae.structure(video, video) == 0 and lightvae.structure(video + 0.3, video) < 1e-6
-    assert lightvae.structure(blurred, video) > 0.1
 
 
 # ----------------------------------------------------------------------------------------------------- bad input

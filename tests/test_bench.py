@@ -1,0 +1,212 @@
+"""What bench.py promises."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import moe
+import quant
+import realtime
+import vae
+from lab import bench
+
+
+def test_flop_formulas_give_905_tf() -> None:
+    exact, released, decode = bench.segment_flops(realtime.Options(preset="5b"))
+    assert (
+        abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7
+    )  # + text K and V, per segment
+    assert abs(decode / 1e12 - 663.5) < 0.2
+    assert (
+        abs(bench.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86)
+        < 0.1
+    )
+    faster = bench.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
+    # 572.5 with a first step that answers for the past, too; + text K and V
+    assert [905.5 / ratio for ratio in faster.values()] == pytest.approx(
+        [807.7, 572.5 - 3.67 + 0.6], rel=1e-3
+    )
+    parts = bench.dit_flops(dit.PRESETS["5b"], 880)
+    for part, tf in (
+        ("self-attention", 103.06),
+        ("feed-forward", 88.36),
+        ("camera", 37.87),
+        ("time", 2.24),
+        ("rays", 1.26),
+    ):
+        assert parts[part][2] / 1e12 == pytest.approx(tf, rel=5e-3), part
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+@torch.no_grad()
+def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
+    model = moe.build(preset)
+    context, places = dit.random_context(model.cfg), 16
+    with FlopCounterMode(display=False) as once:
+        prepared = model.prepare(context)
+    with FlopCounterMode(display=False) as step:
+        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, prepared)
+    model.reuse = True
+    model(
+        torch.randn(1, model.cfg.in_dim, 10, 8, 8),
+        torch.tensor([0.9]),
+        context,
+        kept := model.prepare(context),
+    )
+    with FlopCounterMode(display=False) as later:
+        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, kept)
+    ours = [
+        sum(column) for column in zip(*bench.dit_flops(model.cfg, places).values(), strict=True)
+    ]
+    assert later.get_total_flops() == pytest.approx(
+        sum(part[1] for part in bench.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
+    )
+    assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
+    assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
+    net = vae.VAE(realtime.vae_config(preset, "light50"))
+    z = torch.randn(1, model.cfg.in_dim, 1, 8, 8)
+    state = net.decode_stream(z)[1]
+    with FlopCounterMode(display=False) as decode:
+        net.decode_stream(z, state)
+    assert decode.get_total_flops() == pytest.approx(bench.vae_flops(net.cfg, 8, 8), rel=0.01)
+
+
+def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bench.main(
+        [
+            "--preset",
+            "5b",
+            "--suite",
+            "model",
+            "--decoder",
+            "light75",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    printed, saved = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "bench-5b-model.json").read_text()),
+    )
+    rows = {row[0]: row[2] for row in saved["rows"]}
+    assert (
+        rows["TF to denoise"] == pytest.approx(808.3, abs=0.1)
+        and "\n".join(saved["table"]) + "\n" == printed
+        and "threads" in printed
+    )
+    assert (
+        rows["FPS on 1 H200, projected"]
+        < rows["FPS on 2 H200, projected"]
+        < rows["FPS on 9 H200, projected"]
+    )
+
+
+def test_bench_ladder_keeps_the_exact_row_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter([True])  # to the bench only: the layers take their slow product
+    monkeypatch.setattr(quant, "fp8_available", lambda device: next(said, False))
+    bench.main(
+        [
+            "--preset",
+            "micro",
+            "--suite",
+            "ladder",
+            "--rounds",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    rows = {
+        row[0].split(":")[0]: row
+        for row in json.loads((tmp_path / "bench-micro-ladder.json").read_text())["rows"]
+    }
+    assert (
+        rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
+    )
+    assert 1e-5 < rows["int8"][4] < 0.3 and rows["5 new"][4] is None
+    assert (
+        1e-6 < (reuse := rows["reuse of clean keys and values (approximate)"])[4] < 0.5
+        and reuse[2] > rows["exact reuse"][2]
+    )
+    assert all(
+        1e-5 < rows[name][4] < 0.3 for name in ("fast fp8 qkvo", "fast fp8 all", "fast qkvo")
+    )
+
+
+# ---- cost
+
+
+def counted(run):
+    """Multiply-adds, twice, of every module inside a call, and of the whole call under "Global"."""
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        run()
+    return {name: sum(ops.values()) for name, ops in count.get_flop_counts().items()}
+
+
+def matching(counts, pattern):
+    return sum(flops for name, flops in counts.items() if re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize("memory, past, new, size", [(5, 4, 10, 8), (0, 1, 14, 4)])
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_the_cost_of_a_step_is_what_its_modules_count(preset, memory, past, new, size):
+    model = dit.DiT(dit.PRESETS[preset])
+    c = model.cfg
+    context = dit.random_context(c, 1, memory, past, new, size)
+    x = torch.randn(1, c.in_dim, new, size, size)
+    parts = bench.dit_flops(c, size**2 // 4, memory + past, new)
+    once = counted(lambda: model.prepare(context))
+    prepared = model.prepare(context)
+    step = counted(lambda: model(x, torch.tensor([0.5]), context, prepared))
+    assert once["Global"] == sum(part[0] for part in parts.values())
+    assert step["Global"] == sum(part[1] for part in parts.values())
+
+    blocks = matching(step, r"DiT\.blocks\.\d+")
+    qkvo = matching(step, r".*\.self_attn\.[qkvo]")
+    ffn = matching(step, r".*\.ffn")
+    actions = matching(step, r".*\.action_model")
+    assert parts["self-attention qkvo"][1] == qkvo
+    assert parts["feed-forward"][1] == ffn
+    assert parts["actions"][1] == actions
+    assert parts["self-attention"][1] + parts["text attention"][1] == blocks - qkvo - ffn - actions
+    # what is left of the text's attention are the products of its queries with the words
+    words = matching(step, r".*\.cross_attn\.[qo]")
+    queries = words // (4 * c.dim**2)
+    assert parts["text attention"][1] == words + 4 * queries * c.text_len * c.dim
+    assert parts["time"][1] + parts["patches, head"][1] == step["Global"] - blocks
+
+
+def test_the_released_cost_is_that_of_a_network_that_answers_for_every_token():
+    """With actions in every block the last one asks for all tokens, too: once and step then add up to the release."""
+    c = dit.PRESETS["micro"]
+    every = bench.dit_flops(replace(c, action_blocks=tuple(range(c.layers))), 16)
+    L = 16 * 19
+    for name, (once, step, released) in every.items():
+        if name == "time":  # a row for every token instead of two
+            assert released * 2 == step * L
+        elif name == "patches, head":  # the head for all latents, not for new ones only
+            assert (released - once - step) * 19 == released // 2 * 9
+        else:
+            assert released == once + step, name
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 6)])
+@pytest.mark.parametrize("kind", ["full", "light50", "light75"])
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_the_cost_of_decoding_is_what_its_modules_count(preset, kind, size):
+    full = vae.PRESETS[preset]
+    net = vae.VAE(
+        full if kind == "full" else vae.pruned(full, int(kind.removeprefix("light")) / 100)
+    )
+    z = torch.randn(1, net.cfg.z_dim, 1, *size)
+    with torch.no_grad():
+        state = net.decode_stream(z)[1]
+    assert counted(lambda: net.decode_stream(z, state))["Global"] == bench.vae_flops(net.cfg, *size)

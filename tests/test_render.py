@@ -1,0 +1,14 @@
+"""What render.py promises."""
+
+import numpy as np
+
+from game import render as render_file
+from game.scene import make_scene
+
+
+def test_the_same_seed_is_the_same_place():
+    one, two = make_scene(11, "maze"), make_scene(11, "maze")
+    assert (one.solid == two.solid).all() and all(
+        np.array_equal(one.style[k], two.style[k]) for k in one.style
+    )
+    assert np.array_equal(render_file.bake(one)[0], render_file.bake(two)[0])
