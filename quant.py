@@ -214,14 +214,6 @@ def quantize_(model: nn.Module, which: str = "qkvo", kind: str = "int8") -> list
     return names
 
 
-def approximate_(model: nn.Module, layers: str = "", reuse: bool = False) -> None:
-    """All that trades exactness for speed: layers for quantize_, and whether networks reuse keys and values of clean tokens."""
-    if layers:
-        quantize_(model, layers)
-    for network in (m for m in model.modules() if hasattr(m, "reuse")):
-        network.reuse = reuse
-
-
 def nbytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 

@@ -91,9 +91,6 @@ class Options:
     quantize: str = (
         ""  # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
     )
-    reuse: bool = (
-        False  # approximate: later steps keep the first one's keys and values of clean tokens
-    )
     compile: bool = False  # torch.compile of every block
     bank: int = 4096  # latents kept before the keyframe gate closes
     max_pitch: float = (
@@ -220,8 +217,8 @@ def load_parts(
         raise ValueError(
             f"{options.weights} holds a {meta['preset']} model; add --preset {meta['preset']}"
         )
-    if "dit" in nets:
-        quant.approximate_(nets["dit"], options.quantize, options.reuse)
+    if "dit" in nets and options.quantize:
+        quant.quantize_(nets["dit"], options.quantize)
     for block in [
         m
         for net in nets.values()
@@ -304,7 +301,7 @@ def estimate(options: Options) -> float:
             for p in net.parameters()
         )
     kept = (
-        L * (((2 + options.reuse) * c.layers + 10) * c.dim + 2 * c.ffn)
+        L * ((2 * c.layers + 10) * c.dim + 2 * c.ffn)
         + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
     )
     return (

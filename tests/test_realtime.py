@@ -293,7 +293,7 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     weights.write_weights(
         tmp_path / "vae.safetensors", full.state_dict(), weights.vae_metadata(full)
     )
-    third = realtime.Session(replace(options, view="third", reuse=True, commit=1, guidance=2.0))
+    third = realtime.Session(replace(options, view="third", commit=1, guidance=2.0))
     third.reset(IMAGE)
     walk(third, 1)
     third.submit(*actions(40, 1), late=lambda: actions(40, 2))
@@ -375,15 +375,6 @@ def test_late_actions_are_read_once_and_checked(session: realtime.Session) -> No
         session.submit(*actions(56), late=lambda: None)
     with pytest.raises(ValueError, match="commit must be one of 0, 1, 2, got 3"):
         realtime.resolve(replace(OPTIONS, commit=3))
-
-
-def test_reuse_of_clean_keys_is_near_the_exact_segment(three: list[realtime.Chunk]) -> None:
-    near, exact = realtime.Session(replace(OPTIONS, reuse=True)), realtime.Session(OPTIONS)
-    for session in (near, exact):
-        session.reset(IMAGE)
-        walk(session, 1)
-    a, b = (session.denoiser.now.past.float() for session in (near, exact))
-    assert 0 < (a - b).norm() / b.norm() < 0.05
 
 
 # ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
@@ -499,10 +490,7 @@ def test_flop_formulas_give_905_tf() -> None:
         < 0.1
     )
     faster = bench.predicted(dit.PRESETS["5b"], 880, 9, 10, 3)
-    # 572.5 with a first step that answers for the past, too; + text K and V
-    assert [905.5 / ratio for ratio in faster.values()] == pytest.approx(
-        [807.7, 572.5 - 3.67 + 0.6], rel=1e-3
-    )
+    assert 905.5 / faster["exact reuse"] == pytest.approx(807.7, rel=1e-3)
     parts = bench.dit_flops(dit.PRESETS["5b"], 880)
     for part, tf in (
         ("self-attention", 103.06),
@@ -523,21 +511,9 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
         prepared = model.prepare(context)
     with FlopCounterMode(display=False) as step:
         model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, prepared)
-    model.reuse = True
-    model(
-        torch.randn(1, model.cfg.in_dim, 10, 8, 8),
-        torch.tensor([0.9]),
-        context,
-        kept := model.prepare(context),
-    )
-    with FlopCounterMode(display=False) as later:
-        model(torch.randn(1, model.cfg.in_dim, 10, 8, 8), torch.tensor([0.5]), context, kept)
     ours = [
         sum(column) for column in zip(*bench.dit_flops(model.cfg, places).values(), strict=True)
     ]
-    assert later.get_total_flops() == pytest.approx(
-        sum(part[1] for part in bench.dit_flops(model.cfg, places, reuse=True).values()), rel=0.01
-    )
     assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
     assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
     net = vae.VAE(realtime.vae_config(preset, "light50"))
@@ -642,9 +618,6 @@ def test_a_small_gpu_is_told_what_would_fit() -> None:
     assert (
         19 < realtime.estimate(options) < 40
     )  # 12.9 weights, 6.2 camera cache, decoder, activations
-    assert realtime.estimate(replace(options, reuse=True)) - realtime.estimate(
-        options
-    ) == pytest.approx(30 * 9 * 880 * 3072 * 4e-9, rel=0.1)
     assert realtime.estimate(OPTIONS) < 0.2
 
 
@@ -715,10 +688,6 @@ def test_bench_ladder_keeps_the_exact_row_exact(
         rows["as released"][4] == 0 and rows["exact reuse"][4] < 1e-5 and rows["exact reuse"][2] > 1
     )
     assert 1e-5 < rows["int8"][4] < 0.3 and rows["5 new"][4] is None
-    assert (
-        1e-6 < (reuse := rows["reuse of clean keys and values (approximate)"])[4] < 0.5
-        and reuse[2] > rows["exact reuse"][2]
-    )
     assert all(
         1e-5 < rows[name][4] < 0.3 for name in ("fast fp8 qkvo", "fast fp8 all", "fast qkvo")
     )
