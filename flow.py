@@ -100,31 +100,27 @@ def sample(
     guidance: float = 1.0,  # released base model: 5; 1 needs one call per step, not two
     generator: torch.Generator | None = None,  # of renoise's fresh noise
     group: dist.ProcessGroup | None = None,  # ranks that share the work
-    revise: Callable
-    | None = None,  # before step 1, 2, …: its number → a newer context, None: as it was
 ) -> Tensor:  # (B, C, N, h, w) x0
     """Walk from noise to clean latents along the predicted velocity."""
     methods = {"euler": euler, "unipc": unipc, "renoise": renoise}
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
 
-    def bind(context) -> list[tuple]:  # what every step reads, by branch
-        branches = [context] if guidance == 1 else [context, context.null()]
-        return [
-            (c, model.prepare(c, group) if hasattr(model, "prepare") else None) for c in branches
-        ]
+    if len(sigmas) < 2:
+        raise ValueError(
+            f"sigmas must hold a start and an end, got {len(sigmas)}: sigma_grid(steps) has steps + 1"
+        )
+    # the context is the same at every step: what only depends on it is computed once
+    branches = [context] if guidance == 1 else [context, context.null()]
+    prepared = [model.prepare(c, group) if hasattr(model, "prepare") else None for c in branches]
 
     def v(x: Tensor, sigma: float) -> Tensor:
         at = torch.full((len(x),), sigma, device=x.device)
-        full, *null = (model(x, at, c, prepared=p) for c, p in bound)
-        return (
-            null[0] + guidance * (full - null[0]) if null else full
-        )  # v_null + g·(v_full − v_null)
+        calls = zip(branches, prepared, strict=True)
+        full, *null = (model(x, at, c, prepared=p) for c, p in calls)
+        # v_null + g·(v_full − v_null)
+        return null[0] + guidance * (full - null[0]) if null else full
 
-    bound, walk = bind(context), methods[method](v, noise, sigmas, generator)
-    for step in range(len(sigmas) - 1):
-        if step and revise and (newer := revise(step)) is not None:
-            bound.clear()  # what is kept is large: never twice
-            bound = bind(newer)
-        x0 = next(walk)
+    for x in methods[method](v, noise, sigmas, generator):
+        x0 = x
     return x0
