@@ -85,9 +85,7 @@ class Options:
     new: int = 10  # new latents per later segment: 10, 5 or 2
     device: str = "auto"  # cpu, cuda, cuda:1
     dtype: str = "auto"  # float32 or bfloat16; auto measures which is faster
-    quantize: str = (
-        ""  # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
-    )
+    quantize: str = ""  # layers for quant.quantize_; "qkvo" is the paper's list, "released:all" names the kind too
     compile: bool = False  # torch.compile of every block
     bank: int = 4096  # latents kept before the keyframe gate closes
     max_pitch: float = (

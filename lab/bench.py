@@ -20,7 +20,6 @@ from dataclasses import replace
 import torch
 
 import dit
-import quant
 import realtime
 from dit import DiT
 
@@ -143,11 +142,6 @@ def compete(
         replace(options, dtype="float32" if cpu else "bfloat16"),
         replace(options, dtype="bfloat16", compile=not cpu),
     )
-    kinds = (
-        "qkvo",
-        "all",
-        *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()),
-    )
     variants = {
         "as released": slow,
         "exact reuse": slow,
@@ -155,7 +149,7 @@ def compete(
         "fast": fast,
         "5 new": replace(fast, new=5),
         "2 new": replace(fast, new=2),
-    } | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
+    } | {f"fast {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
     session = realtime.Session(slow)
     session.reset(
         torch.randint(
