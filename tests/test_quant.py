@@ -246,7 +246,7 @@ def test_the_report_measures_each_layer_and_leaves_the_model_as_it_was():
 def test_wrong_requests_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="qkvo, cross, ffn, all"):
         quantize_(Block(), "attention")
-    with pytest.raises(ValueError, match="int8, released"):
+    with pytest.raises(ValueError, match="int8 or released"):
         quantize_(Block(), kind="int4")
     model = Block()
     quantize_(model)
