@@ -183,16 +183,3 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:  # the same, twice
         k, v = rms(self.k(x), self.norm_k.weight), self.v(x)
         return tuple(t.flatten(1, -2).unflatten(-1, (self.heads, -1)) for t in (k, v))
-
-
-def joined(kept: dict | None, name: str, clean: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """All keys and values: the first step leaves those of the `clean` first tokens in `kept`, later ones bring the new."""
-    if kept is None:
-        return k, v
-    if name in kept:
-        return tuple(torch.cat(pair, 1) for pair in zip(kept[name], (k, v), strict=True))
-    kept[name] = (
-        k[:, :clean].clone(),
-        v[:, :clean].clone(),
-    )  # copies: a view would hold the new ones in memory, too
-    return k, v

@@ -14,7 +14,6 @@ cross-attention · action module (early blocks) · feed-forward. Tokens (B, T, S
 Fast forms of the same function, tested against the plain one: modulation as two rows (only timesteps 0 and t
 exist); a last block that answers only for latents whose output is read; prepare(context), which keeps what no
 step changes. Ranks share places, not time: only self-attention (all-to-all over heads) and output talk.
-Approximate, off by default (DiT.reuse): keys and values of the clean tokens stay as the first step left them.
 
 Departures: no padding tokens; projections in the weights' dtype, not float32; angles on the fly, so no end at
 latent 2,048; any batch; ray tokens join the input (own presets only). Action q/k norm weights: ignored, as released.
@@ -175,8 +174,6 @@ class ActionModule(nn.Module):
         mouse: Tensor,
         kv: tuple[Tensor, Tensor],
         rope: Tensor,
-        kept: dict | None = None,
-        clean: int = 0,
     ) -> Tensor:
         """x (B, T, S, D), mouse (B, T, 24), rope (T, 1, head_dim/2, 2) → x with both branches added."""
         B, T, S, _ = x.shape
@@ -188,10 +185,7 @@ class ActionModule(nn.Module):
             self.turned(k, self.img_attn_k_norm, rope),
         )
         x = x + self.proj_mouse(
-            attention.attention(q, *attention.joined(kept, "mouse", clean, k, v))
-            .flatten(2)
-            .unflatten(0, (B, S))
-            .transpose(1, 2)
+            attention.attention(q, k, v).flatten(2).unflatten(0, (B, S)).transpose(1, 2)
         )
         q = self.mouse_attn_q(x).unflatten(-1, (self.heads, -1))  # (B, T, S, heads, head_dim)
         q = self.turned(q, self.key_attn_q_norm, rope[:, None]).flatten(1, 2)
@@ -212,7 +206,6 @@ class Prepared:
     places: list[int]  # how many places every rank holds; S is our number
     here: slice  # which are ours
     group: dist.ProcessGroup | None  # the ranks that share this segment
-    reuse: bool  # of clean keys and values, see DiT.reuse
     blocks: list[tuple] | None = None  # per block: Block.prepare; None: every forward computes it
 
 
@@ -229,35 +222,28 @@ class Block(nn.Module):
         self.action_model = ActionModule(cfg) if has_actions else None
 
     def prepare(self, shared: Prepared) -> tuple:
-        """Camera (1 + scale, shift), text (K, V), keyboard (K, V): functions of the context alone; room for joined()."""
+        """Camera (1 + scale, shift), text (K, V), keyboard (K, V): functions of the context alone."""
         # g = W₂·silu(W₁·P) + P,  P the ray tokens
         g = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(shared.rays))) + shared.rays
         camera = 1 + self.cam_scale_layer(g), self.cam_shift_layer(g)
         keyboard = self.action_model and self.action_model.key_value(
             shared.keyboard, shared.action_rope
         )
-        return (
-            camera,
-            self.cross_attn.key_value(shared.text),
-            keyboard,
-            {} if shared.reuse else None,
-        )
+        return camera, self.cross_attn.key_value(shared.text), keyboard
 
     def forward(
         self, x: Tensor, e0: Tensor, shared: Prepared, cache: tuple | None, keep: int
     ) -> Tensor:
         """(B, T, S, D) → (B, keep, S, D), the last `keep` latents. e0 (B, T, 6, D): the time's modulation."""
-        camera, text, keyboard, kept = cache or self.prepare(shared)
+        camera, text, keyboard = cache or self.prepare(shared)
         old, dtype = x.shape[1] - keep, self.norm3.weight.dtype  # dtype of matrix products
         m = (self.modulation + e0).to(x.dtype)[:, :, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(2)  # (B, T, 1, D) each
         a = modulate(x, shift1, scale1).to(dtype)  # 1. self-attention
-        q, (k, v), rope = self.self_attn.query(a[:, old:]), self.self_attn.key_value(a), shared.rope
-        q, k = (
-            attention.rotate(q, rope[:, -q.shape[1] :]),
-            attention.rotate(k, rope[:, -k.shape[1] :]),
-        )
-        k, v = attention.joined(kept, "self", shared.clean.shape[1] * shared.clean.shape[2], k, v)
+        q = self.self_attn.query(a[:, old:])
+        k, v = self.self_attn.key_value(a)
+        q = attention.rotate(q, shared.rope[:, -q.shape[1] :])
+        k = attention.rotate(k, shared.rope)
         y = (
             attention.attention(q, k, v)
             if shared.group is None
@@ -280,8 +266,6 @@ class Block(nn.Module):
                 shared.mouse[:, -keep:],
                 keyboard,
                 shared.action_rope[-keep:],
-                kept,
-                shared.clean.shape[1],
             ).to(x.dtype)
         y = self.ffn(modulate(x, shift2, scale2).to(dtype))  # 5. feed-forward
         return torch.addcmul(x, y, gate2)
@@ -322,8 +306,6 @@ def unpatchify(
 
 
 class DiT(nn.Module):
-    reuse = False  # approximate: after the first step clean tokens are only keys and values
-
     def __init__(self, cfg: DiTConfig = PRESETS["tiny"]):
         super().__init__()
         self.cfg, D = cfg, cfg.dim
@@ -400,7 +382,6 @@ class DiT(nn.Module):
             places=places,
             here=here,
             group=group,
-            reuse=self.reuse,
         )
         return (
             replace(shared, blocks=[block.prepare(shared) for block in self.blocks])
@@ -450,17 +431,8 @@ class DiT(nn.Module):
         wanted = new + P if return_past else new
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
         shared = prepared or self.prepare(context, blocks=False)
-        if return_past and shared.reuse:
-            raise ValueError(
-                "with reuse nothing is predicted at the past latents after the first step: leave return_past out"
-            )
-        x = self.embed(x_sigma, shared.here)  # (B, N, S, D)
-        if not (
-            shared.reuse and shared.blocks and shared.blocks[0][3]
-        ):  # else the clean tokens wait in the blocks
-            x = torch.cat([shared.clean, x], 1)  # (B, T, S, D)
-        T = x.shape[1]
-        x = x + shared.rays[:, -T:] if self.cfg.rays_at_input else x
+        x = torch.cat([shared.clean, self.embed(x_sigma, shared.here)], 1)  # (B, T, S, D)
+        x = x + shared.rays if self.cfg.rays_at_input else x
         x = x.float() if self.cfg.fp32_stream else x
         is_new = (torch.arange(T, device=x.device) >= T - new).long()  # row of t = 0 or of t
         e, e0 = (

@@ -92,11 +92,6 @@ def draw_tau(B: int, cfg: DMDConfig, generator: torch.Generator | None = None) -
     return flow.sample_sigma(B, cfg.shift, generator).clamp(cfg.tau_min, cfg.tau_max)
 
 
-def fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise drawn on the CPU: the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like)
-
-
 # ---- the two losses --------------------------------------------------------------------------------------
 
 
@@ -112,7 +107,7 @@ def generator_loss(
     with torch.no_grad():
         x = x0.detach().float()
         tau = draw_tau(len(x), cfg, generator).to(x)
-        x_tau = flow.add_noise(x, fresh(x, generator), tau)  # x_τ = (1−τ)·x + τ·ε
+        x_tau = flow.add_noise(x, flow.fresh(x, generator), tau)  # x_τ = (1−τ)·x + τ·ε
         v_real = real(x_tau, tau, context).float()
         if cfg.guidance != 1:  # v = v_null + g·(v_full − v_null)
             v_null = real(x_tau, tau, context.null()).float()
@@ -135,7 +130,7 @@ def critic_loss(
 ) -> Tensor:
     """Plain flow matching with the student's x in the place of data."""
     x = x0.detach().float()
-    tau, noise = draw_tau(len(x), cfg, generator).to(x), fresh(x, generator)
+    tau, noise = draw_tau(len(x), cfg, generator).to(x), flow.fresh(x, generator)
     v = fake(flow.add_noise(x, noise, tau), tau, context).float()
     return (v - flow.velocity(x, noise)).square().mean()  # ‖v_fake − (ε' − x)‖²
 
@@ -171,7 +166,7 @@ def judge_loss(
 ) -> Tensor:
     """Cross-entropy of a judge that should say yes to true and no to generated latents, equally noisy."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
-    noise = fresh(x0, generator)
+    noise = flow.fresh(x0, generator)
     alone = context.alone()
     says_true = judge(features(flow.add_noise(true, noise, tau), tau, alone))
     says_made = judge(features(flow.add_noise(x0.detach(), noise, tau), tau, alone))
@@ -188,7 +183,7 @@ def adversarial_loss(
 ) -> Tensor:
     """What the student pays for being recognised."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
-    x_tau = flow.add_noise(x0, fresh(x0, generator), tau)
+    x_tau = flow.add_noise(x0, flow.fresh(x0, generator), tau)
     return F.softplus(-judge(features(x_tau, tau, context.alone()))).mean()
 
 
@@ -203,19 +198,18 @@ def few_step(
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, C, N, h, w) x0, with the graph of the exit step alone
-    """flow.sample(…, "renoise") with a way out and a gradient."""
-    sigmas = flow.sigma_grid(cfg.steps, cfg.shift).tolist()
-    exit_step, graph, x = (
-        cfg.steps - 1 if exit_step is None else exit_step,
-        torch.is_grad_enabled(),
-        noise,
-    )
-    for i in range(exit_step + 1):
-        sigma = torch.full((len(x),), sigmas[i], device=x.device)
-        with torch.set_grad_enabled(graph and i == exit_step):
-            x0 = flow.x0_from_v(x, student(x, sigma, context).float(), sigma)  # x̂0 = x_σ − σ·v
-        if i < exit_step:  # x_σ' = (1−σ')·x̂0 + σ'·ε
-            x = flow.add_noise(x0, fresh(x0, generator), torch.full_like(sigma, sigmas[i + 1]))
+    """The sampler that the student is played with, left at a step of choice."""
+    exit_step = cfg.steps - 1 if exit_step is None else exit_step
+    graph = torch.is_grad_enabled()
+
+    def v(x: Tensor, sigma: float) -> Tensor:
+        at = torch.full((len(x),), sigma, device=x.device)
+        return student(x, at, context).float()
+
+    estimates = flow.renoise(v, noise, flow.sigma_grid(cfg.steps, cfg.shift), generator)
+    for step in range(exit_step + 1):
+        with torch.set_grad_enabled(graph and step == exit_step):
+            x0 = next(estimates)
     return x0
 
 
@@ -254,7 +248,7 @@ def rollout(
         context = segment.context(past, clip.text, found, cfg.lens).to(past.device)
 
         # one segment; the gradient is that of the last one's exit step
-        noise = fresh(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
+        noise = flow.fresh(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
         with torch.set_grad_enabled(graph and last):
             x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
         if not last:

@@ -17,8 +17,7 @@ product to bf16 before adding the bias. An all-zero token gives the bias, not Na
 torch._int_mm refuses take padding or an exact product in float64, never another number.
 
 Speed: on a CPU this is a correctness path (at width 256 a little slower than bf16, see README). On CUDA it pays for
-passes over the int32 product. Fp8Linear (e4m3, scales per row inside torch._scaled_mm) is the fast form of GPUs that
-have it; elsewhere the same product in float32.
+passes over the int32 product.
 
 Demo: python quant.py      Tests: pytest tests/test_quant.py
 """
@@ -36,7 +35,6 @@ LAYERS = {  # name -> which nn.Linear, by its path inside the model
     "ffn": r"(.*\.)?ffn\.\d+",
     "all": r"(.*\.)?blocks\..*",
 }
-E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 
 # ---- pure maths ------------------------------------------------------------------------------------------
 
@@ -105,56 +103,6 @@ class Int8Linear(nn.Module):
         return _keep_scales(self, super()._apply, fn, recurse)
 
 
-class Fp8Linear(nn.Module):
-    """e4m3 weights per output channel and activations per token, scales folded into the product."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        w = linear.weight.detach().float()
-        scales = (w.abs().amax(dim=1) / E4M3_MAX).clamp(min=1e-12)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        # kept as bytes: model.to(bfloat16) would otherwise undo the conversion
-        self.register_buffer(
-            "weight_fp8", (w / scales[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
-        )
-        self.register_buffer("weight_scales", scales)
-        self.bias = _frozen(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        _no_grad_here(x)
-        rows, w = x.reshape(-1, self.in_features), self.weight_fp8.view(torch.float8_e4m3fn)
-        scales = (rows.float().abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(
-            min=1e-12
-        )  # (M, 1)
-        x_fp8 = (rows.float() / scales).to(torch.float8_e4m3fn)
-        if (
-            fp8_available(rows.device)
-            and self.in_features % 16 == 0
-            and self.out_features % 16 == 0
-        ):
-            y = torch._scaled_mm(
-                x_fp8,
-                w.t(),
-                scale_a=scales,
-                scale_b=self.weight_scales[None],
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
-        else:
-            y = (x_fp8.float() @ w.float().t()) * scales * self.weight_scales
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Fp8Linear":
-        return _keep_scales(self, super()._apply, fn, recurse)
-
-
-@torch.compiler.assume_constant_result  # a compiled block asks while it is traced
-def fp8_available(device: torch.device) -> bool:
-    """Row-wise e4m3 products exist from compute capability 8.9 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def _keep_scales(layer: nn.Module, apply: Callable, fn: Callable, recurse: bool) -> nn.Module:
     """model.to(bfloat16) moves the scales but leaves them float32; the released code rounds them here."""
     scales = layer.weight_scales
@@ -177,11 +125,9 @@ def _no_grad_here(x: Tensor) -> None:
 
 
 def quantised(linear: nn.Linear, kind: str = "int8") -> nn.Module:
-    if kind in ("int8", "released"):
-        return Int8Linear(linear, released=kind == "released")
-    if kind == "fp8":
-        return Fp8Linear(linear)
-    raise ValueError(f"unknown kind {kind!r}; use int8, released (its rounding) or fp8")
+    if kind not in ("int8", "released"):
+        raise ValueError(f"unknown kind {kind!r}; use int8 or released (its rounding)")
+    return Int8Linear(linear, released=kind == "released")
 
 
 # ---- whole models ----------------------------------------------------------------------------------------
@@ -206,20 +152,12 @@ def chosen(model: nn.Module, which: str = "qkvo") -> list[str]:
 
 
 def quantize_(model: nn.Module, which: str = "qkvo", kind: str = "int8") -> list[str]:
-    """Replace the chosen layers in place; returns their names. "fp8:all" is the kind and the layers in one word."""
+    """Replace the chosen layers in place; returns their names. "released:all" is the kind and the layers in one word."""
     kind, which = which.split(":", 1) if ":" in which else (kind, which)
     names = chosen(model, which)
     for name in names:
         model.set_submodule(name, quantised(model.get_submodule(name), kind))
     return names
-
-
-def approximate_(model: nn.Module, layers: str = "", reuse: bool = False) -> None:
-    """All that trades exactness for speed: layers for quantize_, and whether networks reuse keys and values of clean tokens."""
-    if layers:
-        quantize_(model, layers)
-    for network in (m for m in model.modules() if hasattr(m, "reuse")):
-        network.reuse = reuse
 
 
 def nbytes(model: nn.Module) -> int:
@@ -297,11 +235,7 @@ if __name__ == "__main__":
     )
     x = torch.randn(304, 256)
     exact = torch.cat([block["self_attn"][n](x) for n in "qkvo"]).detach()
-    for kind, what in {
-        "int8": "true rounding",
-        "released": "truncation",
-        "fp8": "e4m3 per row",
-    }.items():
+    for kind, what in {"int8": "true rounding", "released": "truncation"}.items():
         rows = report(block, lambda: [block["self_attn"][n](x) for n in "qkvo"], kind=kind)
         print(
             f"{kind:9s}({what:13s}) "

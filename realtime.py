@@ -8,8 +8,8 @@ Paper: §3.4, Table 1 (40 FPS at 720p: 8 GPUs denoise, one decodes).  Released: 
 
 A Session is one player in one world: reset(image, prompt, seed) -> frame 0; step(keyboard, mouse) -> Chunk of the next frames (56, then 40).
 step is submit + collect; submit(k+1) before collect(k) is the pipeline. The noise of segment k depends on (seed, k) alone: undo, restore, replay
-and N ranks give the same frames (of actions that change late, both readings replayed). N + 1 ranks on torch.distributed: 0 .. N−1 share each segment
-by place (attention.py) and hold equal memories, rank N decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
+and N ranks give the same frames. N + 1 ranks on torch.distributed: 0 .. N−1 share each segment by place (attention.py) and hold equal memories,
+rank N decodes; if a rank dies, fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
 Departures: frames leave as they are made; no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset.
 Demo: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python lab/bench.py --suite ablation
 """
@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,15 +76,7 @@ class Options:
     new: int = 10  # new latents per later segment: 10, 5 or 2
     device: str = "auto"  # cpu, cuda, cuda:1
     dtype: str = "auto"  # float32 or bfloat16; auto measures which is faster
-    commit: int = (
-        0  # 1, 2, ...: the step before which actions may still change, see Session.submit; 0: none
-    )
-    quantize: str = (
-        ""  # layers for quant.quantize_; "qkvo" is the paper's list, "fp8:all" names the kind too
-    )
-    reuse: bool = (
-        False  # approximate: later steps keep the first one's keys and values of clean tokens
-    )
+    quantize: str = ""  # layers for quant.quantize_; "qkvo" is the paper's list, "released:all" names the kind too
     compile: bool = False  # torch.compile of every block
     bank: int = 4096  # latents kept before the keyframe gate closes
     max_pitch: float = (
@@ -121,7 +113,6 @@ def resolve(options: Options) -> Options:
         ("new", LENGTHS),
         ("policy", memory.POLICIES),
         ("view", ("first", "third")),
-        ("commit", range(options.steps)),
     ):
         if getattr(options, name) not in allowed:
             raise ValueError(
@@ -211,8 +202,8 @@ def load_parts(
         raise ValueError(
             f"{options.weights} holds a {meta['preset']} model; add --preset {meta['preset']}"
         )
-    if "dit" in nets:
-        quant.approximate_(nets["dit"], options.quantize, options.reuse)
+    if "dit" in nets and options.quantize:
+        quant.quantize_(nets["dit"], options.quantize)
     for block in [
         m
         for net in nets.values()
@@ -295,7 +286,7 @@ def estimate(options: Options) -> float:
             for p in net.parameters()
         )
     kept = (
-        L * (((2 + options.reuse) * c.layers + 10) * c.dim + 2 * c.ffn)
+        L * ((2 * c.layers + 10) * c.dim + 2 * c.ffn)
         + 2 * min(PIECE, 40 * math.prod(SIZES[options.preset])) * light.dec_dim
     )
     return (
@@ -328,23 +319,15 @@ def clock(device: str) -> float:
 
 class Denoiser:
     """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree; who replaces `camera`,
-    poses (n, 5) float64 -> (n, 4, 4), does so on all of them. `late`, on rank 0: a call for the newest actions (4n, 8), keys | mouse."""
+    poses (n, 5) float64 -> (n, 4, 4), does so on all of them."""
 
     def __init__(
         self, model: nn.Module, meta: dict, options: Options, group: dist.ProcessGroup | None = None
     ):
-        self.model, self.meta, self.options, self.group, self.now, self.late = (
-            model,
-            meta,
-            options,
-            group,
-            None,
-            None,
-        )
-        self.place, self.history = (
-            {"device": options.device, "dtype": getattr(torch, options.dtype)},
-            deque(maxlen=UNDO),
-        )
+        self.model, self.meta = model, meta
+        self.options, self.group = options, group
+        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.now, self.history = None, deque(maxlen=UNDO)
         self.camera = (
             partial(camera.behind, max_pitch=options.max_pitch)
             if options.view == "third"
@@ -400,64 +383,30 @@ class Denoiser:
 
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
         """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w) and what happened: info has the actions and poses that were used."""
-        now, o, n, policy = (
-            self.now,
-            self.options,
-            len(keyboard) // WINDOW.stride,
-            policy if self.meta.get("p_memory_off", 0) < 1 else "none",
-        )
-        began, actions, bound, recalled = (
-            clock(o.device),
-            torch.cat([keyboard, mouse], 1),
-            self.bind(keyboard, mouse, policy),
-            clock(o.device),
-        )
+        now, o = self.now, self.options
+        if self.meta.get("p_memory_off", 0) >= 1:  # never trained with a memory
+            policy = "none"
+        began = clock(o.device)
+        context, picks, walked, times, cameras = self.bind(keyboard, mouse, policy)
+        recalled = clock(o.device)
 
-        def revise(
-            step: int,
-        ) -> Context | None:  # before step `commit`: what rank 0 hears by now, on every rank
-            nonlocal bound
-            newer = (
-                (self.late() if self.late else actions).to(o.device, copy=True)
-                if step == o.commit
-                else actions
-            )
-            if step == o.commit and self.group:
-                dist.broadcast(newer, 0, self.group)
-            if not torch.equal(newer := newer.cpu(), actions):
-                bound = self.bind(*newer.split([6, 2], 1), policy)
-                return bound[0]
-
+        # the noise of a segment depends on the seed and its number alone
         generator = torch.Generator(o.device).manual_seed(now.seed * 1_000_003 + now.segment)
-        noise = torch.randn(
-            1, now.past.shape[1], n, *now.past.shape[-2:], generator=generator, device=o.device
-        )
+        shape = (1, now.past.shape[1], len(times), *now.past.shape[-2:])
+        noise = torch.randn(shape, generator=generator, device=o.device)
         sigmas, method = flow.sigma_grid(o.steps, self.meta["shift"]), self.meta["method"]
         x0 = flow.sample(
-            self.model, bound[0], sigmas, noise, method, o.guidance, generator, self.group, revise
+            self.model, context, sigmas, noise, method, o.guidance, generator, self.group
         ).to(**self.place)
         if not x0.isfinite().all():
             raise ValueError(
                 f"segment {now.segment} is not finite: broken weights, or {o.dtype} is too narrow; try --dtype float32"
             )
-        _, picks, walked, times, cameras = bound
-        self.history.append((now, self.bank.size))
-        self.bank.append(x0[0], cameras, times)
-        drop = max(
-            0, WINDOW.stride * (now.count + n - WINDOW.past - 4) - now.origin
-        )  # no window looks further back
-        self.now = Walk(
-            torch.cat([now.past, x0], 2)[:, :, -WINDOW.past :],
-            now.text,
-            *(rows[drop:] for rows in walked),
-            now.seed,
-            now.segment + 1,
-            now.count + n,
-            now.origin + drop,
-        )
+
+        self.remember(x0, cameras, times, walked)
+        names = ("poses", "keyboard", "mouse")
         used = {
-            name: rows[-len(keyboard) :].tolist()
-            for name, rows in zip(("poses", "keyboard", "mouse"), walked, strict=True)
+            name: rows[-len(keyboard) :].tolist() for name, rows in zip(names, walked, strict=True)
         }
         return x0, {
             "segment": now.segment,
@@ -471,6 +420,23 @@ class Denoiser:
                 "denoise": 1e3 * (clock(o.device) - recalled),
             },
         }
+
+    def remember(self, x0: Tensor, cameras: Tensor, times: Tensor, walked: list[Tensor]) -> None:
+        """New latents join the bank and the past; the walk goes on behind them, and can be undone."""
+        now, n = self.now, len(times)
+        self.history.append((now, self.bank.size))
+        self.bank.append(x0[0], cameras, times)
+        # no window looks further back than this many frames
+        drop = max(0, WINDOW.stride * (now.count + n - WINDOW.past - 4) - now.origin)
+        self.now = Walk(
+            torch.cat([now.past, x0], 2)[:, :, -WINDOW.past :],
+            now.text,
+            *(rows[drop:] for rows in walked),
+            now.seed,
+            now.segment + 1,
+            now.count + n,
+            now.origin + drop,
+        )
 
     def recall(
         self, poses: Tensor, before: int, policy: str
@@ -722,19 +688,11 @@ class Session:
         )
         return self.collect()
 
-    def submit(self, keyboard: Tensor, mouse: Tensor, late: Callable | None = None) -> None:
-        """Denoise the next segment and hand it to the decoder. Read the keys as late as possible before this, or even later: late() is
-        asked once, just before step Options.commit, for all (keyboard, mouse) of this segment as they are by now, or None."""
+    def submit(self, keyboard: Tensor, mouse: Tensor) -> None:
+        """Denoise the next segment and hand it to the decoder. Read the keys as late as possible before this."""
         keyboard, mouse = self.checked(keyboard, mouse)
-        if late and not self.options.commit:
-            raise ValueError(
-                "late actions need a step before which they are read: Options(commit=1)"
-            )
         camera.choose("policy", self.policy, memory.POLICIES)
         self.idle(2 * QUEUE)
-        self.denoiser.late = late and (
-            lambda: torch.cat(self.checked(*(late() or (keyboard, mouse))), 1)
-        )
         self.decode(*self.everywhere("run", keyboard, mouse, self.policy))
 
     def checked(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:

@@ -362,7 +362,7 @@ def train_distill(run: Run) -> None:
         with torch.set_grad_enabled(students_turn):
             if cold:  # one segment, true past and memory
                 true, context = draw(clips, run, run.step)
-                x0 = dmd.few_step(student_in, context, dmd.fresh(true, own), exit_step, how, own)
+                x0 = dmd.few_step(student_in, context, flow.fresh(true, own), exit_step, how, own)
             else:  # on its own outputs
                 new, _ = draw_length(run, run.step)
                 clip = scene(clips, run, run.step)

@@ -364,7 +364,7 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
         hint = ""
         if missing and not unexpected and all(map(moe.is_new, missing)):
             hint = "\nIt looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
-        elif any(name.endswith(("weight_int8", "weight_fp8")) for name in unexpected):
+        elif any(name.endswith("weight_int8") for name in unexpected):
             hint = "\nIt is quantised: load the float weights and give --int8."
         raise ValueError(
             f"{file.name} is not a Matrix-Game 3 DiT: {_count(missing, 'missing')}, "

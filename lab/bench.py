@@ -20,7 +20,6 @@ from dataclasses import replace
 import torch
 
 import dit
-import quant
 import realtime
 from dit import DiT
 
@@ -30,23 +29,20 @@ def dit_flops(
     S: int,  # places per latent
     clean: int = 9,  # memory and past latents
     new: int = 10,
-    reuse: bool = False,  # a later step that reuses the keys and values of clean tokens (approximate)
 ) -> dict[str, tuple[float, float, float]]:
     """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything
     is computed at every step for every token. A test counts the modules themselves."""
     T, D, patch, w, A = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks)
     L, layers, text = S * T, c.layers, c.text_len
-    N = (
-        S * new if reuse else L
-    )  # tokens in a block; the last block, or with reuse every one, asks for new ones only
-    Q = (layers - 1) * N + (S * new if layers - 1 not in c.action_blocks else N)
+    # queries of all blocks: the last one asks for new tokens only, unless it has actions
+    Q = (layers - 1) * L + (S * new if layers - 1 not in c.action_blocks else L)
     camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
     words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
-    actions = A * 2 * N * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
+    actions = A * 2 * L * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
     keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
     time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
     return {
-        "self-attention qkvo": (0, 4 * D * D * (Q + layers * N), layers * 8 * L * D * D),
+        "self-attention qkvo": (0, 4 * D * D * (Q + layers * L), layers * 8 * L * D * D),
         "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
         "text attention": (
             words,
@@ -56,7 +52,7 @@ def dit_flops(
         "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
         "camera": (camera, 0, camera),
         "rays": (rays, 0, rays),
-        "actions": (keys, actions, keys + actions * L // N),
+        "actions": (keys, actions, keys + actions),
         "time": (0, 2 * time_row, L * time_row),
         "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T),
     }
@@ -84,15 +80,8 @@ def vae_flops(
 
 def predicted(c, S: int, clean: int, new: int, steps: int) -> dict[str, float]:
     """How many times faster than the release a segment must be if only multiply-adds count."""
-    exact, later = (dit_flops(c, S, clean, new, reuse).values() for reuse in (False, True))
-    once, step, released = map(sum, zip(*exact, strict=True))
-    saved = (steps - 1) * (step - sum(part[1] for part in later))
-    return {
-        "exact reuse": steps * released / (once + steps * step),
-        "reuse of clean keys and values (approximate)": steps
-        * released
-        / (once + steps * step - saved),
-    }
+    once, step, released = map(sum, zip(*dit_flops(c, S, clean, new).values(), strict=True))
+    return {"exact reuse": steps * released / (once + steps * step)}
 
 
 H200 = {
@@ -153,20 +142,14 @@ def compete(
         replace(options, dtype="float32" if cpu else "bfloat16"),
         replace(options, dtype="bfloat16", compile=not cpu),
     )
-    kinds = (
-        "qkvo",
-        "all",
-        *(("fp8:qkvo", "fp8:all") if quant.fp8_available(torch.device(options.device)) else ()),
-    )
     variants = {
         "as released": slow,
         "exact reuse": slow,
-        "reuse of clean keys and values (approximate)": replace(slow, reuse=True),
         "int8": replace(slow, quantize="qkvo"),
         "fast": fast,
         "5 new": replace(fast, new=5),
         "2 new": replace(fast, new=2),
-    } | {f"fast {which.replace(':', ' ')}": replace(fast, quantize=which) for which in kinds}
+    } | {f"fast {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
     session = realtime.Session(slow)
     session.reset(
         torch.randint(

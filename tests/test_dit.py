@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from helpers import make_context
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention as attention_file
 import camera
@@ -548,48 +547,6 @@ def test_a_rollout_of_four_segments_matches_official():
         assert rel(ours, g[f"segment{k}.latents"]) < 5e-6
 
 
-# ---- approximate: keys and values of clean tokens stay as the first step left them --------------------------
-
-
-@pytest.mark.parametrize("action_blocks", [(0,), (0, 1)])  # a last block without and with actions
-@pytest.mark.parametrize("rays_at_input", [True, False])
-def test_reused_keys_and_values_are_exact_until_the_noise_changes(
-    action_blocks: tuple, rays_at_input: bool
-):
-    model = loud(replace(MICRO, action_blocks=action_blocks, rays_at_input=rays_at_input))
-    x, sigma, c = inputs(MICRO)
-    exact, later = model(x, sigma, c), model(0.5 * x, 0.5 * sigma, c)
-    model.reuse = True
-    prepared = model.prepare(c)
-    assert torch.equal(model(x, sigma, c, prepared), exact)  # the first step computes everything
-    assert (
-        rel(model(x, sigma, c, prepared), exact) < 2e-6
-    )  # the same noise again: the same keys and values
-    assert (
-        1e-6 < rel(model(0.5 * x, 0.5 * sigma, c, prepared), later) < 0.5
-    )  # another noise: near, not equal
-    assert torch.equal(model(x, sigma, c), exact)  # nothing is kept without prepare
-    with pytest.raises(ValueError, match="leave return_past out"):
-        model(x, sigma, c, prepared, return_past=True)
-
-
-def test_reuse_computes_less_and_starts_afresh_with_a_newer_context():
-    model = loud(MICRO)
-    model.reuse = True
-    x, sigma, c = inputs(MICRO)
-    prepared, flops = model.prepare(c), []
-    for _ in range(3):
-        with FlopCounterMode(display=False) as count:
-            model(x, sigma, c, prepared)
-        flops.append(count.get_total_flops())
-    assert flops[1] == flops[2] < 0.75 * flops[0]
-    other = SimpleNamespace(**vars(c) | {"keyboard": 1 - c.keyboard})
-    late = sample(
-        model, c, torch.tensor([0.9, 0.9, 0.0]), x, revise=lambda k: other
-    )  # a step that goes nowhere
-    assert torch.equal(late, sample(model, other, torch.tensor([0.9, 0.0]), x))
-
-
 # ---- precision, training, bad input ------------------------------------------------------------------------
 
 
@@ -602,11 +559,9 @@ def test_bf16_weights_stay_near_float32(fp32_stream: bool):
     assert low.dtype == torch.float32 and rel(low, v) < 0.05
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_a_block_compiles_into_one_graph(reuse: bool):
+def test_a_block_compiles_into_one_graph():
     model = loud(MICRO)
     x, sigma, c = inputs(MICRO)
-    model.reuse = reuse
     v, prepared = model(x, sigma, c), model.prepare(c)
     for block in model.blocks:
         block.compile(backend="eager", fullgraph=True)  # traced only: no compiler needed
@@ -738,7 +693,6 @@ def test_ranks_that_share_places_compute_what_one_computes(
         lambda group: model(x, sigma, c, model.prepare(c, group), return_past=True)
     ):
         assert rel(v, alone) < 2e-6
-    model.reuse = True
     alone = sample(model, c, sigma_grid(2), x)
     together = Threads(ranks).run(lambda group: sample(model, c, sigma_grid(2), x, group=group))
     assert all(rel(x0, alone) < 2e-6 and torch.equal(x0, together[0]) for x0 in together)

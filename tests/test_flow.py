@@ -86,26 +86,13 @@ def test_unipc_is_ten_times_closer_than_euler_in_as_many_steps():
     assert unipc < 0.1 * euler
 
 
-def test_a_newer_context_takes_over_at_its_step_and_the_noise_goes_on():
-    slow, fast = SimpleNamespace(scale=0.5), SimpleNamespace(scale=1.0)
-    x0, noise, grid, asked = (
-        torch.randn(1, 2, 2, 2, 2),
-        torch.randn(1, 2, 2, 2, 2),
-        sigma_grid(3),
-        [],
-    )
-    world, late = Straight(x0), Straight(x0)
-    half = noise + (float(grid[1]) - float(grid[0])) * world(
-        noise, grid[:1], slow
-    )  # step 0 by hand, in the old context
-    right = sample(world, fast, grid[1:], half)
-    assert torch.equal(
-        sample(
-            late, slow, grid, noise, revise=lambda k: asked.append(k) or (fast if k == 1 else None)
-        ),
-        right,
-    )
-    assert asked == [1, 2] and late.prepared == 2
-    assert torch.equal(
-        sample(world, slow, grid, noise, revise=lambda k: None), sample(world, slow, grid, noise)
-    )
+def test_a_grid_without_a_step_is_refused():
+    with pytest.raises(ValueError, match="at least one step"):
+        sample(Straight(torch.zeros(1)), None, torch.tensor([0.5]), torch.zeros(1, 1, 1, 1, 1))
+
+
+def test_every_sampler_yields_what_it_believes_after_every_step():
+    x0, noise = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 2, 2, 2)
+    believes = [*flow.renoise(lambda x, sigma: (x - x0) / sigma, noise, sigma_grid(3))]
+    assert len(believes) == 3
+    assert all(torch.allclose(x, x0, atol=1e-4) for x in believes)

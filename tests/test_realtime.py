@@ -284,16 +284,17 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
     nets, meta = realtime.load_parts(replace(options, view="third"), "dit")
     assert nets["dit"].view == "third" and meta["method"] == "unipc"
     assert realtime.load_parts(options, "dit")[0]["dit"].view == "first"
-    # and they play: every expert keeps its own keys and values, late actions and guidance pass through
+    # and they play: every expert keeps its own keys and values, guidance passes through
     full = realtime.load_parts(OPTIONS, "encoder")[0]["encoder"]
     weights.write_weights(
         tmp_path / "vae.safetensors", full.state_dict(), weights.vae_metadata(full)
     )
-    third = realtime.Session(replace(options, view="third", reuse=True, commit=1, guidance=2.0))
+    third = realtime.Session(replace(options, view="third", guidance=2.0))
     third.reset(IMAGE)
     walk(third, 1)
-    third.submit(*actions(40, 1), late=lambda: actions(40, 2))
-    assert third.collect().info["keyboard"] == actions(40, 2)[0].tolist()
+    played = third.step(*actions(40, 2))
+    assert played.info["keyboard"] == actions(40, 2)[0].tolist()
+    assert played.frames.shape == (40, *IMAGE.shape) and played.info["memory"]
     with pytest.raises(ValueError, match="no expert for view 'third'; this model has first"):
         weights.write_weights(
             options.weights,
@@ -305,81 +306,6 @@ def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> No
             },
         )
         realtime.load_parts(replace(options, view="third"), "dit")
-
-
-# ---- late: actions that change while a segment is being denoised -----------------------------------------------------
-
-
-def test_late_actions_replace_those_of_the_segment() -> None:
-    session = realtime.Session(replace(OPTIONS, commit=1))
-
-    def two(
-        early: int, late: int | None
-    ) -> realtime.Chunk:  # the second segment: memory, past and its info
-        session.reset(IMAGE)
-        walk(session, 1)
-        session.submit(
-            *actions(40, early), late=None if late is None else lambda: actions(40, late)
-        )
-        return session.collect()
-
-    early, final = two(5, None), two(6, None)
-    bank = session.denoiser.bank.state_dict()
-    for same in (
-        two(5, 5),
-        (session.undo(), session.submit(*actions(40, 5), late=lambda: None), session.collect())[-1],
-    ):
-        assert torch.equal(same.frames, early.frames) and same.info["poses"] == early.info["poses"]
-    changed = two(5, 6)
-    # the walk is the one of the newer actions, everywhere; the frames began as the older ones and are neither's
-    assert all(
-        changed.info[key] == final.info[key] for key in ("poses", "keyboard", "mouse", "memory")
-    )
-    assert (
-        changed.info["poses"] != early.info["poses"]
-        and changed.info["keyboard"] == actions(40, 6)[0].tolist()
-    )
-    kept = session.denoiser.bank.state_dict()
-    assert torch.equal(kept["cameras"], bank["cameras"]) and torch.equal(
-        kept["times"], bank["times"]
-    )
-    assert pixels(changed.frames, early.frames) > 0 and pixels(changed.frames, final.frames) > 0
-    # both readings again give the same frames; what follows starts from the same walk
-    session.undo()
-    session.submit(*actions(40, 5), late=lambda: actions(40, 6))
-    assert torch.equal(session.collect().frames, changed.frames)
-    followed = session.step(*actions(40, 7)).info["poses"]
-    session.undo()
-    session.undo()
-    session.step(*actions(40, 6))
-    assert session.step(*actions(40, 7)).info["poses"] == followed
-
-
-def test_late_actions_are_read_once_and_checked(session: realtime.Session) -> None:
-    late = realtime.Session(replace(OPTIONS, commit=2))
-    late.reset(IMAGE)
-    asked = []
-    late.submit(*actions(56), late=lambda: asked.append(0))
-    late.step(*actions(40))  # without late nobody is asked
-    assert asked == [0]
-    late.collect()
-    with pytest.raises(ValueError, match="segment 2 takes finite keyboard .40, 6."):
-        late.submit(*actions(40), late=lambda: actions(56))
-    assert late.step(*actions(40)).info["segment"] == 2  # nothing had happened
-    session.reset(IMAGE)
-    with pytest.raises(ValueError, match="late actions need a step before which they are read"):
-        session.submit(*actions(56), late=lambda: None)
-    with pytest.raises(ValueError, match="commit must be one of 0, 1, 2, got 3"):
-        realtime.resolve(replace(OPTIONS, commit=3))
-
-
-def test_reuse_of_clean_keys_is_near_the_exact_segment(three: list[realtime.Chunk]) -> None:
-    near, exact = realtime.Session(replace(OPTIONS, reuse=True)), realtime.Session(OPTIONS)
-    for session in (near, exact):
-        session.reset(IMAGE)
-        walk(session, 1)
-    a, b = (session.denoiser.now.past.float() for session in (near, exact))
-    assert 0 < (a - b).norm() / b.norm() < 0.05
 
 
 # ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
@@ -578,9 +504,6 @@ def test_a_small_gpu_is_told_what_would_fit() -> None:
     assert (
         19 < realtime.estimate(options) < 40
     )  # 12.9 weights, 6.2 camera cache, decoder, activations
-    assert realtime.estimate(replace(options, reuse=True)) - realtime.estimate(
-        options
-    ) == pytest.approx(30 * 9 * 880 * 3072 * 4e-9, rel=0.1)
     assert realtime.estimate(OPTIONS) < 0.2
 
 
@@ -604,7 +527,7 @@ def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
 ) -> None:
     session.reset(IMAGE)
     walk(session, 3)
-    ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0, commit=1), 2)
+    ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 2)
     ranks.reset(IMAGE)
     for k in range(2):
         ranks.submit(*actions(ranks.frames_needed, k))
@@ -618,17 +541,6 @@ def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
     assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
     ranks.restore(tmp_path / "ranks.safetensors")
     assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
-    # what rank 0 hears late reaches the others
-    alone = realtime.Session(replace(OPTIONS, commit=1))
-    alone.restore(tmp_path / "ranks.safetensors")
-    ranks.undo()
-    for one in (alone, ranks):
-        one.submit(*actions(40, 2), late=lambda: actions(40, 8))
-    late, right = ranks.collect(), alone.collect()
-    assert (
-        late.info["poses"] == right.info["poses"] != chunks[2].info["poses"]
-        and pixels(late.frames, right.frames) <= 1
-    )
     # a rank that fails is named, and nobody is left behind
     ranks.team.post("denoise", "nonsense")
     with pytest.raises(
