@@ -137,10 +137,13 @@ def train_vae(run: Run) -> None:
         helper.mean, helper.var = model.latent_mean.clone(), model.latent_std.square() - 1e-5
         nn.ModuleList((model.encoder, model.conv1)).requires_grad_(False)
     both = nn.ModuleList((model, helper.to(run.device)))
-    opts, ema = optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay), optim.average(both)
+    opts, ema = (
+        optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype),
+        optim.average(both),
+    )
     both.cfg = model.cfg
     restore(run, {"training": both}, ema, opts)
-    low, progress = optim.twin(both, run.dtype), Progress(run)
+    low, progress = optim.low_precision_copy(both, run.dtype), Progress(run)
     while run.step < cfg.steps and not run.stop:
         video, g = (
             frame_batch(videos, cfg, run.step).to(run.device, run.dtype),
@@ -149,7 +152,7 @@ def train_vae(run: Run) -> None:
         helper.train(
             run.step < 0.9 * cfg.steps and not cfg.decoder_only
         )  # at last the decoder sees the very statistics that will be folded in
-        fast, fast_helper = optim.refresh(low, both)
+        fast, fast_helper = optim.copy_weights_down(low, both)
         loss, parts = (
             lightvae.light_loss(fast, teacher, fast_helper, video)
             if light
@@ -157,7 +160,7 @@ def train_vae(run: Run) -> None:
         )
         optim.check_finite(loss, both, run.folder, video=video)
         loss.backward()
-        optim.collect(low, both)
+        optim.copy_gradients_up(low, both)
         norm = optim.update(
             opts, both, optim.lr_at(run.step, cfg.steps, cfg.warmup), cfg.clip, ema, cfg.ema
         )
@@ -210,12 +213,18 @@ def train_base(run: Run) -> None:
     }  # of the σ axis
     low_sigma, high_sigma = parts.get(cfg.expert, (0, 1)) if cfg.stage == "moe" else (0, 1)
     model = start_model(run)
-    opts, ema = optim.optimizers(model, cfg.lr, cfg.muon, cfg.decay), optim.average(model)
+    opts, ema = (
+        optim.optimizers(model, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype),
+        optim.average(model),
+    )
     how = error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind)
     errors = error_buffer.ErrorBuffer(dataclasses.replace(how, warmup=min(how.warmup, cfg.warmup)))
     saved = restore(run, {"diffusion_pytorch_model": model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
-    low, progress = optim.twin(model, run.dtype, cfg.checkpoint_activations), Progress(run)
+    low, progress = (
+        optim.low_precision_copy(model, run.dtype, cfg.checkpoint_activations),
+        Progress(run),
+    )
     while run.step < cfg.steps and not run.stop:
         cut = draw_cut(clips, run, run.step)
         x0, context = batch(clips, run, cut)
@@ -224,7 +233,7 @@ def train_base(run: Run) -> None:
             run, low_sigma + (high_sigma - low_sigma) * flow.sample_sigma(cfg.batch, cfg.shift, g)
         ).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
-        refreshed = optim.refresh(low, model)
+        refreshed = optim.copy_weights_down(low, model)
         own = own_errors(refreshed, clips, run, cut, g) if turn_of_own(run, cut, g) else None
         context = inject(errors, context, run, g, own)  # imperfect past and memory     Eq. 2, 5
         x_sigma = flow.add_noise(x0, noise, sigma)  # x_σ = (1 − σ)·x0 + σ·ε
@@ -242,7 +251,7 @@ def train_base(run: Run) -> None:
             )  # v = ε − x0            Eq. 3, 6
             optim.check_finite(loss, model, run.folder, x0=x0, noise=noise, sigma=sigma)
             (loss / cfg.accum).backward()
-            optim.collect(low, model)
+            optim.copy_gradients_up(low, model)
             losses.append(optim.gathered(loss.detach()[None]).mean())
             delta[rows] = (
                 flow.x0_from_v(x_sigma[rows], v_hat.detach(), sigma[rows]) - x0[rows]
@@ -330,12 +339,12 @@ def train_distill(run: Run) -> None:
     )
 
     # three copies of the base: one is asked, one learns what the student makes, one is the student
-    real = optim.twin(start_model(run), run.dtype).requires_grad_(False)
+    real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student, fake = start_model(run), start_model(run)
     judge = dmd.Judge(network(cfg).dim).to(run.device)
     betas = (0.0, 0.95)
-    opts = optim.optimizers(student, cfg.lr, cfg.muon, cfg.decay, betas)
-    opts_fake = optim.optimizers(fake, cfg.lr_critic, cfg.muon, cfg.decay, betas)
+    opts = optim.optimizers(student, cfg.lr, cfg.muon, cfg.decay, betas, run.dtype)
+    opts_fake = optim.optimizers(fake, cfg.lr_critic, cfg.muon, cfg.decay, betas, run.dtype)
     opts_judge = optim.optimizers(judge, cfg.lr_critic, 0.0, cfg.decay, betas)
     ema = optim.average(student)
     models = {"diffusion_pytorch_model": student, "critic": fake}
@@ -344,8 +353,8 @@ def train_distill(run: Run) -> None:
         models["judge"] = judge
         every = every + opts_judge
     restore(run, models, ema, every)
-    low = optim.twin(student, run.dtype, cfg.checkpoint_activations)
-    low_fake = optim.twin(fake, run.dtype)
+    low = optim.low_precision_copy(student, run.dtype, cfg.checkpoint_activations)
+    low_fake = optim.low_precision_copy(fake, run.dtype)
     progress = Progress(run)
 
     while run.step < cfg.steps and not run.stop:
@@ -353,8 +362,8 @@ def train_distill(run: Run) -> None:
         own = generator(cfg, run.step + 800_000_000 + 1_000_000 * run.rank)
         cold = run.step < cfg.cold_start
         critics_turn, students_turn = dmd.turns(run.step, cfg.ratio_cold if cold else cfg.ratio)
-        student_in = in_dtype(optim.refresh(low, student), run)
-        fast_fake = optim.refresh(low_fake, fake)
+        student_in = in_dtype(optim.copy_weights_down(low, student), run)
+        fast_fake = optim.copy_weights_down(low_fake, fake)
         fake_in, features = in_dtype(fast_fake, run), features_of(fast_fake, run)
         exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
 
@@ -378,7 +387,7 @@ def train_distill(run: Run) -> None:
                 loss = loss + cfg.adversarial * fooled
             optim.check_finite(loss, student, run.folder, x0=x0)
             loss.backward()
-            optim.collect(low, student)
+            optim.copy_gradients_up(low, student)
             low_fake.zero_grad(set_to_none=True)  # the student's loss went through both
             judge.zero_grad(set_to_none=True)
             rate = optim.lr_at(run.step, cfg.steps, cfg.warmup)
@@ -392,7 +401,7 @@ def train_distill(run: Run) -> None:
                 numbers["judge"] = caught.detach()
             optim.check_finite(loss, fake, run.folder, x0=x0)
             loss.backward()
-            optim.collect(low_fake, fake)
+            optim.copy_gradients_up(low_fake, fake)
             optim.update(opts_fake, fake, 1.0, cfg.clip, [], 0.0)
             if cfg.adversarial:
                 optim.update(opts_judge, judge, 1.0, cfg.clip, [], 0.0)

@@ -28,18 +28,18 @@ def save(
     ema.safetensors, and train_state.pt with the optimisers and `state`. Sharded tensors are gathered; rank 0 writes."""
     first, chief = next(iter(models)), not dist.is_initialized() or dist.get_rank() == 0
     weights = {
-        name: {n: optim.whole(t).detach().cpu() for n, t in m.state_dict().items()}
+        name: {n: optim.unshard(t).detach().cpu() for n, t in m.state_dict().items()}
         for name, m in models.items()
     }
     names = [n for n, _ in models[first].named_parameters()]
     weights["ema"] = weights[first] | {
-        n: optim.whole(e).cpu() for n, e in zip(names, ema, strict=True)
+        n: optim.unshard(e).cpu() for n, e in zip(names, ema, strict=True)
     }
     state |= {
         "step": said["step"],
         "optimizers": [
             [
-                {k: optim.whole(v) for k, v in o.state.get(p, {}).items()}
+                {k: optim.unshard(v) for k, v in o.state.get(p, {}).items()}
                 for p in o.param_groups[0]["params"]
             ]
             for o in opts
@@ -111,13 +111,13 @@ def restore(folder: Path, models: dict[str, nn.Module], ema: list[Tensor], opts:
     for name, model in models.items():
         tensors = read_weights(folder / f"{name}.safetensors")[0]
         for n, t in model.state_dict().items():
-            t.copy_(optim.like(tensors[n], t))
+            t.copy_(optim.reshard_like(tensors[n], t))
     tensors = read_weights(folder / "ema.safetensors")[0]
     for (n, _), e in zip(next(iter(models.values())).named_parameters(), ema, strict=True):
-        e.copy_(optim.like(tensors[n], e))
+        e.copy_(optim.reshard_like(tensors[n], e))
     for o, saved in zip(opts, state["optimizers"], strict=True):
         for p, entries in zip(o.param_groups[0]["params"], saved, strict=True):
             o.state[p] = {
-                k: optim.like(v, p) if v.shape == p.shape else v for k, v in entries.items()
+                k: optim.reshard_like(v, p) if v.shape == p.shape else v for k, v in entries.items()
             }
     return state

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,12 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def whole(x: Tensor) -> Tensor:
+def unshard(x: Tensor) -> Tensor:
     """A sharded tensor gathered; anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def like(full: Tensor, target: Tensor) -> Tensor:
+def reshard_like(full: Tensor, target: Tensor) -> Tensor:
     """A whole tensor laid out as the target is."""
     full = full.to(target.device)
     return (
@@ -42,7 +43,7 @@ def like(full: Tensor, target: Tensor) -> Tensor:
     )
 
 
-def twin(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
+def low_precision_copy(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
     """The model that computes: a copy in a lower precision, or the model itself (FSDP lowers it on its own).
     recompute: its blocks keep only their inputs and run again in the backward pass (activation checkpointing)."""
     low = (
@@ -56,19 +57,71 @@ def twin(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Mo
 
 
 @torch.no_grad()
-def refresh(low: nn.Module, model: nn.Module) -> nn.Module:
+def copy_weights_down(low: nn.Module, model: nn.Module) -> nn.Module:
     """Float32 weights into the computing copy, before a forward pass."""
     if low is not model:
         torch._foreach_copy_(list(low.parameters()), list(model.parameters()))
     return low
 
 
-def collect(low: nn.Module, model: nn.Module) -> None:
+def copy_gradients_up(low: nn.Module, model: nn.Module) -> None:
     """Gradients of the computing copy onto the float32 weights, after a backward pass."""
     for q, p in zip(low.parameters(), model.parameters(), strict=True):
         if low is not model and q.grad is not None:
             p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
             q.grad = None
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of equal size in every direction of a matrix (Jordan 2024).
+
+    A gradient's momentum G = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ, the nearest
+    orthogonal matrix, found without a decomposition: the odd polynomial a·X + b·XXᵀX + c·(XXᵀ)²X drives
+    every singular value towards 1, five times over.
+    torch.optim.Muon computes the same, always in bfloat16: forty times slower where a processor has no
+    such instructions, and then most of a training step. This one computes in the precision of the run.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; ends between 0.7 and 1.2
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,  # of the five iterations
+    ):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self.step_matrix(matrix, group["lr"], group["weight_decay"], group["momentum"])
+
+    def step_matrix(self, w: nn.Parameter, lr: float, decay: float, momentum: float) -> None:
+        mean = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w.grad))
+        mean.lerp_(w.grad, 1 - momentum)
+        ahead = w.grad.lerp(mean, momentum)  # Nesterov's
+        rows, columns = w.shape
+        w.mul_(1 - lr * decay)
+        w.add_(self.orthogonal(ahead), alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+    def orthogonal(self, g: Tensor) -> Tensor:
+        """Near U Vᵀ of g = U S Vᵀ."""
+        a, b, c = self.COEFFICIENTS
+        tall = g.shape[0] > g.shape[1]
+        x = g.mT if tall else g
+        x = x.to(self.dtype)
+        x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
+        for _ in range(5):
+            square = x @ x.mT
+            polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
+            x = torch.addmm(x, polynomial, x, beta=a)
+        return x.mT if tall else x
 
 
 def optimizers(
@@ -77,32 +130,25 @@ def optimizers(
     muon: float = 0.0,  # of Muon; 0 = AdamW everywhere
     decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
+    dtype: torch.dtype = torch.bfloat16,  # of Muon's iterations
 ) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
-    inside = {
-        n: p
-        for n, p in model.named_parameters()
-        if muon
-        and ("blocks." in n or "coder." in n)
-        and p.ndim > 1
-        and min(p.flatten(1).shape) > 16
-    }
-    found = [
-        torch.optim.AdamW(
-            [p for n, p in model.named_parameters() if n not in inside],
-            lr=lr,
-            betas=betas,
-            weight_decay=decay,
-        )
-    ]
+    inside = {}
+    others = []
+    for name, p in model.named_parameters():
+        in_a_block = "blocks." in name or "coder." in name
+        if muon and in_a_block and p.ndim > 1 and min(p.flatten(1).shape) > 16:
+            inside[name] = p
+        else:
+            others.append(p)
+
+    found = [torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=decay)]
     if inside:
-        views = [
-            nn.Parameter(p.detach().flatten(1)) for p in inside.values()
-        ]  # share the weights' memory
-        found += [torch.optim.Muon(views, lr=muon, weight_decay=decay)]
+        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]  # the same memory
+        found.append(Muon(views, muon, decay, dtype=dtype))
         found[-1].viewed = list(inside.values())
-    for o in found:
-        o.param_groups[0]["top"] = o.param_groups[0]["lr"]
+    for optimizer in found:
+        optimizer.param_groups[0]["top"] = optimizer.param_groups[0]["lr"]
     return found
 
 
@@ -120,7 +166,7 @@ def update(
     model.zero_grad(set_to_none=True)
     if ema:
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
-    return float(whole(norm))
+    return float(unshard(norm))
 
 
 def lr_at(step: int, steps: int, warmup: int) -> float:
@@ -159,7 +205,7 @@ def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) 
         not gathered(loss.detach()[None]).isfinite().all()
     ):  # every rank stops, also for the loss of another
         bad = next(
-            (n for n, p in model.named_parameters() if not torch.isfinite(whole(p)).all()),
+            (n for n, p in model.named_parameters() if not torch.isfinite(unshard(p)).all()),
             "none: activations overflowed",
         )
         weights.write_weights(

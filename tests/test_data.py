@@ -251,34 +251,6 @@ def test_bad_clips_are_filtered_good_clips_pass(dataset: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- keys from positions
 
 
-def test_the_score_of_the_keys_by_hand() -> None:
-    rows = (  # held, read, valid, contact
-        ("w jump", "w", True, False),  # right: jumps are not asked for
-        ("w s", "", True, False),  # right: opposite keys cancel
-        ("w a d", "w", False, False),  # right
-        ("w a", "w", False, False),  # one of two keys is not enough
-        ("d", "a", True, False),  # wrong
-        ("s", "s", False, True),  # right
-        ("w", "", False, True),  # wrong
-        ("w", "s", True, True),  # the last row leads nowhere and is not scored
-    )
-
-    def keys(words: tuple[str, ...]) -> np.ndarray:
-        return np.array([[key in word.split() for key in camera.KEYS] for word in words], np.uint8)
-
-    held, read, valid, contact = zip(*rows, strict=True)
-    labels = data.Labels(keys(read), np.zeros((8, 2)), np.array(valid))
-    assert data.wsad_report(labels, keys(held), np.array(contact)) == {
-        "all": 4 / 7,
-        "free": 3 / 5,
-        "contact": 1 / 2,
-        "valid": 2 / 3,
-        "coverage": 3 / 7,
-    }
-    nowhere = data.wsad_report(labels, keys(held), np.zeros(8, bool))
-    assert np.isnan(nowhere["contact"]) and nowhere["free"] == nowhere["all"] == 4 / 7
-
-
 # ---------------------------------------------------------------------------------------------------------------- readers
 
 

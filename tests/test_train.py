@@ -267,7 +267,7 @@ def test_the_average_of_a_recomputing_model_computes_with_the_averaged_weights()
         torch.randn(1, 16, 10, 8, 8),
         torch.tensor([0.5]),
     )
-    optim.twin(model, torch.float32, recompute=True)
+    optim.low_precision_copy(model, torch.float32, recompute=True)
     with torch.no_grad():
         assert torch.equal(optim.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
 

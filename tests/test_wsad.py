@@ -88,3 +88,31 @@ def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror() -> None:
     assert (
         wsad.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
     )  # unknown scale: v0 from the data
+
+
+def test_the_score_of_the_keys_by_hand() -> None:
+    rows = (  # held, read, valid, contact
+        ("w jump", "w", True, False),  # right: jumps are not asked for
+        ("w s", "", True, False),  # right: opposite keys cancel
+        ("w a d", "w", False, False),  # right
+        ("w a", "w", False, False),  # one of two keys is not enough
+        ("d", "a", True, False),  # wrong
+        ("s", "s", False, True),  # right
+        ("w", "", False, True),  # wrong
+        ("w", "s", True, True),  # the last row leads nowhere and is not scored
+    )
+
+    def keys(words: tuple[str, ...]) -> np.ndarray:
+        return np.array([[key in word.split() for key in camera.KEYS] for word in words], np.uint8)
+
+    held, read, valid, contact = zip(*rows, strict=True)
+    labels = wsad.Labels(keys(read), np.zeros((8, 2)), np.array(valid))
+    assert wsad.wsad_report(labels, keys(held), np.array(contact)) == {
+        "all": 4 / 7,
+        "free": 3 / 5,
+        "contact": 1 / 2,
+        "valid": 2 / 3,
+        "coverage": 3 / 7,
+    }
+    nowhere = wsad.wsad_report(labels, keys(held), np.zeros(8, bool))
+    assert np.isnan(nowhere["contact"]) and nowhere["free"] == nowhere["all"] == 4 / 7
