@@ -1,4 +1,28 @@
-"""Attend, with a clock per head."""
+"""Attend, with a clock per head.
+
+What it does. Rotary positions, the attention product behind one function with several kernels, and the
+exchange that lets ranks share a segment by place.
+Paper: §3.1-3.2, Eq. 7 (perturbed RoPE).  Released: the same angles, cut at latent 2,048.
+
+Why it works. RoPE turns pair j of a query at time t by ω_j·t and of a key at time t' by ω_j·t', so a
+score depends on the lag alone, Σ_j cos(ω_j·(t − t') + φ_j), with
+
+    ω_j = θ^(−j/n)                                                                                 (1)
+
+At lag 0 all terms agree. At some far lags they nearly agree again, and since every head has the same
+ω, all heads see that ghost at the same lag: a memory of long ago looks recent. Give every head a base
+of its own, and the ghosts fall apart while lag 0 stays:
+
+    θ_h = 10000·(1 + σ_θ·ε_h),   ε_h = linspace(−1, 1, heads)[h]                          Eq. 7    (2)
+
+Ranks share places, not time. Only here do they need each other: rank r holds all heads of its places,
+
+    all heads, own places  --exchange-->  own heads, all places  --attend, exchange back-->  all, own
+
+What differs. Angles are computed on the fly, so there is no end at latent 2,048.
+
+Try it: python dit.py      Tests: pytest tests/test_attention.py tests/test_dit.py
+"""
 
 import contextlib
 import functools
@@ -16,14 +40,14 @@ from torch.nn.attention import sdpa_kernel
 
 def frequencies(theta: Tensor, pairs: int) -> Tensor:  # (heads,) → (heads, pairs) float64
     j = torch.arange(pairs, dtype=torch.float64, device=theta.device)
-    return theta[:, None] ** (-j / pairs)  # ω_hj = θ_h^(−j/n)
+    return theta[:, None] ** (-j / pairs)  # (1), of every head
 
 
 def rope_angles(times: Tensor, h: int, w: int, cfg: object) -> Tensor:
     """(B, T) absolute latent indices → (B, T, h·w, heads, head_dim/2) angles; pairs belong to t | h | w."""
     n = cfg.dim // cfg.heads // 2 // 3  # pairs of h and of w; t has the rest
     epsilon = torch.linspace(-1, 1, cfg.heads, dtype=torch.float64, device=times.device)
-    theta = 10000 * (1 + cfg.sigma_theta * epsilon)  # Eq. 7  θ_h = 10000·(1 + σ_θ·ε_h)
+    theta = 10000 * (1 + cfg.sigma_theta * epsilon)  # (2)
     time = times[..., None, None, None] * frequencies(theta, cfg.dim // cfg.heads // 2 - 2 * n)
     place, omega = torch.arange(h * w, device=times.device)[:, None, None], frequencies(theta, n)
     space = torch.cat([place // w * omega, place % w * omega], -1)  # (h·w, heads, 2n)

@@ -1,4 +1,35 @@
-"""What a key does to a camera, and where its rays run."""
+"""What a key does to a camera, and where its rays run.
+
+What it does. Actions become poses, poses become camera matrices, cameras become rays: the only way in
+which the network learns where it looks. Readers of foreign data convert to these conventions at the door.
+Paper: §3.2 (relative Plücker encoding).  Released: its own axes and channels, kept below.
+
+Conventions. c2w 4x4, OpenCV axes (x right, y DOWN, z forward), metres, floor y = 0;
+c2w = [Ry(yaw) Rx(pitch) | t], yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels,
+pixel centres at +0.5. pose5 = (x, y, z, pitch°, yaw°). action[t] drives frame t -> t+1.
+
+Why it works. A pixel sees a line. The line through o in direction d is the same from every point
+o + t·d on it, so (o, d) says more than is seen. Plücker's six numbers do not:
+
+    ray = (d, m),   m = o × d          the moment: (o + t·d) × d = o × d for every t               (1)
+
+Cameras are told relative to one of them, the anchor a: then rays do not depend on where in the world
+the walk takes place.
+
+    g = c2w_a⁻¹ · c2w = [R_aᵀ R | R_aᵀ (t − t_a)]                                                  (2)
+
+Our anchor is the last past frame. Our channels are o, d and m: o too, because a network can use a
+distance that m hides for rays through the origin; and cos kα, sin kα of the azimuth α for k = 2, 4, 8,
+finer dials of the same heading.                                                                   (3)
+
+A step goes along the mean heading of its frame, yaw + Δyaw/2, so that an action and its inverse,
+undone in reverse order, lead home exactly.                                                        (4)
+
+What differs. The released integrator takes the mean of two wrapped yaws: one step goes astray at ±180°.
+Its channels, though called Plücker, are (o, d) without the moment.
+
+Try it: python memory.py      Tests: pytest tests/test_camera.py
+"""
 
 import math
 from collections.abc import Sequence
@@ -58,8 +89,7 @@ def step_pose(
         (keyboard[3] > 0.5) - (keyboard[2] > 0.5),
     )
     step = STEP * math.sqrt(0.5) if forward and right else STEP
-    # heading = yaw + Δyaw/2      the mean heading makes every step reversible
-    heading = math.radians(yaw + 0.5 * d_yaw)
+    heading = math.radians(yaw + 0.5 * d_yaw)  # (4)
     sin, cos = math.sin(heading), math.cos(heading)
     x, z = x + step * (forward * sin + right * cos), z + step * (forward * cos - right * sin)
     limit = math.inf if max_pitch is None else max_pitch
@@ -137,12 +167,9 @@ def intrinsics(
 
 
 def relative(base: Tensor, other: Tensor) -> Tensor:  # (..., 4, 4) twice -> base⁻¹ · other
-    # g = [R_bᵀ R_o | R_bᵀ (t_o − t_b)]      subtracting first stays exact far from the origin
     inverse = base[..., :3, :3].mT
-    rotation, shift = (
-        inverse @ other[..., :3, :3],
-        inverse @ (other[..., :3, 3:] - base[..., :3, 3:]),
-    )
+    rotation = inverse @ other[..., :3, :3]
+    shift = inverse @ (other[..., :3, 3:] - base[..., :3, 3:])  # (2): exact far from the origin too
     bottom = other.new_tensor([0, 0, 0, 1]).expand(*rotation.shape[:-2], 1, 4)
     return torch.cat([torch.cat([rotation, shift], -1), bottom], -2)
 
@@ -168,25 +195,26 @@ ANCHORED_SCALE = 2.0  # metres per unit of o: a segment is 7 m, so |o| is about 
 def anchored_rays(cameras: Tensor, anchor: Tensor, K: Tensor, h: int, w: int) -> Tensor:
     """(B, L, 4, 4, 4), (B, 4, 4), K (4,) or (B, 4) in cells -> (B, 60, L, h, w) float32: 15 channels, o, d, o × d
     and azimuth harmonics of the cell's centre, at each of the latent's four frames."""
-    # g = c2w_a⁻¹ c2w      in double: the difference of two places kilometres away is still exact
-    g = (
-        relative(anchor.double()[:, None, None], cameras.double()).float().transpose(1, 2)
-    )  # (B, 4, L, 4, 4)
-    d = g[..., :3, :3] @ directions(K.to(g), h, w).view(-1, 1, 1, 3, h * w)  # (B, 4, L, 3, h*w)
+    # in double: the difference of two places kilometres away is still exact
+    g = relative(anchor.double()[:, None, None], cameras.double())  # (2)
+    g = g.float().transpose(1, 2)  # (B, 4, L, 4, 4)
+    cells = directions(K.to(g), h, w).view(-1, 1, 1, 3, h * w)
+    d = g[..., :3, :3] @ cells  # (B, 4, L, 3, h*w)
     o = (g[..., :3, 3:] / ANCHORED_SCALE).expand_as(d)
-    (ox, oy, oz), (x, y, z), harmonics = o.unbind(-2), d.unbind(-2), []
-    # cos kα, sin kα of the azimuth α = atan2(x, z) for k = 2, 4, 8, by doubling the angle three times
+    x, y, z = d.unbind(-2)
+    ox, oy, oz = o.unbind(-2)
+    moment = [oy * z - oz * y, oz * x - ox * z, ox * y - oy * x]  # (1)
+
+    # the azimuth is α = atan2(x, z); doubling the angle three times gives k = 2, 4, 8
     radius = (x * x + z * z).sqrt().clamp(min=1e-6)
     cos, sin = z / radius, x / radius
+    harmonics = []
     for _ in range(3):
         cos, sin = cos * cos - sin * sin, 2 * cos * sin
-        harmonics += [cos, sin]
-    moment = [oy * z - oz * y, oz * x - ox * z, ox * y - oy * x]
-    return (
-        torch.stack([ox, oy, oz, x, y, z, *moment, *harmonics], 2)
-        .flatten(1, 2)
-        .unflatten(-1, (h, w))
-    )
+        harmonics += [cos, sin]  # (3)
+
+    channels = torch.stack([ox, oy, oz, x, y, z, *moment, *harmonics], 2)
+    return channels.flatten(1, 2).unflatten(-1, (h, w))
 
 
 def to_released(

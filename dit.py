@@ -1,22 +1,20 @@
-"""Predict the velocity of noisy latents from context, actions and cameras, and step along it.
+"""Predict the velocity of noisy latents from context, actions and cameras.
 
-Paper: §3.1 (base model, Eq. 3), §3.2 (memory, Eq. 6; perturbed RoPE, Eq. 7), §3.3 (few steps).
+Paper: §3.1 (base model, Eq. 3), §3.2 (memory, Eq. 6).  Flow and samplers: flow.py; Eq. 7: attention.py.
 
-    x_σ = (1−σ)·x0 + σ·ε      v = ε − x0      x0 = x_σ − σ·v      σ = t/1000        flow matching
-    σ'  = s·σ / (1 + (s−1)·σ),  s = 5                                                timestep shift
-    L   = ‖(ε − x0) − v̂(x_σ, σ | past, memory, actions, cameras, text)‖²             Eq. 3, 6
-    θ_h = 10000·(1 + σ_θ·ε_h),  ε_h = linspace(−1, 1, heads)[h]                      Eq. 7: a clock per head
+    L = ‖(ε − x0) − v̂(x_σ, σ | past, memory, actions, cameras, text)‖²               Eq. 3, 6
 
-Time axis: [memory | past | new]. Memory and past are clean (t = 0); only new latents are noisy and predicted.
-A block: self-attention over everything · camera scale and shift · norm3, which REPLACES the residual · text
-cross-attention · action module (early blocks) · feed-forward. Tokens (B, T, S, D): T latents of S places.
+Time axis: [memory | past | new]. Memory and past are clean (t = 0); only new latents are noisy and
+predicted. A block: self-attention over everything · camera scale and shift · norm3, which REPLACES the
+residual · text cross-attention · action module (early blocks) · feed-forward. Tokens (B, T, S, D):
+T latents of S places.
 
-Fast forms of the same function, tested against the plain one: modulation as two rows (only timesteps 0 and t
-exist); a last block that answers only for latents whose output is read; prepare(context), which keeps what no
-step changes. Ranks share places, not time: only self-attention (all-to-all over heads) and output talk.
+Fast forms of the same function, tested against the plain one: modulation as two rows (only timesteps 0
+and t exist); a last block that answers only for latents whose output is read; prepare(context), which
+keeps what no step changes. Ranks share places, not time: only self-attention and output talk.
 
-Departures: no padding tokens; projections in the weights' dtype, not float32; angles on the fly, so no end at
-latent 2,048; any batch; ray tokens join the input (own presets only). Action q/k norm weights: ignored, as released.
+Departures: no padding tokens; projections in the weights' dtype, not float32; any batch; ray tokens join
+the input (own presets only). Action q/k norm weights: ignored, as released.
 `context` is a context.Context, read by attribute: past, memory, times, rays, mouse, keyboard, text.
 Demo: python dit.py      Tests: pytest tests/test_dit.py
 """

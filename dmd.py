@@ -19,14 +19,12 @@ Self-rollout: segment after segment on the student's own output; its last 4 late
 memory is retrieved from the pool of all it made. Earlier segments run to their last step; the last one stops
 at a random step, and that one forward pass alone has a graph. Cold start: few_step on true past and memory.
 
-Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between; τ shifted uniform in [.02, .98];
+Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between; τ drawn like σ, then clamped to [.02, .98];
 "n updates" read as n critic updates per student update (turns() offers both); the mask p = 0.2 on past and
 memory makes the rollout a single image-to-video segment; guidance in the teacher is a setting (train.py: 3).
 
-How well it went is judged without downloaded networks, by pictures beside the truth; evaluate.py asks for it:
-    TWFD = |μ₁−μ₂|² + tr(C₁ + C₂ − 2 (C₁^½ C₂ C₁^½)^½)      of 64 principal components of 8x8 frames      frechet
-    (JᵀJ + λ diag JᵀJ) Δ = −Jᵀe                     where a picture was taken                             register
-    match(x, d) = exp(−10·|after(x + d) − before(x)|)       which keys were held between two             KeyReader
+A judge on the critic's last features (--adversarial, off by default) pulls towards true latents: DMD can
+be no sharper than its teacher.
 
 Demo: python dmd.py      Tests: pytest tests/test_dmd.py
 """

@@ -16,9 +16,7 @@ both: call perturb once with γ_h for the past and once with γ_m for the memory
 Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per clip. Ours are in
 ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per sample.
 
-Whether it helps is read off rollouts: the slope of their scores (theil_sen) and how long they keep to the
-truth, S(t) = Π (1 − lost / still there), of which the area is the restricted mean (kaplan_meier); beside them
-how sure one can be of a mean over worlds (bca, equivalent, holm).
+train.own_errors is the other source: the model's one-step estimate of these very latents (--p-own).
 
 Demo: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """

@@ -1,4 +1,11 @@
-"""A decoder a quarter as wide for the same latents."""
+"""A decoder a quarter as wide for the same latents.
+
+What it does. The losses of the VAE and of its thin decoders (train.py --stage vae, lightvae). A thin decoder
+learns from the full one: its pictures, and its features at two depths through projections, so that the
+latents, and every model trained on them, stay what they are.
+Paper: §3.4, Table 2 (50 and 75 % of the channels removed).  Released: two decoders, no training.
+Tests: pytest tests/test_lightvae.py
+"""
 
 import torch
 import torch.nn as nn

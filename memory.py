@@ -1,27 +1,30 @@
-"""Find the past frames that saw what we are about to see, and say how their cameras relate to ours.
+"""Find the old frames that saw what we are about to see.
 
-Paper: §3.2 (camera-aware memory), Eq. 6 (context of the loss).  Released code: inference only.
+What it does. Five views of the next segment ask a bank of everything made so far, and one old latent
+answers each. Training chooses from whole clips (select_training), play from its bank (MemoryBank).
+Paper: §3.2 (camera-aware memory).  Released: inference only.
 
-    pose' = pose + action            15° per mouse unit, 0.1235 m per frame, mean heading    step_pose
-    g_i   = c2w_a⁻¹ · c2w_i          one camera as another camera sees it                    relative
-    ray   = (o, d)                   origin and unit direction of a pixel                    rays
-    s(q, c) = |V_q ∩ V_c| / |V_q|    how much of view q's frustum an old view c has seen     overlap
-    m_j   = argmax_c s(q_j, c)       five new views ask, one old latent answers each         MemoryBank
-    context = [memory | past | new]  on the time axis; memory and past are clean             make_context
+Why it works. How much of what we are about to see has an old view seen?
 
-Camera: c2w 4x4, OpenCV axes (x right, y DOWN, z forward), metres, floor y = 0; c2w = [Ry(yaw) Rx(pitch) | t],
-yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels, pixel centres at +0.5.
-pose5 = (x, y, z, pitch°, yaw°).  action[t] drives frame t -> t+1.
+    s(q, c) = |V_q ∩ V_c| / |V_q|                   V: the part of a view between NEAR and FAR      (1)
 
-Rays, "released": each latent relative to the one before, translations divided by the largest; memory relative to
-the view that asks for it, unit length; all pixels of a cell folded into channels. Rays, "anchored" (our own training):
-each latent, memory too, relative to the last past frame, in metres; per cell its centre ray at the latent's four
-frames, with moment o × d and harmonics of the azimuth. To ablate: "absolute", the same from the origin of the world; "none", zeros.
+If a point is uniform in V_q, then s is the chance that it lies in V_c as well:
 
-Departures from the release, each tested: half-delta yaw instead of the mean of two wrapped yaws, so actions
-undo exactly; sample points uniform in volume, not in depth; no latent twice among the five; action windows do
-not slip by one frame after segment 0. As in the paper, overlap ignores walls.
-Demo: python memory.py      Tests: pytest tests/test_memory.py
+    s ≈ (1/n)·Σ_i [p_i in V_c]                      one matrix product and two comparisons          (2)
+
+Uniform in a frustum: its slice at depth z is 2z wide and high, so the volume up to z grows as z³, and
+the depth below which a share u of the volume lies is
+
+    z = far·u^⅓                                     sideways, positions are uniform in (−z, z)      (3)
+
+Each question takes the best of what no other has taken; the last slot is the sink: the oldest latent,
+where everything began.
+
+What differs. The release takes depths evenly, which counts near points too often (kept as rule
+"released"), and lets one latent answer twice. Walls are ignored, as in the paper: overlap is what
+could be seen. A view is 90° wide and high here, whatever K says.
+
+Try it: python memory.py      Tests: pytest tests/test_memory.py
 """
 
 import functools
@@ -52,12 +55,12 @@ BLOCK = 42 * GROUP  # rows that a bank grows by at first: whole groups always, d
 @functools.cache
 def frustum_points(rule: str, n: int) -> Tensor:  # (3, P) points of a view, camera axes
     # u_i = (i + ½) (1/g, 1/g², 1/g³) + ½ mod 1, g⁴ = g + 1, fills a cube evenly for any n (R3 sequence)
-    u = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) * 1.2207440846057596 ** -torch.arange(
-        1, 4.0
-    ) + 0.5
-    x, y, z = (u % 1).float().unbind(-1)
-    # z = far u^⅓            every point stands for the same volume
-    x, y, z = 2 * x - 1, 2 * y - 1, FAR * z ** (1 / 3)
+    steps = 1.2207440846057596 ** -torch.arange(1, 4.0)
+    u = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) * steps + 0.5
+    across, down, depth_share = (u % 1).float().unbind(-1)
+    x = 2 * across - 1
+    y = 2 * down - 1
+    z = FAR * depth_share ** (1 / 3)  # (3)
     if rule == "released":
         # 10 x 10 x 10, linear in depth, ends included: too many points close by and on the edges
         side, depth = torch.linspace(-1, 1, 10), torch.linspace(NEAR, FAR, 10)
@@ -114,17 +117,14 @@ def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: in
         camera.check_rigid("query", query)
         camera.check_rigid("candidates", candidates)
     g = camera.relative(candidates.double(), query.double()[:, None])
-    pieces = g.flatten(0, 1).split(
-        65536 // points if g.device.type == "cpu" else 8192
-    )  # a piece stays in cache
+    rows = 65536 // points if g.device.type == "cpu" else 8192  # a piece stays in cache
+    pieces = g.flatten(0, 1).split(rows)
     if camera.choose("rule", rule, RULES) == "exact":
-        return (
-            torch.cat([frustum_intersection(piece) for piece in pieces]).float().view(g.shape[:2])
-        )
-    sample = frustum_points(rule, points).to(g.device)
-    return torch.cat([inside(sample, piece.float()).float().mean(-1) for piece in pieces]).view(
-        g.shape[:2]
-    )
+        shares = [frustum_intersection(piece).float() for piece in pieces]  # (1)
+    else:
+        sample = frustum_points(rule, points).to(g.device)
+        shares = [inside(sample, piece.float()).float().mean(-1) for piece in pieces]  # (2)
+    return torch.cat(shares).view(g.shape[:2])
 
 
 def pick(

@@ -10,8 +10,7 @@ Going down the noise levels the expert changes exactly once, so a step costs one
 expert has to be on the device (offload). The interface is a dense DiT's: forward, prepare, cfg. A session
 plays one view and so meets one high and the low expert: 28B. FSDP wraps each expert like a dense model.
 
-This file is also the door to every model: build(preset), load(path), and read_weights, the one place that
-opens a weight file. A file says what it is, in its metadata or the config.json beside it; names mean nothing.
+build(preset) makes either kind; weight files are opened by engine/weights.py.
 
 Departures: the boundary, and whether the low expert sees actions and memory, are not disclosed. Here all
 experts share one architecture and one context.

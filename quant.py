@@ -9,7 +9,7 @@ Paper: section 3.4 and Table 1 (27.38 frames/s without INT8, about 40 with). Rel
 By default only self_attn.{q,k,v,o}, the paper's list. "qkvo+cross" is what the released pipelines convert
 (240 layers of the 5B), "ffn" the feed-forward layers, "all" every linear layer of the blocks; join with +.
 This file never meets a model class: it replaces nn.Linear in any nn.Module. For inference only.
-dit_flops and vae_flops say where the multiply-adds of a segment are: what a precision can save at all.
+lab/bench.py says where the multiply-adds of a segment are: what a precision can save at all.
 
 Departures, undone by kind="released": the released kernel truncates activations toward zero (its ±0.5 is
 cast to int8 before it is added), its weight scales end up bf16 with the rest of the model, and it rounds the

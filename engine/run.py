@@ -349,7 +349,11 @@ def start_over(folder: Path) -> None:
     """Delete a run, and nothing that is not one."""
     if not folder.exists():
         return
-    if folder.is_symlink() or not (folder / "config.json").is_file():
+    try:
+        ours = {"stage", "preset", "seed"} <= set(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if folder.is_symlink() or not ours:
         raise ValueError(
             f"--fresh deletes runs of train.py only, and {folder} has no config.json of one; "
             "remove it yourself, or choose another --run NAME"

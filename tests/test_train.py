@@ -813,7 +813,10 @@ def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
         run.start_over(Path("runs/notes"))
     assert (notes / "thesis.txt").exists()
     (tmp_path / "runs/link").symlink_to(notes)
-    (notes / "config.json").write_text("{}")
+    (notes / "config.json").write_text('{"name": "of another program"}')
+    with pytest.raises(ValueError, match="no config.json"):
+        run.start_over(Path("runs/notes"))
+    (notes / "config.json").write_text(json.dumps(dataclasses.asdict(TrainConfig())))
     with pytest.raises(ValueError, match="deletes runs"):
         run.start_over(Path("runs/link"))
     run.start_over(Path("runs/notes"))
