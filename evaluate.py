@@ -1021,6 +1021,11 @@ def retrieval(run: Run) -> None:
             began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
             picks[row] = store.retrieve(query, policy=policy, generator=generator)[0].tolist()
             run.put(row, {"ms": 1e3 * (time.perf_counter() - began)})
+        began = time.perf_counter()
+        exact = truth.exact_overlap(query, cameras[:, -1])
+        every = torch.arange(stop).expand(len(query), -1)
+        picks["camera, exact"] = memory.pick(exact, every, 0, repeat=10.0).tolist()
+        run.put("camera, exact", {"ms": 1e3 * (time.perf_counter() - began)})
         picks |= {
             "exact visibility per slot": seen.sum((2, 3)).argmax(1).tolist(),
             "greedy oracle": truth.greedy(together, 5),

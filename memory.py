@@ -6,23 +6,23 @@ Paper: §3.2 (camera-aware memory).  Released: inference only.
 
 Why it works. How much of what we are about to see has an old view seen?
 
-    s(q, c) = |V_q ∩ V_c| / |V_q|                   V: the part of a view between NEAR and FAR      (1)
+    s(q, c) = |V_q ∩ V_c| / |V_q|                   V: the part of a view between NEAR and FAR
 
 If a point is uniform in V_q, then s is the chance that it lies in V_c as well:
 
-    s ≈ (1/n)·Σ_i [p_i in V_c]                      one matrix product and two comparisons          (2)
+    s ≈ (1/n)·Σ_i [p_i in V_c]                      one matrix product and two comparisons          (1)
 
 Uniform in a frustum: its slice at depth z is 2z wide and high, so the volume up to z grows as z³, and
 the depth below which a share u of the volume lies is
 
-    z = far·u^⅓                                     sideways, positions are uniform in (−z, z)      (3)
+    z = far·u^⅓                                     sideways, positions are uniform in (−z, z)      (2)
 
 Each question takes the best of what no other has taken; the last slot is the sink: the oldest latent,
 where everything began.
 
 What differs. The release takes depths evenly, which counts near points too often (kept as rule
 "released"), and lets one latent answer twice. Walls are ignored, as in the paper: overlap is what
-could be seen. A view is 90° wide and high here, whatever K says.
+could be seen. A view is 90° wide and high here, whatever K says. The exact volume is in lab/truth.py.
 
 Try it: python memory.py      Tests: pytest tests/test_memory.py
 """
@@ -39,7 +39,7 @@ import context
 from context import Memory, Window
 
 NEAR, FAR = 0.1, 30.0  # metres: the part of a view that counts as seen
-RULES = ("uniform", "released", "exact")  # of overlap
+RULES = ("uniform", "released")  # of overlap
 POLICIES = ("camera", "recent", "random", "none")  # of what to remember
 BRUTE_FORCE = 512  # a bank scores up to so many candidates one by one;
 SURVIVORS, FINALISTS, GROUP = (
@@ -60,7 +60,7 @@ def frustum_points(rule: str, n: int) -> Tensor:  # (3, P) points of a view, cam
     across, down, depth_share = (u % 1).float().unbind(-1)
     x = 2 * across - 1
     y = 2 * down - 1
-    z = FAR * depth_share ** (1 / 3)  # (3)
+    z = FAR * depth_share ** (1 / 3)  # (2)
     if rule == "released":
         # 10 x 10 x 10, linear in depth, ends included: too many points close by and on the edges
         side, depth = torch.linspace(-1, 1, 10), torch.linspace(NEAR, FAR, 10)
@@ -79,51 +79,17 @@ def inside(
     return (torch.maximum(x.abs_(), y.abs_()) <= z).logical_and_(z > NEAR).logical_and_(z < far)
 
 
-def frustum_intersection(g: Tensor) -> Tensor:  # (n, 4, 4) float64, one view seen by the other
-    """|V_q ∩ V_c| / |V_q| exactly, with fixed shapes and no branches. Every edge of the intersection lies where
-    two of the 12 planes meet and is cut by the other ten; the divergence theorem turns edges into volume."""
-    r = math.sqrt(0.5)  # n·x + b ≥ 0: left right top bottom near far
-    normal = g.new_tensor([[r, 0, r], [-r, 0, r], [0, r, r], [0, -r, r], [0, 0, 1], [0, 0, -1]])
-    offset = g.new_tensor([0, 0, 0, 0, -NEAR, FAR]).expand(len(g), 6)
-    moved = normal @ g[:, :3, :3].mT
-    # the moved frustum grows by 10 µm, so that no two planes coincide
-    b = torch.cat([offset, offset + 1e-5 - (moved @ g[:, :3, 3:]).squeeze(-1)], 1)
-    planes = torch.cat([normal.expand(len(g), 6, 3), moved], 1)  # (n, 12, 3)
-    j, k = torch.triu_indices(12, 12, 1, device=g.device)  # 66 pairs of planes
-    nj, nk, bj, bk = planes[:, j], planes[:, k], b[:, j, None], b[:, k, None]
-    u, cosine = torch.linalg.cross(nj, nk), (nj * nk).sum(-1, keepdim=True)
-    square = u.square().sum(-1, keepdim=True).clamp(min=1e-14)
-    # line q + t u/|u|,   q = (b_j u × n_k + b_k n_j × u) / |u|²
-    q = (bj * torch.linalg.cross(u, nk) + bk * torch.linalg.cross(nj, u)) / square
-    slope, height = (u / square.sqrt()) @ planes.mT, q @ planes.mT + b[:, None]  # (n, 66, 12)
-    own = (F.one_hot(j, 12) + F.one_hot(k, 12)).bool()
-    flat = (slope.abs() < 1e-9) | own
-    cut = -height / torch.where(flat, 1.0, slope)
-    low = torch.where(flat | (slope < 0), -torch.inf, cut).amax(-1)
-    high = torch.where(flat | (slope > 0), torch.inf, cut).amin(-1)
-    nowhere = (flat & ~own & (height < 0)).any(-1) | (
-        square.squeeze(-1) <= 1e-14
-    )  # outside, or parallel
-    length = torch.where(nowhere, 0.0, (high - low).clamp(min=0))
-    # V = ⅙ Σ_{j<k} length_jk (2 b_j b_k − cos_jk (b_j² + b_k²)) / sin_jk
-    weight = (2 * bj * bk - cosine * (bj.square() + bk.square())) / square.sqrt()
-    return (length * weight.squeeze(-1)).sum(-1) / 6 / (4 / 3 * (FAR**3 - NEAR**3))
-
-
 def overlap(query: Tensor, candidates: Tensor, rule: str = "uniform", points: int = 256) -> Tensor:
     """(Q, 4, 4), candidates for all (N, 4, 4) or for each query (Q, N, 4, 4) -> (Q, N) float32: the share of each new
-    view that each old one has seen. rule: sample points "uniform" in volume or as "released" (1000), or "exact"."""
+    view that each old one has seen. rule: sample points "uniform" in volume, or as "released" (1000)."""
     if candidates.dim() == 3:  # a bank checks what it picks per query beforehand
         camera.check_rigid("query", query)
         camera.check_rigid("candidates", candidates)
     g = camera.relative(candidates.double(), query.double()[:, None])
     rows = 65536 // points if g.device.type == "cpu" else 8192  # a piece stays in cache
     pieces = g.flatten(0, 1).split(rows)
-    if camera.choose("rule", rule, RULES) == "exact":
-        shares = [frustum_intersection(piece).float() for piece in pieces]  # (1)
-    else:
-        sample = frustum_points(rule, points).to(g.device)
-        shares = [inside(sample, piece.float()).float().mean(-1) for piece in pieces]  # (2)
+    sample = frustum_points(camera.choose("rule", rule, RULES), points).to(g.device)
+    shares = [inside(sample, piece.float()).float().mean(-1) for piece in pieces]  # (1)
     return torch.cat(shares).view(g.shape[:2])
 
 

@@ -156,3 +156,61 @@ def greedy(seen: Tensor, k: int) -> list[int]:  # the oracle: always the largest
         chosen.append(int(left.sum(1).argmax()))
         left &= ~left[chosen[-1]]
     return chosen
+
+
+# The oracle of memory.overlap: how much of a new view an old one has seen, by volume instead of by points.
+
+
+def frustum_planes(g: Tensor) -> tuple[Tensor, Tensor]:  # (n, 4, 4) -> (n, 12, 3), (n, 12)
+    """The six planes n·x + b ≥ 0 of a view, and the six of another one that g moves into it."""
+    r = math.sqrt(0.5)
+    left_right = [[r, 0, r], [-r, 0, r]]
+    top_bottom = [[0, r, r], [0, -r, r]]
+    near_far = [[0, 0, 1], [0, 0, -1]]
+    normal = g.new_tensor(left_right + top_bottom + near_far)
+    offset = g.new_tensor([0, 0, 0, 0, -memory.NEAR, memory.FAR]).expand(len(g), 6)
+    # the moved frustum grows by 10 µm, so that no two planes coincide
+    moved = normal @ g[:, :3, :3].mT
+    moved_offset = offset + 1e-5 - (moved @ g[:, :3, 3:]).squeeze(-1)
+    planes = torch.cat([normal.expand(len(g), 6, 3), moved], 1)
+    return planes, torch.cat([offset, moved_offset], 1)
+
+
+def frustum_intersection(g: Tensor) -> Tensor:  # (n, 4, 4) float64, one view seen by the other
+    """|V_q ∩ V_c| / |V_q| exactly, with fixed shapes and no branches. Every edge of the intersection
+    lies where two of the 12 planes meet and is cut by the other ten; the divergence theorem turns
+    edges into volume: V = ⅙ Σ_{j<k} length_jk (2 b_j b_k − cos_jk (b_j² + b_k²)) / sin_jk."""
+    planes, b = frustum_planes(g)
+    j, k = torch.triu_indices(12, 12, 1, device=g.device)  # 66 pairs of planes
+    bj = b[:, j, None]
+    bk = b[:, k, None]
+
+    # the line of each pair: q + t u/|u|,   q = (b_j u × n_k + b_k n_j × u) / |u|²
+    u = torch.linalg.cross(planes[:, j], planes[:, k])
+    square = u.square().sum(-1, keepdim=True).clamp(min=1e-14)
+    q = bj * torch.linalg.cross(u, planes[:, k]) + bk * torch.linalg.cross(planes[:, j], u)
+    q = q / square
+    slope = (u / square.sqrt()) @ planes.mT  # (n, 66, 12): how fast the line nears each plane
+    height = q @ planes.mT + b[:, None]
+
+    # what the other ten planes leave of it; a line that runs beside a plane is not cut by it
+    own = (F.one_hot(j, 12) + F.one_hot(k, 12)).bool()
+    flat = (slope.abs() < 1e-9) | own
+    cut = -height / torch.where(flat, 1.0, slope)
+    low = torch.where(flat | (slope < 0), -torch.inf, cut).amax(-1)
+    high = torch.where(flat | (slope > 0), torch.inf, cut).amin(-1)
+    outside = (flat & ~own & (height < 0)).any(-1)
+    parallel = square.squeeze(-1) <= 1e-14
+    length = torch.where(outside | parallel, 0.0, (high - low).clamp(min=0))
+
+    cosine = (planes[:, j] * planes[:, k]).sum(-1, keepdim=True)
+    weight = (2 * bj * bk - cosine * (bj.square() + bk.square())) / square.sqrt()
+    whole = 4 / 3 * (memory.FAR**3 - memory.NEAR**3)
+    return (length * weight.squeeze(-1)).sum(-1) / 6 / whole
+
+
+def exact_overlap(query: Tensor, candidates: Tensor) -> Tensor:
+    """(Q, 4, 4), (N, 4, 4) -> (Q, N) float32: the share of each new view that each old one has seen."""
+    g = camera.relative(candidates.double(), query.double()[:, None])
+    shares = [frustum_intersection(piece).float() for piece in g.flatten(0, 1).split(256)]
+    return torch.cat(shares).view(g.shape[:2])

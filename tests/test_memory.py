@@ -24,6 +24,7 @@ from context import (
     released_windows,
     segment_cameras,
 )
+from lab import truth
 from memory import MemoryBank, overlap
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,12 +92,9 @@ def test_a_palindrome_shows_its_second_half_backwards_first() -> None:
 # ---- closed forms and limits -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["uniform", "exact"])
-def test_a_view_overlaps_itself_fully(rule: str) -> None:
+def test_a_view_overlaps_itself_fully() -> None:
     c2w = random_cameras(20, spread=50)
-    torch.testing.assert_close(
-        overlap(c2w, c2w, rule).diagonal(), torch.ones(20), atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(overlap(c2w, c2w).diagonal(), torch.ones(20), atol=2e-6, rtol=0)
 
 
 def test_the_released_rule_gives_itself_less_and_a_step_behind_more() -> None:
@@ -118,21 +116,6 @@ def test_opposite_views_do_not_overlap(rule: str) -> None:
         ).item()
         == 0
     )
-
-
-def test_exact_volume_has_its_closed_forms() -> None:
-    near, far, query = memory.NEAR, memory.FAR, torch.eye(4, dtype=torch.float64)[None]
-    whole = 4 / 3 * (far**3 - near**3)
-    for d in (0.01, 1.0, 10.0, 29.0):
-        side, ahead = query.clone(), query.clone()
-        side[0, 0, 3], ahead[0, 2, 3] = d, d
-        # ahead: |x|, |y| <= z − d between near + d and far.  aside: (2z − d) 2z where z > d/2
-        assert overlap(query, ahead, "exact").item() == pytest.approx(
-            4 / 3 * ((far - d) ** 3 - near**3) / whole, abs=2e-6
-        )
-        low = max(near, d / 2)
-        sideways = 4 / 3 * (far**3 - low**3) - d * (far**2 - low**2)
-        assert overlap(query, side, "exact").item() == pytest.approx(sideways / whole, abs=2e-6)
 
 
 # ---- reference: the released numbers -----------------------------------------------------------------------
@@ -246,37 +229,6 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
 # ---- overlap: fast equals slow -----------------------------------------------------------------------------
 
 
-def dense_overlap(query: torch.Tensor, candidate: torch.Tensor, n: int = 300) -> float:
-    """|V_q ∩ V_c| / |V_q| by midpoints: n slices of n x n cells."""
-    g, side, total = (
-        torch.linalg.inv(candidate) @ query,
-        (torch.arange(n).double() + 0.5) / n * 2 - 1,
-        0.0,
-    )
-    x, y = (v.flatten() for v in torch.meshgrid(side, side, indexing="xy"))
-    for z in (torch.arange(n).double() + 0.5) / n * (memory.FAR - memory.NEAR) + memory.NEAR:
-        a, b, c = g[:3, :3] @ torch.stack([x * z, y * z, z.expand_as(x)]) + g[:3, 3:]
-        inside = (torch.maximum(a.abs(), b.abs()) <= c) & (c > memory.NEAR) & (c < memory.FAR)
-        total += float(inside.double().mean() * z * z)
-    return total * 4 * (memory.FAR - memory.NEAR) / n / (4 / 3 * (memory.FAR**3 - memory.NEAR**3))
-
-
-def test_exact_volume_agrees_with_dense_sampling() -> None:
-    query = random_cameras(1, 3)
-    candidates = query @ camera.pose_to_c2w(
-        torch.tensor([[2, 1, -3, 12, 25], [-6, 0, 4, -20, -40]], dtype=torch.float64)
-    )
-    dense = torch.tensor([dense_overlap(query[0], c) for c in candidates])
-    torch.testing.assert_close(overlap(query, candidates, "exact")[0], dense, atol=1e-5, rtol=0)
-
-
-def test_exact_volume_is_symmetric_and_never_above_one() -> None:
-    c2w = random_cameras(40, spread=8)
-    exact = overlap(c2w, c2w, "exact")
-    torch.testing.assert_close(exact, exact.T, atol=3e-6, rtol=0)
-    assert exact.min() >= 0 and exact.max() <= 1 + 3e-6
-
-
 def test_fast_overlap_equals_slow_overlap() -> None:
     query, candidates = random_cameras(3, 4), random_cameras(50, 5)
     points = memory.frustum_points("uniform", 256).double()
@@ -290,7 +242,7 @@ def test_fast_overlap_equals_slow_overlap() -> None:
 
 def test_volume_uniform_sampling_errs_by_less_than_a_hundredth() -> None:
     c2w = walk(441, 40)
-    exact, sampled = overlap(c2w[::44], c2w, "exact"), overlap(c2w[::44], c2w)
+    exact, sampled = truth.exact_overlap(c2w[::44], c2w), overlap(c2w[::44], c2w)
     assert (exact - sampled).abs().mean() < 0.01
     assert (exact - overlap(c2w[::44], c2w, "released")).abs().mean() > 0.01
     assert torch.corrcoef(torch.stack([exact, sampled]).flatten(1))[0, 1] > 0.995
@@ -320,7 +272,7 @@ def test_retrieval_is_hundreds_of_times_faster_than_a_mesh_boolean() -> None:
     c2w, pairs = walk(441, 40), 5 * 441
     assert 1.9e-3 / (best_time(lambda: overlap(c2w[:5], c2w)) / pairs) > 100
     assert 1.9e-3 / (best_time(lambda: overlap(c2w[:5], c2w, "released")) / pairs) > 100
-    assert 1.9e-3 / (best_time(lambda: overlap(c2w[:5], c2w, "exact")) / pairs) > 20
+    assert 1.9e-3 / (best_time(lambda: truth.exact_overlap(c2w[:5], c2w)) / pairs) > 20
 
 
 # ---- behaviour: memory -------------------------------------------------------------------------------------
