@@ -27,7 +27,17 @@ PAPER = {
     "realtime",
 }
 ROOMS = {  # the files of every folder; a new one is a decision, made here
-    "engine": {"weights", "optim", "checkpoint", "run", "clips", "ranks", "sizes"},
+    "engine": {
+        "cli",
+        "weights",
+        "optim",
+        "checkpoint",
+        "flags",
+        "run",
+        "clips",
+        "ranks",
+        "sizes",
+    },
     "game": {"scene", "render", "figure", "explore"},
     "dataset": {"episode", "wsad", "readers", "recorder", "prompt"},
     "page": {"server", "player", "recording"},
@@ -48,7 +58,7 @@ ARROWS = {  # who may import whom; the name of a folder stands for all that is i
     "moe": {"flow", "dit"},
     "realtime": PAPER - {"realtime", "dmd", "error_buffer"} | {"engine", "dataset"},
     "world": {"camera", "game"},
-    "data": {"camera", "dataset", "world"},
+    "data": {"camera", "dataset", "world", "engine.cli"},
     "engine": PAPER - {"realtime"} | {"engine", "dataset"},
     "game": {"camera", "game"},
     "dataset": {"camera", "dataset", "world"},

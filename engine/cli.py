@@ -1,0 +1,82 @@
+"""One command line for all programs: what a misspelt word meant, where things lie, how a program ends.
+
+    from engine import cli
+
+    def main(argv: list[str]) -> int | None:                 # the exit status; None is 0
+        parser = cli.Parser("play.py", "Walk around inside.")
+        parser.add_argument("--steps", type=int, default=3)  # all else is argparse's
+        args = parser.parse_args(argv)
+        ...
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+Whatever does not fit raises ValueError (so does the parser) or OSError, and ends as one line on stderr
+and exit status 2. A line says what came, what is allowed and what to type. Every parser knows
+--debug, which shows the traceback instead.
+
+What nobody named lies beside the code, wherever a program is started: cli.beside("assets", "tiny").
+A path that somebody typed is theirs: relative to the current folder, as everywhere else.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def beside(*names: str) -> Path:
+    """A place beside the code: assets, datasets, runs."""
+    return ROOT.joinpath(*names)
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here: relative if it lies below the current folder."""
+    absolute = Path(os.path.abspath(path))
+    here = Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known."""
+    near = difflib.get_close_matches(word, [*known], 1)
+    return f"; did you mean {near[0]}?" if near else "; see --help"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but no abbreviations, and a mistake raises ValueError with what was probably meant."""
+
+    def __init__(self, program: str, description: str, **options: object) -> None:
+        super().__init__(program, description=description, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="mistakes with their tracebacks")
+
+    def error(self, message: str) -> NoReturn:
+        # argparse tells all its errors here as a text; two kinds of them are unknown words
+        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        if unknown:
+            flags = [name for action in self._actions for name in action.option_strings]
+            raise ValueError(f"unknown argument {unknown[1]}{did_you_mean(unknown[1], flags)}")
+        choice = re.match(r".*invalid choice: '?([^\s')]*)'? \(choose from (.*)\)", message)
+        if choice:
+            allowed = re.findall(r"[\w.-]+", choice[2])
+            message += did_you_mean(choice[1], allowed).replace("; see --help", "")
+        raise ValueError(message)
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """The last line of a program: its exit status, or its mistake in one line and 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

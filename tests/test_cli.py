@@ -1,0 +1,89 @@
+"""The command line that all programs share: one line that helps, exit status 2, and any current folder."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine import cli
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("walk.py", "Walk.")
+    p.add_argument("command", choices=("make", "check", "view"))
+    p.add_argument("paths", nargs="*")
+    p.add_argument("--steps", type=int, default=3)
+    p.add_argument("--data-folder", default="")
+    return p
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, main: Callable, *argv: str) -> object:
+    """What a program exits with."""
+    monkeypatch.setattr(sys, "argv", ["walk.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code
+
+
+def fail(error: BaseException) -> Callable:
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "typed, says",
+    [
+        (["make", "--stpes", "5"], "unknown argument --stpes; did you mean --steps?"),
+        (["make", "--stpes=5"], "unknown argument --stpes; did you mean --steps?"),
+        (["make", "--data", "x"], "unknown argument --data"),
+        (["make", "--qqq"], "unknown argument --qqq; see --help"),
+        (["mkae"], "did you mean make?"),
+        (["frobnicate"], r"choose from '?make'?, '?check'?, '?view'?\)$"),
+        (["make", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        ([], "required: command"),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_was_probably_meant(typed: list, says: str) -> None:
+    for parse in (parser().parse_args, parser().parse_intermixed_args):
+        with pytest.raises(ValueError, match=says):
+            parse(typed)
+
+
+def test_right_words_are_argparse_as_ever() -> None:
+    args = parser().parse_args(["check", "a", "b", "--steps", "5"])
+    assert (args.command, args.paths, args.steps) == ("check", ["a", "b"], 5)
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(["--help"])
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("--steps must be 1 or more, got 0"), PermissionError(13, "denied", "x")]
+)
+def test_a_mistake_is_one_line_and_exit_status_2(error, monkeypatch, capsys) -> None:
+    assert ending(monkeypatch, fail(error)) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_debug_shows_the_traceback_and_other_errors_are_never_hidden(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["walk.py", "--debug"])
+    with pytest.raises(ValueError, match="wrong"):
+        cli.run(fail(ValueError("wrong")))
+    monkeypatch.setattr(sys, "argv", ["walk.py"])
+    with pytest.raises(KeyError):
+        cli.run(fail(KeyError("a bug")))
+
+
+def test_a_program_ends_with_what_main_returns(monkeypatch) -> None:
+    assert ending(monkeypatch, len, "a", "b") == 2
+    assert ending(monkeypatch, fail(KeyboardInterrupt())) == 130
+
+
+def test_places_nobody_named_lie_beside_the_code(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.beside("assets", "start.png").exists()
+    assert cli.shown(tmp_path / "runs/a") == "runs/a" == cli.shown(Path("runs/a"))
+    assert cli.shown(cli.ROOT / "runs") == str(cli.ROOT / "runs")
