@@ -36,6 +36,8 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "run",
         "clips",
         "ranks",
+        "parts",
+        "actors",
         "sizes",
     },
     "game": {"scene", "render", "figure", "explore"},

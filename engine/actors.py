@@ -1,0 +1,351 @@
+"""Who denoises and who decodes: the two actors of a session, in one process or as ranks.
+
+A Denoiser holds one walk: the last latents, everything remembered, and where the player stands. A
+Decoder holds one video. Neither knows of the other. Alone, a session calls both; with N + 1 ranks,
+`serve` is the life of the others:
+
+    rank 0            denoises, and says what happens next: the session itself
+    ranks 1 .. N−1    denoise the same walk, each its share of the places: the same calls, the same state
+    rank N            decodes
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import camera
+import flow
+import vae
+from context import Context, Lens, Memory, Segment, Window, segment_cameras
+from engine import ranks
+from engine.parts import PIECE, SIZES, Options, load_parts, vae_config
+from memory import MemoryBank
+
+UNDO = 4  # segments that can be taken back
+LOOK_BACK = 4  # latents before the past that its first actions and cameras reach
+
+
+def clock(device: str) -> float:
+    """Seconds, once the device has done what it was asked for."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def segment_generator(now: "Walk", device: str) -> torch.Generator:
+    """Randomness of a segment depends on the seed and its number alone: undo and replay repeat it."""
+    return torch.Generator(device).manual_seed(now.seed * 1_000_003 + now.segment)
+
+
+class Walk(NamedTuple):
+    """Where a walk stands. Never changed in place: an old one is a snapshot."""
+
+    past: Tensor  # (1, C, P, h, w) the last latents
+    text: Tensor  # (1, n, text_dim)
+    poses: Tensor  # (F+1, 5) float64 from frame `origin` on: what the next window can still see
+    keyboard: Tensor  # (F, 6) likewise
+    mouse: Tensor  # (F, 2) likewise
+    seed: int = 42
+    segment: int = 0
+    count: int = 1  # latents so far
+    origin: int = 0  # frame of row 0, a multiple of 4
+
+
+TENSORS = Walk._fields[:5]
+NUMBERS = Walk._fields[5:]
+
+
+class Plan(NamedTuple):
+    """A segment before it is imagined."""
+
+    context: Context
+    picks: list[dict]  # what is recalled: latent, frame, score, sink
+    rows: list[Tensor]  # poses, keyboard and mouse of the walk, this segment included
+    times: Tensor  # (n,) of the new latents
+    cameras: Tensor  # (n, 4, 4, 4) of the new latents
+
+
+class Denoiser:
+    """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree.
+
+    Whoever replaces `camera`, poses (n, 5) float64 -> (n, 4, 4), does so on all of them.
+    """
+
+    def __init__(
+        self, model: nn.Module, meta: dict, options: Options, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.model = model
+        self.meta = meta
+        self.options = options
+        self.group = group
+        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.now: Walk | None = None
+        self.history: deque = deque(maxlen=UNDO)
+        self.camera = camera.pose_to_c2w
+        if options.view == "third":
+            self.camera = partial(camera.behind, max_pitch=options.max_pitch)
+
+    # ---- where it stands
+
+    def start(self, now: Walk) -> None:
+        """From this walk on, with an empty bank."""
+        self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
+        rule = "released" if self.meta["encoding"] == "released" else "uniform"
+        self.bank = MemoryBank(rule, free=self.options.bank)
+        self.history.clear()
+
+    def reset(self, latent: Tensor, text: Tensor, seed: int, pose: Sequence[float]) -> None:
+        """A new walk from one latent (1, C, 1, h, w)."""
+        poses = torch.tensor([list(pose)], dtype=torch.float64)
+        self.start(Walk(latent, text[None], poses, torch.zeros(0, 6), torch.zeros(0, 2), seed))
+        cameras = segment_cameras(self.camera(poses)[None], 0, 1)[0].float()
+        self.bank.append(self.now.past[0], cameras, torch.tensor([0]))
+
+    def undo(self) -> None:
+        """The bank only grows at its end: a shorter one is an older one."""
+        self.now, self.bank.size = self.history.pop()
+
+    def dump(self) -> dict[str, Tensor]:
+        """Everything but the weights."""
+        state = {f"bank.{name}": x for name, x in self.bank.state_dict().items()}
+        state |= {name: getattr(self.now, name) for name in TENSORS}
+        numbers = [getattr(self.now, name) for name in NUMBERS]
+        return state | {"numbers": torch.tensor(numbers)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        tensors = [state[name] for name in TENSORS]
+        self.start(Walk(*tensors, *state["numbers"].tolist()))
+        bank = {}
+        for name, x in state.items():
+            if name.startswith("bank."):
+                key = name.removeprefix("bank.")
+                bank[key] = x if key == "times" else x.to(self.options.device)
+        self.bank.load_state_dict(bank)
+
+    # ---- the next segment
+
+    def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
+        """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w), and what happened: actions and poses as used."""
+        now = self.now
+        device = self.options.device
+        if self.meta.get("p_memory_off", 0) >= 1:  # never trained with a memory
+            policy = "none"
+
+        began = clock(device)
+        plan = self.plan(keyboard, mouse, policy)
+        recalled = clock(device)
+        x0 = self.imagine(plan)
+        self.remember(x0, plan)
+        milliseconds = {
+            "retrieve": 1e3 * (recalled - began),
+            "denoise": 1e3 * (clock(device) - recalled),
+        }
+
+        poses, keys, turns = (rows[-len(keyboard) :].tolist() for rows in plan.rows)
+        return x0, {
+            "segment": now.segment,
+            "first_latent": now.count,
+            "policy": policy,
+            "memory": plan.picks,
+            "bank": len(self.bank),
+            "poses": poses,
+            "keyboard": keys,
+            "mouse": turns,
+            "ms": milliseconds,
+        }
+
+    def plan(self, keyboard: Tensor, mouse: Tensor, policy: str) -> Plan:
+        """What the network is told of a segment under these actions."""
+        now = self.now
+        n = len(keyboard) // Window.stride
+        P = now.past.shape[2]
+        here = now.poses[-1].tolist()
+        ahead = camera.integrate(here, keyboard, mouse, self.options.max_pitch)[1:]
+        rows = [
+            torch.cat([now.poses, ahead]),
+            torch.cat([now.keyboard, keyboard]),
+            torch.cat([now.mouse, mouse]),
+        ]
+
+        # the kept rows begin at latent origin/4; the clock goes on from there
+        kept = now.origin // Window.stride
+        walk = SimpleNamespace(
+            c2w=self.camera(rows[0])[None], keyboard=rows[1][None], mouse=rows[2][None]
+        )
+        segment = Segment.cut(walk, now.count - P - kept, P + n, self.meta["encoding"])
+        segment = replace(segment, times=segment.times + kept)
+
+        # segment 0 has nothing behind it but its picture
+        found, picks = None, []
+        if now.segment and policy != "none":
+            found, picks = self.recall(segment.asking(n)[0].float(), now.count - P, policy)
+        lens = Lens(self.meta["encoding"], vae_config(self.options.preset).stride[1])
+        context = segment.context(now.past, now.text, found, lens).to(**self.place)
+        new_cameras = segment.cameras[0, P:].float()
+        return Plan(context, picks, rows, segment.times[0, P:], new_cameras)
+
+    def recall(self, asking: Tensor, before: int, policy: str) -> tuple[Memory, list[dict]]:
+        """The memory of a segment, newest query of (5, 4, 4) first; and a description of it to show."""
+        sink = self.meta.get("sink", True)
+        generator = segment_generator(self.now, "cpu")
+        slots, scores = self.bank.retrieve(asking, before, policy, sink, generator)
+        found = self.bank.read(slots)
+        picks = [
+            {
+                "latent": latent,
+                "frame": Window.stride * latent,
+                "score": round(score, 3),
+                "sink": sink and policy == "camera" and latent <= 1,
+            }
+            for latent, score in zip(found.times[0].tolist(), scores.tolist(), strict=True)
+        ]
+        return found, picks
+
+    def imagine(self, plan: Plan) -> Tensor:
+        """(1, C, n, h, w): from noise to the latents of the segment."""
+        now = self.now
+        options = self.options
+        generator = segment_generator(now, options.device)
+        shape = (1, now.past.shape[1], len(plan.times), *now.past.shape[-2:])
+        noise = torch.randn(shape, generator=generator, device=options.device)
+        x0 = flow.sample(
+            self.model,
+            plan.context,
+            flow.sigma_grid(options.steps, self.meta["shift"]),
+            noise,
+            self.meta["method"],
+            options.guidance,
+            generator,
+            self.group,
+        ).to(**self.place)
+        if not x0.isfinite().all():
+            raise ValueError(
+                f"segment {now.segment} is not finite: broken weights, "
+                f"or {options.dtype} is too narrow; try --dtype float32"
+            )
+        return x0
+
+    def remember(self, x0: Tensor, plan: Plan) -> None:
+        """New latents join the bank and the past; the walk goes on behind them, and can be undone."""
+        now = self.now
+        self.history.append((now, self.bank.size))
+        self.bank.append(x0[0], plan.cameras, plan.times)
+
+        # no window looks further back than this many frames
+        count = now.count + len(plan.times)
+        oldest = Window.stride * (count - Window.past - LOOK_BACK)
+        drop = max(0, oldest - now.origin)
+        poses, keyboard, mouse = (rows[drop:] for rows in plan.rows)
+        self.now = now._replace(
+            past=torch.cat([now.past, x0], 2)[:, :, -Window.past :],
+            poses=poses,
+            keyboard=keyboard,
+            mouse=mouse,
+            segment=now.segment + 1,
+            count=count,
+            origin=now.origin + drop,
+        )
+
+
+class Decoder:
+    """Latents to uint8 frames, one continuous video."""
+
+    def __init__(self, network: vae.VAE, options: Options) -> None:
+        self.network = network
+        self.options = options
+        self.state: dict | None = None
+        self.history: deque = deque(maxlen=UNDO)
+        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.stream = contextlib.nullcontext()
+        if "cuda" in options.device:
+            self.stream = torch.cuda.stream(torch.cuda.Stream(options.device))
+
+    def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:
+        """(1, C, n, h, w) -> (4n, H, W, 3) frames, and milliseconds; `fresh` begins a new video."""
+        began = time.perf_counter()
+        self.history.append(self.state)
+        state = None if fresh else self.state
+
+        # a large picture is decoded in pieces, so that its maps fit
+        pixels = Window.stride * math.prod(SIZES[self.options.preset])
+        pieces = z.to(**self.place).split(max(1, PIECE // pixels), 2)
+        frames = []
+        with self.stream:
+            for piece in pieces:
+                video, state = self.network.decode_stream(piece, state, clamp=True)
+                frames.append(to_bytes(video[0]).cpu())
+        self.state = state
+        return torch.cat(frames), 1e3 * (time.perf_counter() - began)
+
+    def dump(self) -> dict[str, Tensor]:
+        return {str(slot): x.cpu() for slot, x in (self.state or {}).items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        layout = torch.channels_last_3d
+        loaded = {int(slot): x.to(**self.place, memory_format=layout) for slot, x in state.items()}
+        self.state = loaded or None
+        self.history.clear()
+
+    def undo(self) -> None:
+        self.state = self.history.pop()
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """(3, F, H, W) in [-1, 1] -> (F, H, W, 3) uint8, rounded."""
+    grey = video.float().add(1).mul(127.5).round()
+    return grey.byte().permute(1, 2, 3, 0)
+
+
+# ---- as ranks ----------------------------------------------------------------------------------------------
+
+
+ORDERS = {  # what rank 0 may ask of whom
+    "denoise": ("reset", "run", "load", "undo", "close"),
+    "decode": ("decode", "dump", "load", "undo", "close"),
+}
+BROKEN = ("onnection", "gloo", "died")  # words of an error that only says that another rank is gone
+
+
+def serve(rank: int, world: int, port: int, key: bytes, options: Options) -> None:
+    """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes."""
+    ranks.end_with_parent()
+    store = ranks.join_store(port)
+    box = "decode" if rank == world - 1 else "denoise"
+    try:
+        torch.set_num_threads(options.threads or torch.get_num_threads())
+        nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
+        team = ranks.Team(rank, world, store, options, nets.get("dit"), key)
+        if box == "decode":
+            actor = Decoder(nets["decoder"], options)
+        else:
+            actor = Denoiser(nets["dit"], meta, options, team.group)
+        obey(actor, ranks.Inbox(store, box, key, ORDERS[box]), answers=box == "decode")
+        dist.destroy_process_group()
+    except Exception as error:  # whatever it is, rank 0 must hear of it, if it lives
+        echo = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
+        with contextlib.suppress(RuntimeError):
+            if not echo:
+                store.set("failed", f"rank {rank} ({box}) failed: {type(error).__name__}: {error}")
+        os._exit(1)
+
+
+def obey(actor: Denoiser | Decoder, inbox: ranks.Inbox, answers: bool) -> None:
+    """Order after order, until one says close."""
+    while True:
+        name, arguments = inbox.next()
+        if name == "close":
+            return
+        result = getattr(actor, name)(*arguments)
+        if answers:
+            ranks.answer(result)

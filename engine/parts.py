@@ -1,0 +1,318 @@
+"""The networks of a session: which ones, out of which files, and what they cost on a device.
+
+    Options ──resolve──► Options without 'auto' ──load_parts──► dit, encoder, decoder + their training
+
+resolve() refuses what cannot work before anything is allocated. load_parts() is the only place where
+an option becomes a network: random or from a file, of which width, precise or INT8, compiled or not.
+What was trained decides how it is played: a model's file says its encoding of cameras, its shift, its
+lengths of segments, and whether it is a few-step student.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dit
+import memory
+import moe
+import quant
+import vae
+from context import LENGTHS, Window
+from dataset.prompt import embed_prompt, encode_umt5
+from engine import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {  # H, W of a frame
+    "micro": (64, 64),
+    "tiny": (64, 64),
+    "small": (128, 128),
+    "5b": (704, 1280),
+    "14b": (704, 1280),
+}
+DECODERS = {  # channels removed, our file, the released one
+    "full": (0.0, "vae.safetensors", "Wan2.2_VAE.pth"),
+    "light50": (0.5, "vae50.safetensors", "MG-LightVAE.pth"),
+    "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth"),
+}
+PIECE = 4_000_000  # pixels decoded per call: one latent at 720p, a whole segment at 64x64
+VIEWS = ("first", "third")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    preset: str = "tiny"  # micro, tiny, small, 5b, 14b
+    weights: str = ""  # file, folder or run; "" is assets/<preset>; "random" needs none
+    decoder: str = "full"  # full, light50, light75
+    steps: int = 3  # network calls per segment
+    method: str = "auto"  # renoise, unipc, euler; auto: what the weights were trained for
+    guidance: float = 1.0  # 5 for the released base model
+    policy: str = "camera"  # camera, recent, random, none; live: session.policy
+    view: str = "first"  # first, third: where the camera of a player is, and which expert draws
+    new: int = 10  # new latents per later segment: 10, 5 or 2
+    device: str = "auto"  # cpu, cuda, cuda:1
+    dtype: str = "auto"  # float32 or bfloat16; auto measures which is faster
+    quantize: str = ""  # layers for quant.quantize_: "qkvo" as in the paper, "released:all"
+    compile: bool = False  # torch.compile of every block
+    bank: int = 4096  # latents kept before the keyframe gate closes
+    max_pitch: float = 85.0  # degrees, of player and camera; the game of world.py has 35
+    threads: int = 0  # of torch in each process; 0 leaves them
+    patience: float = 20.0  # s until a silent rank counts as lost; 30 times that with compile
+
+
+# ---- what 'auto' means here --------------------------------------------------------------------------------
+
+
+def resolve(options: Options) -> Options:
+    """Options without 'auto', for this machine. What cannot work is refused before anything is allocated."""
+    check_choices(options)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.preset in ("5b", "14b") and not device.startswith("cuda"):
+        raise ValueError(f"{options.preset} needs a CUDA GPU; found CPU. Try --preset tiny.")
+
+    shipped = ROOT / "assets" / options.preset
+    if not options.weights and not list(shipped.glob("*.safetensors")):
+        raise ValueError(
+            f"No model for preset {options.preset}. Train one: "
+            f"python train.py --stage base --preset {options.preset}, "
+            "or pass --weights PATH, or play without a model: python play.py --fake"
+        )
+
+    options = replace(
+        options,
+        device=device,
+        dtype=faster_dtype(device) if options.dtype == "auto" else options.dtype,
+        weights=options.weights or str(shipped),
+    )
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0] / 1e9
+        if estimate(options) > free:
+            raise ValueError(will_not_fit(options, free))
+    return options
+
+
+def check_choices(options: Options) -> None:
+    """Every option with a list of possible values has one of them."""
+    choices = {
+        "preset": SIZES,
+        "decoder": DECODERS,
+        "new": LENGTHS,
+        "policy": memory.POLICIES,
+        "view": VIEWS,
+        "dtype": DTYPES,
+    }
+    for name, allowed in choices.items():
+        given = getattr(options, name)
+        if given not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise ValueError(f"{name} must be one of {listed}, got {given!r}")
+    if options.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {options.steps}")
+    if options.device != "auto":
+        check_device(options.device)
+
+
+def check_device(device: str) -> None:
+    """A device that torch can name, and that this machine has."""
+    kind, _, index = device.partition(":")
+    present = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    if int(index or 0) >= present:
+        raise ValueError(
+            f"no device {device}: this machine has {present} of them; try --device cpu"
+        )
+
+
+def faster_dtype(device: str) -> str:
+    """The name of what this machine computes faster in, float32 or bfloat16; measured."""
+    return str(weights.faster_dtype(device)).removeprefix("torch.")
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+
+def vae_config(preset: str, decoder: str = "") -> vae.VAEConfig:
+    """Of the full VAE with its encoder, or with the decoder of that name."""
+    family = vae.PRESETS.get(preset, vae.PRESETS["wan2.2"])
+    full = replace(family, z_dim=dit.PRESETS[preset].in_dim)
+    return vae.pruned(full, DECODERS[decoder][0]) if decoder else full
+
+
+def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict]:
+    """The wanted ones of dit, encoder and decoder, as resolved options ask; and how they were trained."""
+    nets: dict[str, nn.Module] = {}
+    meta: dict = {}
+    for part in want:
+        if options.weights == "random":
+            nets[part] = random_part(part, options)
+        elif part == "dit":
+            nets[part], meta = load_dit(options)
+        else:
+            name = options.decoder if part == "decoder" else "full"
+            nets[part] = load_vae(Path(options.weights), options.preset, name)
+        dtype = getattr(torch, options.dtype)
+        nets[part].to(options.device, dtype).eval().requires_grad_(False)
+
+    # what was loaded is checked against what was asked, and only then changed
+    if "dit" in nets:
+        check_trained_for(options, nets["dit"], meta)
+        if options.quantize:
+            quant.quantize_(nets["dit"], options.quantize)
+        if options.compile:
+            compile_blocks(nets["dit"])
+    return nets, how_trained(options, meta)
+
+
+def random_part(part: str, options: Options) -> nn.Module:
+    """The same on every rank. No zeros among the weights: they flatter timings and hide mistakes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if part == "dit":
+            network = moe.build(options.preset)
+        else:
+            decoder = options.decoder if part == "decoder" else ""
+            network = vae.VAE(vae_config(options.preset, decoder))
+        for p in network.parameters():
+            if not p.any():
+                nn.init.normal_(p, std=0.02)
+    return network
+
+
+def load_dit(options: Options) -> tuple[nn.Module, dict]:
+    """The student of a folder, else its base; or whatever one model the path means."""
+    root = Path(options.weights)
+    candidates = (root / f"{name}.safetensors" for name in ("student", "base"))
+    shipped = [file for file in candidates if file.exists()]
+    dtype = getattr(torch, options.dtype)
+    return weights.load([*shipped, root][0], device=options.device, dtype=dtype)
+
+
+def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
+    """The full, light50 or light75 VAE: beside the weights, one folder up, or the shipped one."""
+    folders = (root, root.parent, ROOT / "assets" / preset)
+    names = DECODERS[name][1:]
+    for folder in folders:
+        for file in names:
+            if (folder / file).is_file():
+                return weights.vae_from_weights(*weights.read_weights(folder / file))
+    stage = "vae" if name == "full" else "lightvae"
+    raise ValueError(
+        f"no {name} decoder: looked for {' or '.join(names)} in {', '.join(map(str, folders))}; "
+        f"make one with: python train.py --stage {stage} --preset {preset}"
+    )
+
+
+def check_trained_for(options: Options, network: nn.Module, meta: dict) -> None:
+    """A model that was made for something else is refused with the flag that it needs."""
+    seen = meta.get("view", "first")
+    if isinstance(network, moe.Experts):
+        network.look(options.view)
+    elif meta.get("stage") == "moe" and meta["expert"] != "dense":
+        raise ValueError(
+            "one expert alone draws nothing; join them: python train.py --export RUN ... FILE"
+        )
+    elif meta and seen not in (options.view, "both"):
+        raise ValueError(
+            f"this model has not seen the {options.view} person; use --weights of experts: "
+            f"python train.py --stage moe, or --view {seen}"
+        )
+
+    preset = meta.get("preset", options.preset)
+    if preset != options.preset:
+        raise ValueError(f"{options.weights} holds a {preset} model; add --preset {preset}")
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """All blocks are alike: one graph is compiled, and used by every one of them."""
+    for module in network.modules():
+        if isinstance(module, dit.Block):
+            module.compile()
+
+
+def how_trained(options: Options, meta: dict) -> dict:
+    """What a denoiser must know of the training of its model; older files say less."""
+    anchored = dit.PRESETS[options.preset].ray_channels == 60
+    distilled = meta.get("stage") == "distill"
+    defaults = {
+        "encoding": "anchored" if anchored else "released",
+        "shift": 5.0,
+        "sink": True,
+        "p_memory_off": 0.0,
+        # lengths of segments that were trained; random weights are equally bad at all
+        "new": "10 5 2" if options.weights == "random" else "10",
+    }
+    known = {name: meta.get(name, default) for name, default in defaults.items()}
+    known["method"] = options.method
+    if options.method == "auto":
+        known["method"] = "renoise" if distilled else "unipc"
+    return known
+
+
+def embed(options: Options, prompt: str) -> Tensor:
+    """(n, text_dim): word hashes; for released weights umT5, cached beside them."""
+    config = dit.PRESETS[options.preset]
+    if config.text_dim < 4096 or options.weights == "random":
+        return embed_prompt(prompt, config.text_dim, config.text_len)
+
+    # the released folder has the text encoder beside its models, one folder up from each
+    root = Path(options.weights)
+    if not (root / "google").is_dir():
+        root = root.parent
+
+    def encoder() -> dict[str, Tensor]:
+        return weights.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0]
+
+    return encode_umt5(prompt, root / "google/umt5-xxl", encoder, root)
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------
+
+
+def places(options: Options) -> int:
+    """Tokens per latent."""
+    pixels = math.prod(SIZES[options.preset])
+    cells = pixels // vae_config(options.preset).stride[1] ** 2
+    return cells // math.prod(dit.PRESETS[options.preset].patch)
+
+
+def estimate(options: Options) -> float:
+    """GB on one device, from shapes alone: weights, what prepare() keeps, activations, the decoder's maps."""
+    config = dit.PRESETS[options.preset]
+    full = vae_config(options.preset)
+    light = vae_config(options.preset, options.decoder)
+    width = 4 if options.dtype == "float32" else 2
+    with torch.device("meta"):
+        networks = (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light))
+        parameters = sum(p.numel() for net in networks for p in net.parameters())
+
+    # a scale and a shift by the camera for every block; at its peak, a block holds about ten
+    # tensors as wide as the stream, and two as wide as its feed-forward part
+    tokens = places(options) * (Window.memory + Window.past + Window.new)
+    denoising = tokens * ((2 * config.layers + 10) * config.dim + 2 * config.ffn)
+    pixels = min(PIECE, 40 * math.prod(SIZES[options.preset]))
+    decoding = 2 * pixels * light.dec_dim
+
+    # INT8: four projections of every block are one byte per weight
+    saved = config.layers * 4 * config.dim**2 * (width - 1) if options.quantize else 0
+    return ((parameters + denoising + decoding) * width - saved) / 1e9
+
+
+def will_not_fit(options: Options, free: float) -> str:
+    """The message for a device with so many GB free: what would make it fit, and by how much."""
+    H, W = SIZES[options.preset]
+    need = estimate(options)
+    savings = {
+        "--vae light75": need - estimate(replace(options, decoder="light75")),
+        "--int8": need - estimate(replace(options, quantize="qkvo")),
+    }
+    ways = " · ".join(f"{flag} (−{saved:.1f})" for flag, saved in savings.items())
+    return (
+        f"{options.preset} {options.dtype} at {W}×{H} needs ~{need:.0f} GB, "
+        f"{options.device} has {free:.1f} GB free. Options, cheapest first:\n  {ways}"
+    )
