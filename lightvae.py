@@ -71,7 +71,7 @@ def vae_loss(
     weight: float = 0.5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Encoder and decoder together on video (B, 3, F, H, W) -> L1 + weight · structure, its parts."""
-    vae._check_video(video)
+    vae.check_video(video)
     z = norm(vae.moments(video))  # whitened by the batch's own statistics
     z = z + noise * torch.randn(z.shape, generator=generator).to(
         z.device

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lightvae
-import vae
+import vae_blocks
 from lightvae import LatentNorm, Projections, light_loss, vae_loss
 from vae import PRESETS, VAE, pruned
 
@@ -93,6 +93,8 @@ def test_pruned_decoder_reads_the_same_latents() -> None:
 
 def test_structure_sees_blur_and_ignores_brightness() -> None:
     video = torch.rand(1, 3, 2, 32, 32)
-    blurred = vae.batch_as_frames(F.avg_pool2d(vae.frames_as_batch(video), 3, 1, 1), 1)
+    blurred = vae_blocks.batch_as_frames(
+        F.avg_pool2d(vae_blocks.frames_as_batch(video), 3, 1, 1), 1
+    )
     assert lightvae.structure(video, video) == 0 and lightvae.structure(video + 0.3, video) < 1e-6
     assert lightvae.structure(blurred, video) > 0.1

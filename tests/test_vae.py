@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import vae
+import vae_blocks
 from engine import weights
 from vae import PRESETS, VAE, Stream, VAEConfig, pruned
 
@@ -38,8 +38,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_patchify_round_trips_and_orders_channels_as_released() -> None:
     video = torch.randn(2, 3, 5, 8, 12)
-    x = vae.patchify(video, 2)
-    assert torch.equal(vae.unpatchify(x, 2), video)
+    x = vae_blocks.patchify(video, 2)
+    assert torch.equal(vae_blocks.unpatchify(x, 2), video)
     assert torch.equal(
         x[:, 4 * 1 + 2 * 1 + 0], video[:, 1, :, 0::2, 1::2]
     )  # colour 1, odd columns, even rows
@@ -56,7 +56,7 @@ def test_avg_down_averages_consecutive_channel_time_row_column(
     T = padded.shape[2] // ft
     plain = padded.reshape(2, C, T, ft, 8 // fs, fs, 6 // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
     plain = plain.reshape(2, out, -1, T, 8 // fs, 6 // fs).mean(2)
-    torch.testing.assert_close(vae.avg_down(x, out, ft, fs), plain)
+    torch.testing.assert_close(vae_blocks.avg_down(x, out, ft, fs), plain)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_dup_up_equals_its_plain_form_and_drops_the_first_frames_once(
     C: int, out: int, ft: int, fs: int
 ) -> None:
     x = torch.randn(2, C, 3, 4, 5)
-    plain = vae.dup_up_plain(x, out, ft, fs)
-    assert torch.equal(vae.dup_up(x, out, ft, fs, first=False), plain)
-    assert torch.equal(vae.dup_up(x, out, ft, fs, first=True), plain[:, :, ft - 1 :])
+    plain = vae_blocks.dup_up_plain(x, out, ft, fs)
+    assert torch.equal(vae_blocks.dup_up(x, out, ft, fs, first=False), plain)
+    assert torch.equal(vae_blocks.dup_up(x, out, ft, fs, first=True), plain[:, :, ft - 1 :])
 
 
 def norm_silu_plain(x: torch.Tensor, gamma: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_norm_silu_equals_its_plain_form_with_gradient() -> None:
     gamma, past = torch.rand(8, 1, 1, 1) + 0.5, torch.randn(2, 8, 2, 4, 5)
     weight = torch.randn(2, 8, 5, 4, 5)
     results = []
-    for form in (vae.norm_silu, norm_silu_plain):
+    for form in (vae_blocks.norm_silu, norm_silu_plain):
         a, g = x.clone().requires_grad_(), gamma.clone().requires_grad_()
         out = form(a, g, past)
         (out * weight).sum().backward()
@@ -92,9 +92,9 @@ def test_norm_silu_equals_its_plain_form_with_gradient() -> None:
 
 
 def test_causal_conv3d_equals_its_conv2d_form() -> None:
-    x, conv = torch.randn(2, 4, 5, 6, 7), vae.CausalConv3d(4, 8, 3, padding=1)
+    x, conv = torch.randn(2, 4, 5, 6, 7), vae_blocks.CausalConv3d(4, 8, 3, padding=1)
     torch.testing.assert_close(
-        vae.conv3d_as_conv2d(x, conv.weight, conv.bias),
+        vae_blocks.conv3d_as_conv2d(x, conv.weight, conv.bias),
         F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)),
         atol=1e-5,
         rtol=1e-5,
@@ -228,7 +228,10 @@ def test_wan_has_the_released_tensors() -> None:
         "2"
     ].weight.shape == (12, 64, 3, 3, 3)
     assert (
-        len({m.slot for m in full.decoder.modules() if isinstance(m, vae.CausalConv3d)} - {-1})
+        len(
+            {m.slot for m in full.decoder.modules() if isinstance(m, vae_blocks.CausalConv3d)}
+            - {-1}
+        )
         == 32
     )
     assert PRESETS["wan2.2"].stride == PRESETS["small"].stride == (4, 16, 16) and PRESETS[
@@ -309,7 +312,7 @@ def test_corrupt_and_foreign_files_are_named(micro: VAE) -> None:
 
 
 def test_a_stage_number_is_not_a_stream_slot() -> None:
-    layer, stream = vae.CausalConv3d(4, 4, 1), Stream()
+    layer, stream = vae_blocks.CausalConv3d(4, 4, 1), Stream()
     layer(torch.zeros(1, 4, 1, 2, 2), stream)  # 1×1×1: nothing to remember
     assert stream.next == {}
 
