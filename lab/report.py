@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import weights
-from lab import metrics, stats
+from lab import metrics, stats, summary
 from lab.claims import CLAIMS
 
 
@@ -171,6 +171,9 @@ def report(out: Path, readme: Path, figures: Path) -> None:
     tables |= {f"{name}:raw": raw_table(result) for name, result in found.items()}
     tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": holm}).items()}
     print(tables["holm"])
+    summary.write_page(out, tables)
+    if set(found) >= {row.source for row in summary.ROWS}:
+        tables["summary"] = summary.table(found)
     fill = lambda at: (
         f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
     )

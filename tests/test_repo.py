@@ -2,10 +2,12 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lab import report
@@ -44,7 +46,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
     "game": {"scene", "render", "figure", "explore"},
     "dataset": {"episode", "wsad", "readers", "recorder", "prompt"},
     "page": {"server", "player", "recording"},
-    "lab": {"metrics", "truth", "stats", "claims", "report", "bench"},
+    "lab": {"metrics", "truth", "stats", "claims", "report", "summary", "bench"},
 }
 ARROWS = {  # who may import whom; the name of a folder stands for all that is in it
     "flow": set(),
@@ -198,18 +200,43 @@ def test_the_bench_runs_from_any_folder(tmp_path: Path) -> None:
     assert "| what | paper |" in done.stdout
 
 
-def test_the_readme_table_is_true() -> None:
+def test_the_map_in_the_readme_is_true() -> None:
+    """Every top-level file and every folder, with the sentence that it begins with; the chapters are numbered."""
     readme = (ROOT / "README.md").read_text()
-    rows = re.findall(
-        r"^\| `(\w+)\.py` \|([^|]*)\|([^|]*)\| `tests/\w+\.py` \|$", readme, flags=re.M
-    )
-    assert {row[0] for row in rows} == {path.stem for path in TOP}
-    for stem, _, sentence in rows:
-        text = (ROOT / f"{stem}.py").read_text()
-        assert sentence.strip() == ast.get_docstring(ast.parse(text)).splitlines()[0].strip(), stem
-    for room, sentence in re.findall(r"^\| `(\w+)/` \|([^|]*)\|[^|]*\|$", readme, flags=re.M):
-        text = (ROOT / room / "__init__.py").read_text()
-        assert sentence.strip() == ast.get_docstring(ast.parse(text)), room
+    rows = re.findall(r"^\| *(\d*) *\| `([\w.]+)/?` \|[^|]*\|([^|]*)\|$", readme, flags=re.M)
+    assert {name for _, name, _ in rows} == {path.name for path in TOP} | set(ROOMS)
+    numbers = [int(number) for number, _, _ in rows if number]
+    assert numbers == list(range(1, len(numbers) + 1))
+    for _, name, sentence in rows:
+        path = ROOT / name
+        page = path / "__init__.py" if path.is_dir() else path
+        doc = ast.get_docstring(ast.parse(page.read_text()))
+        assert sentence.strip() == doc.splitlines()[0].strip(), name
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 220
+    prose = [line for line in lines if not line.startswith("|")]
+    assert max(map(len, prose)) <= 110
+
+
+def test_the_readme_s_own_data_becomes_an_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    walk = np.tile(np.eye(4), (9, 1, 1))
+    walk[:, 2, 3] = 0.1235 * np.arange(9)  # metres, straight on
+    np.save("c2w.npy", walk)
+    np.save("frames.npy", np.full((9, 64, 64, 3), 128, np.uint8))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (names["keys"].keyboard[:8, 0] == 1).all(), "walking straight on is W"
+    command = [sys.executable, str(ROOT / "data.py"), "view"]
+    folder = "datasets/mine/train/garden_000000"
+    done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_command_of_the_readme_exists() -> None:
@@ -232,9 +259,11 @@ def test_the_project_speaks_of_itself_alone() -> None:
             assert not re.search(r"/(work|root|farm)/", text), f"path of a machine in {path.name}"
 
 
-def test_every_table_of_results_in_the_readme_is_what_the_json_say(tmp_path: Path) -> None:
-    before = (ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(before)
-    report.report(ROOT / "results", tmp_path / "README.md", tmp_path / "figures")
-    assert (tmp_path / "README.md").read_text() == before, "python evaluate.py report rewrites them"
-    assert before.count("<!-- table:") >= 5
+def test_the_tables_of_the_readme_and_of_results_are_what_the_json_say(tmp_path: Path) -> None:
+    results = shutil.copytree(ROOT / "results", tmp_path / "results")
+    readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
+    report.report(results, readme, tmp_path / "figures")
+    again = "python evaluate.py report writes both anew"
+    assert readme.read_text() == (ROOT / "README.md").read_text(), again
+    assert (results / "README.md").read_text() == (ROOT / "results/README.md").read_text(), again
+    assert readme.read_text().count("<!-- table:") == 1
