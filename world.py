@@ -1,158 +1,189 @@
 """A small game with exact cameras and actions: scenes, renderer, characters, clock and explorer.
 
-Paper: §4 (Unreal-Gen: scenes, tick-synchronised capture, navmesh + RL explorer, modular characters). Not released.
+What it does. `simulate` walks a player through a scene and stores camera, player and action of every
+tick; `true_views` renders what any camera would see there. Places, pictures, figures and ways are
+made in game/. Paper: §4 (Unreal-Gen: scenes, tick-synchronised capture, navmesh and RL explorer,
+modular characters). Not released.
 
-    d = F + τ·R,  τ = u/a              heading of a pixel; a, b: forward and up part of the rays of its row
-    1/t = (F + τ·R)_k / (w − p)_k      inverse distance to the wall at w: linear in τ, exact in every pixel
-    1/t = (b/a) / (h − eye)            inverse distance to floor or ceiling: constant along a row
-    the larger 1/t is seen; z-depth = t/a                                                       render()
-    pose′ = slide(step_pose(pose, action))      frame, camera, player, action of ONE tick       World.tick()
-    Δw = η·(G − baseline)·∇ log π_w    where to go next is learned: REINFORCE on coverage G     train_explorer()
+Why it works. A world model learns from quadruplets of frame, camera, player, action that belong to
+one moment. Recorders of real games have to find out which do; a game of our own has one clock, and
+copies all four before anything moves:
 
-Conventions are camera.py's (OpenCV axes, metres, floor y = 0, eye y = -1.6, action t leads to frame t + 1). A frame
-depends on its own float32 camera only: stored cameras render the same bits again. The walk cycle of a figure follows
-from where it stands, so its pose is all that must be stored. A scene belongs to the split of its seed (SPLITS).
+    pose[t+1] = slide(step(pose[t], action[t]))                                                  (1)
 
-Not Unreal: one wall height per cell, only the player moves, no roll, |pitch| <= 35°. Ours where the paper is silent:
-soft low-frequency paint (a small VAE must learn it), the features, the behaviours. numpy, but for one call of torch.
-Demo: python world.py      Tests: pytest tests/test_world.py
+`step` is camera.py's and knows no walls. A body of radius R that has entered a wall is R − g too
+deep, where g is the distance of its centre from the nearest point of that cell, in direction n. It
+is pushed out along n alone, so what the step did along the wall remains: the player slides.
+
+    p' = p + (R − g)·n                                                                           (2)
+
+Where (2) moved anything, the action does not explain the pose: that is `contact`.
+
+In third person the camera hangs on an arm behind the player, as long as nothing is in its way:
+
+    camera = eye + LIFT + s·back,     s the last of 57 lengths before the first blocked one      (3)
+
+A frame depends on its own camera only, and the camera is rounded to float32 before it is used, so
+that a stored camera renders the same bits again:
+
+    c2w = float32(matrix(float32(pose)))                                                         (4)
+
+The walk cycle of a figure follows from where it stands, so its pose is all that must be stored.
+A scene follows from its seed, and a seed belongs to one split (SPLITS): a place seen in training is
+never a place of the test.
+
+What differs. Not Unreal: one wall height per cell, only the player moves, no roll, |pitch| <= 35°.
+Ours where the paper is silent: soft low-frequency paint (a small VAE must learn it), the explorer's
+features, the mixture of walks. numpy, but for one call of torch.
+Try it: python world.py      Tests: pytest tests/test_world.py
 """
 
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from functools import reduce
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy import ndarray
-from numpy.random import Generator
 
-from camera import ARM, DEGREES, LIFT, TILT, intrinsics, pose_to_c2w, step_pose
-from game.explore import POLICY, NavMesh, choose, explore
+from camera import ARM, LIFT, TILT, intrinsics, pose_to_c2w, step_pose
+from game.explore import POLICY, NavMesh, explore
 from game.figure import N_CHARACTERS as N_CHARACTERS
 from game.render import MAX_PITCH, bake, render
 from game.scene import CEILING, EYE, RADIUS, SPLITS, Scene, make_scene
 from game.scene import scene_caption as scene_caption
+from game.walks import MIXTURE, W, plan
 
-Actions = list[
-    tuple[tuple[int, ...], tuple[float, float]]
-]  # six keys and mouse (pitch, yaw) of every tick
+ARM_LENGTHS = np.linspace(0, ARM, 57)  # metres: where along its arm a camera may stop
+ROUND_THE_CAMERA = (
+    (-0.2, -0.2),
+    (-0.2, 0.2),
+    (0.2, -0.2),
+    (0.2, 0.2),
+)  # metres it keeps from walls
 
-# ---- clock -----------------------------------------------------------------------------------------------------------
+
+# ---- cameras -----------------------------------------------------------------------------------------------
 
 
-def cameras(
-    scene: Scene, player: ndarray, view: str = "first"
-) -> ndarray:  # (T, 5) -> (T, 4, 4), exact in float32
-    """The camera of a player: in the eye, or on a spring arm behind it that shortens before it enters a wall."""
+def cameras(scene: Scene, player: ndarray, view: str = "first") -> ndarray:
+    """The cameras of a player: (T, 5) -> (T, 4, 4), exact in float32."""
     pose = np.array(player, np.float64)
     if view == "third":
-        pitch, yaw = (
-            np.radians(np.clip(pose[:, 3] - TILT, -MAX_PITCH, MAX_PITCH)),
-            np.radians(pose[:, 4]),
-        )
-        back = -np.stack(
-            [np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)], 1
-        )
-        arm = np.linspace(0, ARM, 57)
-        point = pose[:, None, :3] + (0, -LIFT, 0) + arm[:, None] * back[:, None]  # (T, 57, 3)
-        blocked = (-point[..., 1] < 0.3) | (not scene.outdoor) & (-point[..., 1] > CEILING - 0.25)
-        for corner in ((-0.2, -0.2), (-0.2, 0.2), (0.2, -0.2), (0.2, 0.2)):
-            i, j = (
-                np.clip(point[..., (0, 2)] + corner, 0, len(scene.solid) - 1)
-                .astype(int)
-                .transpose(2, 0, 1)
-            )
-            blocked |= scene.solid[i, j]
-        last = np.where(blocked.any(1), blocked.argmax(1) - 1, len(arm) - 1).clip(0)
-        pose = np.concatenate(
-            [point[np.arange(len(pose)), last], np.degrees(pitch)[:, None], pose[:, 4:]], 1
-        )
-    return pose_to_c2w(torch.from_numpy(pose)).numpy().astype(np.float32).astype(np.float64)
+        pose = behind(scene, pose)
+    c2w = pose_to_c2w(torch.from_numpy(pose)).numpy()
+    return c2w.astype(np.float32).astype(np.float64)  # (4)
+
+
+def behind(scene: Scene, pose: ndarray) -> ndarray:
+    """Poses of the eye -> poses of a camera on a spring arm that shortens before it enters a wall."""
+    pitch = np.radians(np.clip(pose[:, 3] - TILT, -MAX_PITCH, MAX_PITCH))
+    yaw = np.radians(pose[:, 4])
+    ahead = [np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)]
+    back = -np.stack(ahead, 1)
+
+    top = pose[:, None, :3] + (0, -LIFT, 0)
+    points = top + ARM_LENGTHS[:, None] * back[:, None]  # (T, 57, 3)
+    is_blocked = blocked(scene, points)
+    last_free = np.where(is_blocked.any(1), is_blocked.argmax(1) - 1, len(ARM_LENGTHS) - 1)
+    place = points[np.arange(len(pose)), last_free.clip(0)]  # (3)
+    return np.concatenate([place, np.degrees(pitch)[:, None], pose[:, 4:]], 1)
+
+
+def blocked(scene: Scene, points: ndarray) -> ndarray:
+    """Is a camera at these points (..., 3) too near to floor, ceiling or a wall?"""
+    height = -points[..., 1]
+    found = height < 0.3
+    if not scene.outdoor:
+        found |= height > CEILING - 0.25
+    for corner in ROUND_THE_CAMERA:
+        cell = np.clip(points[..., (0, 2)] + corner, 0, len(scene.solid) - 1).astype(int)
+        found |= scene.solid[cell[..., 0], cell[..., 1]]
+    return found
+
+
+# ---- the clock ---------------------------------------------------------------------------------------------
 
 
 class World:
-    """The game: a player in a scene. What a tick returns was copied before anything moved.
-    pose None: somewhere free, as the seed says. size: pixels of a square frame, 0 draws none."""
+    """The game: a player in a scene."""
 
     def __init__(
         self,
         scene: Scene,
         view: str = "first",
         character: int = 0,
-        pose: Sequence[float] | None = None,
+        pose: Sequence[float] | None = None,  # None: somewhere free, as the seed says
         seed: int = 0,
-        size: int = 0,
+        size: int = 0,  # pixels of a square frame; 0 draws none
     ) -> None:
-        self.scene, self.view, self.character, self.size, self.time = (
-            scene,
-            view,
-            character,
-            size,
-            0,
-        )
-        self.grid, self.nav, rng = (
-            scene.solid.tolist(),
-            NavMesh(scene),
-            np.random.default_rng([scene.seed, seed]),
-        )
+        self.scene = scene
+        self.view = view
+        self.character = character
+        self.size = size
+        self.time = 0
+        self.grid = scene.solid.tolist()
+        self.nav = NavMesh(scene)
+        self.pose = self.somewhere(seed) if pose is None else tuple(map(float, pose))
+        self.check()
+
+    def somewhere(self, seed: int) -> tuple[float, ...]:
+        rng = np.random.default_rng([self.scene.seed, seed])
         x, z = self.nav.point(*rng.choice(self.nav.cells))
-        self.pose = (
-            (x, -EYE, z, 0.0, 1.5 * int(rng.integers(240)))
-            if pose is None
-            else tuple(map(float, pose))
-        )
+        return x, -EYE, z, 0.0, 1.5 * int(rng.integers(240))
+
+    def check(self) -> None:
         i, j = math.floor(self.pose[0]), math.floor(self.pose[2])
-        if (
-            view not in ("first", "third")
-            or not (0 <= min(i, j) <= max(i, j) < len(self.grid))
-            or self.grid[i][j]
-        ):
-            raise ValueError(
-                f"view must be first or third, got {view!r}; x, z must be a free cell, got {self.pose[::2]}"
-            )
+        inside = 0 <= min(i, j) and max(i, j) < len(self.grid)
+        if self.view not in ("first", "third") or not inside or self.grid[i][j]:
+            place = f"x, z must be a free cell, got {self.pose[::2]}"
+            raise ValueError(f"view must be first or third, got {self.view!r}; {place}")
 
     def move(self, keyboard: Sequence[float], mouse: Sequence[float]) -> bool:
-        """step_pose, then push the body out of the walls it entered, so that it slides. True: it touched one."""
-        x, y, z, pitch, yaw = step_pose(self.pose, keyboard, mouse, MAX_PITCH)
+        """Take the step, then slide along the walls it entered. True: it touched one."""
+        pose = step_pose(self.pose, keyboard, mouse, MAX_PITCH)
         touched = False
         for _ in range(3):  # a corner pushes twice
-            for i in range(int(x - RADIUS), int(x + RADIUS) + 1):
-                for j in range(int(z - RADIUS), int(z + RADIUS) + 1):
-                    dx, dz = (
-                        x - min(max(x, i), i + 1),
-                        z - min(max(z, j), j + 1),
-                    )  # from the nearest point of the cell
-                    gap = math.hypot(dx, dz)
-                    if self.grid[i][j] and 0 < gap < RADIUS - 1e-9:
-                        x, z, touched = (
-                            x + dx / gap * (RADIUS - gap),
-                            z + dz / gap * (RADIUS - gap),
-                            True,
-                        )
+            pose, pushed = self.push_out(pose)
+            touched = touched or pushed
             if not touched:
                 break
-        self.pose, self.time = (x, y, z, pitch, yaw), self.time + 1
+        self.pose = pose  # (1)
+        self.time += 1
         return touched
+
+    def push_out(self, pose: tuple[float, ...]) -> tuple[tuple[float, ...], bool]:
+        """Out of every solid cell that the body, a disc, has entered."""
+        x, y, z, pitch, yaw = pose
+        touched = False
+        for i in range(int(x - RADIUS), int(x + RADIUS) + 1):
+            for j in range(int(z - RADIUS), int(z + RADIUS) + 1):
+                # from the nearest point of the cell
+                dx = x - min(max(x, i), i + 1)
+                dz = z - min(max(z, j), j + 1)
+                gap = math.hypot(dx, dz)
+                if self.grid[i][j] and 0 < gap < RADIUS - 1e-9:
+                    x += dx / gap * (RADIUS - gap)  # (2)
+                    z += dz / gap * (RADIUS - gap)
+                    touched = True
+        return (x, y, z, pitch, yaw), touched
 
     def tick(self, keyboard: Sequence[float], mouse: Sequence[float]) -> dict:
         """Frame t and the action that leaves it; then the game is at t + 1."""
         player = np.array([self.pose], np.float32).astype(np.float64)
+        c2w = cameras(self.scene, player, self.view)
         record = {
             "time": self.time,
             "player": player[0],
-            "c2w": cameras(self.scene, player, self.view)[0],
+            "c2w": c2w[0],
             "keyboard": np.array(keyboard, np.uint8),
             "mouse": np.array(mouse, np.float32),
         }
         if self.size:
-            K, figure = (
-                intrinsics(self.size, self.size).numpy(),
-                (player, self.character) if self.view == "third" else None,
-            )
-            frame, depth = render(self.scene, record["c2w"][None], K, self.size, self.size, figure)
+            K = intrinsics(self.size, self.size).numpy()
+            shown = (player, self.character) if self.view == "third" else None
+            frame, depth = render(self.scene, c2w, K, self.size, self.size, shown)
             record |= {"frame": frame[0], "depth": depth[0]}
         record["contact"] = self.move(record["keyboard"].tolist(), record["mouse"].tolist())
         return record
@@ -161,15 +192,17 @@ class World:
 def stop_at_walls(
     scene: Scene, pose: Sequence[float], keyboard: ndarray, mouse: ndarray
 ) -> ndarray:  # (n, 6), (n, 2) -> (n, 6)
-    """The same keys without the steps that would touch a wall: who imagines a known world stays in its rooms.
+    """The same keys without the steps that would touch a wall.
 
-    No training clip was ever taken inside or behind a wall. A walk that begins there goes on as it likes.
+    Who imagines a known world stays in its rooms: no training clip was taken inside or behind a
+    wall. A walk that begins there goes on as it likes.
     """
     start = tuple(float(value) for value in pose)
-    player = World(scene, pose=start, size=0)
     still = [0.0] * 6
+    player = World(scene, pose=start, size=0)
     if player.move(still, [0.0, 0.0]):
         return keyboard
+
     player.pose = start
     kept = keyboard.copy()
     for t, (keys, turn) in enumerate(zip(keyboard.tolist(), mouse.tolist(), strict=True)):
@@ -180,137 +213,31 @@ def stop_at_walls(
     return kept
 
 
-# ---- behaviour -------------------------------------------------------------------------------------------------------
-
-
-NONE, W, S, A, D, WA, WD = (
-    (*map(int, keys), 0, 0) for keys in ("0000", "1000", "0100", "0010", "0001", "1010", "1001")
-)
-STILL = (0.0, 0.0)
-FACING = {
-    0: W,
-    45: WA,
-    -45: WD,
-    90: A,
-    -90: D,
-    180: S,
-}  # looking so many degrees to the right of the way: which keys
-MIXTURE = {"rl": 0.3, "walk": 0.15, "loop": 0.3, "palindrome": 0.15, "random": 0.1}
-
-
-def undo(actions: Actions) -> Actions:  # reversed, W and S, A and D exchanged, mouse negated
-    return [((k[1], k[0], k[3], k[2], *k[4:]), (-m[0], -m[1])) for k, m in reversed(actions)]
-
-
-def _figure(world: World, rng: Generator) -> Actions:
-    """A short figure that ends where it began; where it would leave the navmesh, it turns back."""
-    speed = float(rng.choice((-0.4, -0.3, -0.2, 0.2, 0.3, 0.4)))
-    once, hold, k = (
-        round(360 / DEGREES / abs(speed)),
-        [(NONE, STILL)] * int(rng.integers(2, 12)),
-        int(rng.integers(10, 34)),
-    )
-    away, tilt = (
-        [(NONE, (0.0, speed))] * k,
-        [(NONE, (math.copysign(0.2, speed), 0.0))] * int(rng.integers(2, 7)),
-    )
-    step = [((A, D, S)[int(rng.integers(3))], STILL)] * (k // 2)
-    actions = [
-        [*away, *hold, *undo(away)],  # look away and back
-        [(NONE, (0.0, speed))] * once,  # once around on the spot
-        [*tilt, *hold, *undo(tilt)],  # look up or down and back
-        [(W, (0.0, speed))] * once,  # walk a circle
-        [(A if speed > 0 else D, (0.0, speed))] * once,  # walk around a point, looking at it
-        [*step, *hold, *undo(step)],  # side step and back
-    ][rng.choice(6, p=(0.32, 0.14, 0.16, 0.12, 0.13, 0.13))]
-    pose = world.pose
-    for k, (keys, mouse) in enumerate(actions):
-        pose = step_pose(pose, keys, mouse)
-        if not world.nav.holds(pose[0], pose[2]):
-            return actions[:k] + undo(actions[:k])
-    return actions
-
-
-def _go(world: World, rng: Generator, goal: tuple[float, float]) -> Iterator:
-    """Follow the navmesh; turn by multiples of 1.5 degrees; sometimes look sideways or walk backwards."""
-    facing, fastest = (
-        int(rng.choice(list(FACING), p=(0.7, 0.07, 0.07, 0.06, 0.06, 0.04))),
-        int(rng.integers(2, 5)),
-    )
-    for x, z in world.nav.path((world.pose[0], world.pose[2]), goal):
-        for _ in range(400):
-            dx, dz = x - world.pose[0], z - world.pose[2]
-            if math.hypot(dx, dz) < 0.3:
-                break
-            error = (math.degrees(math.atan2(dx, dz)) + facing - world.pose[4] + 180) % 360 - 180
-            units = max(-fastest, min(fastest, round(error / 1.5)))
-            yield (
-                FACING[facing] if abs(error) < (30 if math.hypot(dx, dz) > 1 else 12) else NONE,
-                (0.0, units / 10),
-            )
-
-
-def _tour(world: World, rng: Generator, weights: ndarray, again: bool = False) -> Iterator:
-    """Go where the explorer says, look around, go on; or visit a few places near the start again and again."""
-    seen, nav, (x, _, z, _, _) = world.scene.solid.copy(), world.nav, world.pose
-    near = nav.cells[np.abs(np.hypot(*(nav.cells * nav.cell - (x, z)).T) - rng.uniform(2, 4)) < 1.5]
-    stops = [
-        (x, z),
-        *(nav.point(*cell) for cell in rng.permutation(near)[: int(rng.integers(1, 4))]),
-    ]
-    while True:
-        if rng.random() < 0.55:
-            yield from _figure(world, rng)
-        here, yaw = (int(world.pose[0]), int(world.pose[2])), math.radians(world.pose[4])
-        stops += (
-            [stops.pop(0)]
-            if again
-            else [tuple(k + 0.5 for k in choose(world.scene, seen, here, yaw, weights, rng)[0][-1])]
-        )
-        yield from _go(world, rng, stops[-1])
-
-
-def _palindrome(
-    walk: Iterator, half: int
-) -> Iterator:  # then undo every action: frame 2·half − t repeats frame t
-    way = []
-    for _, action in zip(range(half), walk, strict=False):
-        way.append(action)
-        yield action
-    yield from undo(way)
-    yield from walk
-
-
-def _random(rng: Generator) -> Iterator:  # keys and turns held for twelve ticks, walls or not
-    while True:
-        keys = (NONE, W, W, W, S, A, D, WA, WD)[int(rng.integers(9))]
-        yield from [(keys, (0.0, float(rng.choice((0, 0, 0.1, 0.2, 0.3, -0.1, -0.2, -0.3)))))] * 12
-
-
 def simulate(
     scene: Scene, seed: int, frames: int = 241, behaviour: str | None = None, view: str = "first"
 ) -> dict:
-    """A whole walk, to be rendered later; behaviour: one of MIXTURE, None draws one. -> c2w (T, 4, 4) and player (T, 5) f64
-    exact in float32, keyboard (T, 6) u8, mouse (T, 2) f32, contact (T,), behaviour. Action t leads to frame t + 1."""
+    """A whole walk, to be rendered later; behaviour: one of MIXTURE, None draws one.
+
+    c2w (T, 4, 4) and player (T, 5) float64, exact in float32; keyboard (T, 6) uint8; mouse (T, 2)
+    float32; contact (T,) bool; behaviour. Action t leads to frame t + 1; the last one is none.
+    """
     rng = np.random.default_rng([scene.seed, seed, 7])
     behaviour = behaviour or str(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
     if behaviour not in MIXTURE:
-        raise ValueError(
-            f"behaviour must be one of {', '.join(MIXTURE)} or None, got {behaviour!r}"
-        )
+        allowed = ", ".join(MIXTURE)
+        raise ValueError(f"behaviour must be one of {allowed} or None, got {behaviour!r}")
+
     world = World(scene, view, seed=seed)
-    plan = (
-        _tour(world, rng, POLICY * (behaviour != "walk"), behaviour == "loop")
-        if behaviour != "random"
-        else _random(rng)
-    )
-    plan = _palindrome(plan, (frames - 1) // 2) if behaviour == "palindrome" else plan
-    poses, contact = [world.pose], np.zeros(frames, bool)
-    keyboard, mouse = np.zeros((frames, 6), np.uint8), np.zeros((frames, 2), np.float32)
+    actions = plan(world, rng, behaviour, steps=frames - 1)
+    keyboard = np.zeros((frames, 6), np.uint8)
+    mouse = np.zeros((frames, 2), np.float32)
+    contact = np.zeros(frames, bool)
+    poses = [world.pose]
     for t in range(frames - 1):
-        keyboard[t], mouse[t] = next(plan)
+        keyboard[t], mouse[t] = next(actions)
         contact[t] = world.move(keyboard[t].tolist(), mouse[t].tolist())
         poses.append(world.pose)
+
     player = np.array(poses, np.float32).astype(np.float64)
     return {
         "c2w": cameras(scene, player, view),
@@ -322,68 +249,88 @@ def simulate(
     }
 
 
+# ---- the truth about a recorded episode --------------------------------------------------------------------
+
 scene_of = functools.lru_cache(maxsize=64)(make_scene)
 
 
-def eyes(
-    meta: dict, player: np.ndarray
-) -> np.ndarray:  # (T, 5) → (T, 4, 4): the camera of a player there
+def eyes(meta: dict, player: ndarray) -> ndarray:
+    """The cameras of a player of this episode: (T, 5) -> (T, 4, 4)."""
     return cameras(scene_of(**meta["scene"]), player, meta.get("view", "first"))
 
 
 def true_views(
-    meta: dict, c2w: np.ndarray | None, H: int, W: int, player: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """What any camera (B, 4, 4) sees in the world an episode was recorded in: frames (B, H, W, 3) uint8, depth (B, H, W) metres.
-    In third person the figure is drawn where `player` (B, 5) stands, and left out without it. c2w None: the player's own camera."""
+    meta: dict, c2w: ndarray | None, H: int, W: int, player: ndarray | None = None
+) -> tuple[ndarray, ndarray]:
+    """What any camera (B, 4, 4) sees in the world an episode was recorded in.
+
+    Frames (B, H, W, 3) uint8 and depth (B, H, W) in metres. In third person the figure is drawn
+    where `player` (B, 5) stands, and left out without it. c2w None: the player's own camera.
+    """
     if "scene" not in meta:
-        raise ValueError(
-            f"only episodes of the embedded world can be rendered again; this one comes from {meta.get('source')}"
-        )
-    players = (
-        (player, meta["character"]) if player is not None and meta.get("view") == "third" else None
-    )
-    return render(
-        scene_of(**meta["scene"]),
-        eyes(meta, player) if c2w is None else c2w,
-        intrinsics(H, W).numpy(),
-        H,
-        W,
-        players,
-    )
+        origin = f"this one comes from {meta.get('source')}"
+        raise ValueError(f"only episodes of the embedded world can be rendered again; {origin}")
+    shown = None
+    if player is not None and meta.get("view") == "third":
+        shown = player, meta["character"]
+    if c2w is None:
+        c2w = eyes(meta, player)
+    return render(scene_of(**meta["scene"]), c2w, intrinsics(H, W).numpy(), H, W, shown)
 
 
 def true_frames(
-    meta: dict, c2w: np.ndarray | None, H: int, W: int, player: np.ndarray | None = None
-) -> np.ndarray:  # (B, H, W, 3) uint8
+    meta: dict, c2w: ndarray | None, H: int, W: int, player: ndarray | None = None
+) -> ndarray:
+    """Those frames alone: (B, H, W, 3) uint8."""
     return true_views(meta, c2w, H, W, player)[0]
 
 
-if __name__ == "__main__":
-    place, start = make_scene(SPLITS["test"][2]), (0.0, -EYE, 0.0, 0.0, 0.0)
+# ---- demo --------------------------------------------------------------------------------------------------
+
+
+def frames_per_second(scene: Scene, player: ndarray, view: str, size: int) -> float:
+    """Of one core, with hard edges."""
+    c2w = cameras(scene, player, view)
+    K = intrinsics(size, size).numpy()
+    shown = (player, 0) if view == "third" else None
+    bake(scene)
+    began = time.process_time()
+    render(scene, c2w, K, size, size, shown, supersample=1)
+    return len(c2w) / (time.process_time() - began)
+
+
+def share_explored(weights: ndarray | None) -> float:
+    """Of the free cells of 16 places that the explorer was not trained on, in 120 steps."""
+    covered = []
+    for seed in SPLITS["test"][:16]:
+        share, _ = explore(make_scene(seed), weights, np.random.default_rng(seed))
+        covered.append(share)
+    return float(np.mean(covered))
+
+
+def demo() -> None:
+    place = make_scene(SPLITS["test"][2])
     walk = simulate(place, seed=0, frames=129, behaviour="palindrome")
-    for side, view in ((64, "first"), (64, "third"), (128, "first"), (128, "third")):
-        camera, figure = (
-            cameras(place, walk["player"], view),
-            (walk["player"], 0) if view == "third" else None,
-        )
-        K, _, began = intrinsics(side, side).numpy(), bake(place), time.process_time()
-        render(place, camera, K, side, side, figure, supersample=1)
-        print(
-            f"{side}x{side}, {view} person: {len(camera) / (time.process_time() - began):.0f} frames/s"
-        )
-    print(
-        f"there and back in 128 steps: {math.dist(walk['player'][0], walk['player'][-1]):.1e} m from home"
-    )
-    circle = reduce(lambda pose, _: step_pose(pose, W, (0.0, 0.1)), range(240), start)
-    print(f"a circle of 240 steps closes to {math.dist(circle[:3], start[:3]):.1e} m")
-    for name, weights in (
-        ("random walk", None),
-        ("random waypoints", np.zeros(4)),
-        ("learned explorer", POLICY),
-    ):
-        share = [
-            explore(make_scene(seed), weights, np.random.default_rng(seed))[0]
-            for seed in SPLITS["test"][:16]
-        ]
-        print(f"{name}: covers {np.mean(share):.2f} of 16 unseen places in 120 steps")
+    first, middle, last = walk["player"][[0, 64, 128]]
+    home, away = math.dist(first, last), math.dist(first, middle)
+    print(f"64 actions, and undone: {home:.1e} m from home, {away:.1f} m away in between")
+
+    pose = (0.0, -EYE, 0.0, 0.0, 0.0)
+    farthest = 0.0
+    for _ in range(240):
+        pose = step_pose(pose, W, (0.0, 0.1))
+        farthest = max(farthest, math.hypot(pose[0], pose[2]))
+    left = math.hypot(pose[0], pose[2])
+    print(f"240 steps of 1.5 degrees: a circle {farthest:.1f} m wide that closes to {left:.1e} m")
+
+    for view in ("first", "third"):
+        speed = frames_per_second(place, walk["player"], view, 64)
+        print(f"64x64, {view} person: {speed:.0f} frames/s drawn, 16 frames/s are played")
+
+    random, learned = share_explored(np.zeros(4)), share_explored(POLICY)
+    print(f"16 unseen places, 120 steps: the learned explorer covers {learned:.2f} of them,")
+    print(f"random waypoints {random:.2f}, a random walk {share_explored(None):.2f}")
+
+
+if __name__ == "__main__":
+    demo()

@@ -9,7 +9,7 @@ import pytest
 
 import world
 from camera import intrinsics, step_pose
-from game import figure
+from game import figure, walks
 from game import render as render_file
 from game.explore import NavMesh
 from game.render import render
@@ -397,7 +397,7 @@ def test_actions_then_inverses_return_home():
             tuple(rng.uniform(-0.4, 0.4, 2).tolist()),
         )
         done += [(keys, turn)] * 12
-    for keys, turn in done + world.undo(done):
+    for keys, turn in done + walks.undo(done):
         pose = step_pose(pose, keys, turn)
     assert math.dist(pose, START) < 1e-9
 
@@ -405,7 +405,7 @@ def test_actions_then_inverses_return_home():
 def test_a_circle_closes_across_the_yaw_seam():
     pose = start = (0.0, -EYE, 0.0, 0.0, 170.0)
     for _ in range(240):
-        pose = step_pose(pose, world.W, (0.0, 0.1))
+        pose = step_pose(pose, walks.W, (0.0, 0.1))
     assert (
         math.dist(pose[:3], start[:3]) < 1e-9 and abs(pose[4] - 530) < 1e-9
     )  # the released formula: 0.247 m
@@ -423,7 +423,7 @@ def test_the_room_looks_the_same_on_return():
 def test_a_player_slides_along_a_wall_and_is_flagged():
     scene = make_scene(0, "rooms")
     game = World(scene, pose=(1.5, -1.6, 1.5, 0.0, -60.0))
-    touched = [game.tick(world.W, (0.0, 0.0))["contact"] for _ in range(20)]
+    touched = [game.tick(walks.W, (0.0, 0.0))["contact"] for _ in range(20)]
     assert touched[-1] and abs(game.pose[0] - 1 - RADIUS) < 1e-6 and game.pose[2] > 2
     with pytest.raises(ValueError, match="must be a free cell"):
         World(scene, pose=START)
