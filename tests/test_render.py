@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from game import render as render_file
+from game import paint
 from game.scene import make_scene
 
 
@@ -11,4 +11,4 @@ def test_the_same_seed_is_the_same_place():
     assert (one.solid == two.solid).all() and all(
         np.array_equal(one.style[k], two.style[k]) for k in one.style
     )
-    assert np.array_equal(render_file.bake(one)[0], render_file.bake(two)[0])
+    assert np.array_equal(paint.bake(one)[0], paint.bake(two)[0])

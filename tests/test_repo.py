@@ -43,7 +43,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "actors",
         "sizes",
     },
-    "game": {"scene", "render", "figure", "explore", "walks"},
+    "game": {"scene", "paint", "render", "figure", "explore", "walks"},
     "dataset": {"episode", "wsad", "readers", "recorder", "prompt"},
     "page": {"server", "player", "recording"},
     "lab": {"metrics", "truth", "stats", "claims", "report", "summary", "bench"},

@@ -9,7 +9,7 @@ import pytest
 
 import world
 from camera import intrinsics, step_pose
-from game import figure, walks
+from game import figure, paint, walks
 from game import render as render_file
 from game.explore import NavMesh
 from game.render import render
@@ -159,7 +159,7 @@ def test_a_wall_shows_the_texel_that_was_painted_there(monkeypatch, pitch, share
     scene = make_scene(0, "rooms")
     size = 3, CEILING * 16, 16 * (scene.faces.max() + 1)
     image = np.random.default_rng(0).random(size, np.float32)
-    monkeypatch.setattr(render_file, "_paint_walls", lambda scene: image)
+    monkeypatch.setattr(paint, "paint_walls", lambda scene: image)
     rgb, way, point, flat, forward = seen_points(scene, pitch)
     above = -point[..., 1]
     for axis in (0, 2):
@@ -186,7 +186,7 @@ def test_floor_and_ceiling_show_the_texel_that_was_painted_there(monkeypatch, ab
     scene = make_scene(0, "rooms")
     n = 16 * len(scene.solid)
     floor, ceiling = np.random.default_rng(0).random((2, 3, n, n), np.float32)
-    monkeypatch.setattr(render_file, "_paint_ground", lambda scene: [floor, ceiling])
+    monkeypatch.setattr(paint, "paint_ground", lambda scene: [floor, ceiling])
     rgb, _, point, flat, forward = seen_points(scene, 0.0)
     level = np.abs(point[..., 1] + above) < 1e-4
     x, _, z = 16 * point[level].T
