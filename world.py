@@ -312,7 +312,8 @@ def demo() -> None:
     place = make_scene(SPLITS["test"][2])
     walk = simulate(place, seed=0, frames=129, behaviour="palindrome")
     first, middle, last = walk["player"][[0, 64, 128]]
-    home, away = math.dist(first, last), math.dist(first, middle)
+    home = math.dist(first, last)
+    away = math.dist(first[:3], middle[:3])
     print(f"64 actions, and undone: {home:.1e} m from home, {away:.1f} m away in between")
 
     pose = (0.0, -EYE, 0.0, 0.0, 0.0)
