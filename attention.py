@@ -55,13 +55,9 @@ def rope_angles(times: Tensor, h: int, w: int, cfg: object) -> Tensor:
     return torch.cat([time.expand(*shape), space.expand(*shape)], -1)
 
 
-def action_angles(memory: int, rest: int, cfg: object, device: torch.device) -> Tensor:
-    """(T, 1, head_dim/2): a local clock that restarts after the memory; only the first channels rotate."""
-    t = torch.cat([torch.arange(memory, device=device), torch.arange(rest, device=device)])[
-        :, None, None
-    ]
-    omega = frequencies(t.new_full((1,), 256, dtype=torch.float64), cfg.action_rope // 2)
-    return F.pad(t * omega, (0, (cfg.action_width // cfg.action_heads - cfg.action_rope) // 2))
+def cos_sin(angles: Tensor) -> Tensor:
+    """(...) float64 -> (..., 2) float32: what rotate takes."""
+    return torch.stack([angles.cos(), angles.sin()], -1).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -167,9 +163,17 @@ def exchange(
     return [piece.view(shape) for piece, shape in zip(out.split(sizes), shapes, strict=True)]
 
 
-def attention_across(q: Tensor, k: Tensor, v: Tensor, shared: object) -> Tensor:
+def gather_places(y: Tensor, places: list[int], group: dist.ProcessGroup) -> Tensor:
+    """(B, T, S_ours, n) -> (B, T, S, n): every rank gets the places of all."""
+    B, T, _, n = y.shape
+    shapes = [(B, T, S, n) for S in places]
+    return torch.cat(exchange([y] * len(places), shapes, group), 2)
+
+
+def attention_across(
+    q: Tensor, k: Tensor, v: Tensor, places: list[int], group: dist.ProcessGroup
+) -> Tensor:
     """We bring all heads of our places, attend with our heads over all places, and get our places back."""
-    places, group = shared.places, shared.group
     (B, _, H, d), ours, ranks = q.shape, places[dist.get_rank(group)], len(places)
     heads = -(-H // ranks)  # per rank; H is padded up to a multiple
 

@@ -1,22 +1,46 @@
 """Predict the velocity of noisy latents from context, actions and cameras.
 
-Paper: §3.1 (base model, Eq. 3), §3.2 (memory, Eq. 6).  Flow and samplers: flow.py; Eq. 7: attention.py.
+What it does. A transformer over [memory | past | new]. Memory and past are clean and only read;
+for the new latents it says which way leads from noise to data, and learns to (flow.py) by
 
-    L = ‖(ε − x0) − v̂(x_σ, σ | past, memory, actions, cameras, text)‖²               Eq. 3, 6
+    L = ‖(ε − x0) − v̂(x_σ, σ | past, memory, actions, cameras, text)‖²                   Eq. 3, 6
 
-Time axis: [memory | past | new]. Memory and past are clean (t = 0); only new latents are noisy and
-predicted. A block: self-attention over everything · camera scale and shift · norm3, which REPLACES the
-residual · text cross-attention · action module (early blocks) · feed-forward. Tokens (B, T, S, D):
-T latents of S places.
+Paper: §3.1 (base model), §3.2 (memory in the same sequence).  Its block: block.py.
 
-Fast forms of the same function, tested against the plain one: modulation as two rows (only timesteps 0
-and t exist); a last block that answers only for latents whose output is read; prepare(context), which
-keeps what no step changes. Ranks share places, not time: only self-attention and output talk.
+Why it works. Attention compares everything with everything, so it wants few and telling tokens. A
+patch of 1 x 2 x 2 cells is cut out, laid flat and multiplied by a matrix, which is a convolution
+whose kernel is its stride. T latents of h x w cells become T rows of S = h·w/4 places:
 
-Departures: no padding tokens; projections in the weights' dtype, not float32; any batch; ray tokens join
-the input (own presets only). Action q/k norm weights: ignored, as released.
-`context` is a context.Context, read by attribute: past, memory, times, rays, mouse, keyboard, text.
-Demo: python dit.py      Tests: pytest tests/test_dit.py
+    token[t, row, column] = W·x[:, t, 2·row : 2·row + 2, 2·column : 2·column + 2]              (1)
+
+The noise level is one number, and layers are poor at telling .93 from .94 when both are one
+number. As waves of 128 lengths, from short to very long, near levels differ in the short ones and
+far levels in the long ones; an MLP reads them:
+
+    e = MLP(cos ω_j·t, sin ω_j·t),    t = 1000·σ,    ω_j = 10000^(−j/128)                      (2)
+
+Memory and past are clean: they are told t = 0. So only two rows of e exist, whatever the length
+of the sequence, and each latent picks its own:
+
+    e[latent] = e(1000·σ) if it is new, e(0) if not                                            (3)
+
+The rays of all cells, laid flat as in (1), become ray tokens: one matrix and a residual. In our
+own presets they also join the input, so that the first layer knows what belongs together:
+
+    P = p + W₂·silu(W₁·p),    p = W·rays                                                       (4)
+
+The head turns tokens back into cells. What is read is the velocity of the new latents alone.
+
+Cheaper, and equal to the bit: prepare(context) keeps what no step of sampling changes; the last
+block answers only for latents that are read; ranks share places, and talk in self-attention and
+at the end.
+
+What differs. No padding tokens; any batch; the release has rays in the blocks alone, not at the
+input.
+`context` is a context.Context, read by attribute: past, memory, times, rays, mouse, keyboard,
+text.
+
+Try it: python dit.py      Tests: pytest tests/test_dit.py
 """
 
 import math
@@ -28,7 +52,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import actions
 import attention
+from block import Block, Prepared, modulate
 
 
 @dataclass(frozen=True)
@@ -44,23 +70,22 @@ class DiTConfig:
     ray_channels: int = 60  # ray channels per latent cell
     sigma_theta: float = 0.8  # σ_θ of Eq. 7; 0 is ordinary RoPE
     patch: tuple[int, int, int] = (1, 2, 2)  # latent cells per token: time (always 1), row, column
+
     action_blocks: tuple[int, ...] = (0, 1, 2)
     action_hidden: int = 16  # width of one embedded keyboard frame
     action_width: int = 64  # inner width of both action branches
     action_heads: int = 4
     action_rope: int = 4  # channels per action head that rotate; the others stand still
     action_window: int = 12  # frames of actions each latent sees
-    action_norm_weight: bool = (
-        False  # multiply by the action q/k norm weights (the release does not)
-    )
+    action_norm_weight: bool = False  # multiply by the action q/k norm weights; released: no
+
     timestep: str = "exact"  # 1000·σ | "integer": truncated | "bf16": truncated and rounded
-    rays_at_input: bool = (
-        True  # ray tokens also join the input; the release has them in the blocks only
-    )
+    rays_at_input: bool = True  # ray tokens also join the input; released: in the blocks alone
     fp32_stream: bool = False  # float32 residual stream under bf16 weights, as released
 
 
 PRESETS = {
+    # for tests: every part is there, as narrow as it can be
     "micro": DiTConfig(
         dim=32,
         heads=2,
@@ -75,8 +100,10 @@ PRESETS = {
         action_width=16,
         action_heads=2,
     ),
+    # our own models: tiny on the latents of our small VAE, small on those of Wan2.2's
     "tiny": DiTConfig(),
     "small": DiTConfig(in_dim=48),
+    # Matrix-Game 3.0 as released, to the last quirk
     "5b": DiTConfig(
         dim=3072,
         heads=24,
@@ -96,6 +123,7 @@ PRESETS = {
         fp32_stream=True,
     ),
 }
+# one expert of the 28B pair (moe.py); never released, so nothing of it needs to be quirky
 PRESETS["14b"] = replace(
     PRESETS["5b"],
     dim=5120,
@@ -104,11 +132,15 @@ PRESETS["14b"] = replace(
     ffn=13824,
     timestep="exact",
     action_blocks=tuple(range(20)),
-)  # one expert of the 28B pair
+)
 
 
 def timestep(sigma: Tensor, mode: str = "exact") -> Tensor:  # float64, 0..1000
-    """The t the network is told. The release truncates it to an integer, then to bf16: 999 becomes 1000."""
+    """The t that the network is told.
+
+    The release truncates it to an integer, as diffusion models with a thousand steps had it, then
+    rounds that to bf16: 999 becomes 1000. Its weights have learned from nothing else.
+    """
     t = 1000 * sigma.double()
     modes = {"exact": t, "integer": t.trunc(), "bf16": t.trunc().bfloat16().double()}
     if mode not in modes:
@@ -116,203 +148,74 @@ def timestep(sigma: Tensor, mode: str = "exact") -> Tensor:  # float64, 0..1000
     return modes[mode]
 
 
-# ---- small modules -----------------------------------------------------------------------------------------
+# ---- cells to tokens and back --------------------------------------------------------------------
 
 
-def linear32(layer: nn.Linear, x: Tensor) -> Tensor:  # few rows or columns, always float32
+def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """(B, C, T, h, w) -> (B, T, S, C·ph·pw), features in the order channel, row, column."""
+    B, C, T, h, w = x.shape
+    _, ph, pw = patch
+    rows = h // ph
+    columns = w // pw
+    x = x.reshape(B, C, T, rows, ph, columns, pw)
+    x = x.permute(0, 2, 3, 5, 1, 4, 6)  # (B, T, rows, columns, C, ph, pw)
+    return x.reshape(B, T, rows * columns, C * ph * pw)
+
+
+def unpatchify(y: Tensor, h: int, w: int, patch: tuple[int, int, int]) -> Tensor:
+    """(B, T, S, ph·pw·C) -> (B, C, T, h, w). As released, the channel comes LAST here."""
+    B, T = y.shape[:2]
+    _, ph, pw = patch
+    y = y.reshape(B, T, h // ph, w // pw, ph, pw, -1)
+    y = y.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, T, rows, ph, columns, pw)
+    return y.reshape(B, -1, T, h, w)
+
+
+# ---- parts of the network ------------------------------------------------------------------------
+
+
+def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """In float32 whatever the weights are: for layers of few rows or columns."""
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (B, T, S, D), (B, T, 1, D) twice
-    return torch.addcmul(
-        shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale
-    )  # LN·(1 + scale) + shift
-
-
-class ActionModule(nn.Module):
-    """Mouse: self-attention over time, place by place. Keyboard: every place asks the keys of all latents."""
-
-    def __init__(self, cfg: DiTConfig):
-        super().__init__()
-        D, width, hidden, window = cfg.dim, cfg.action_width, cfg.action_hidden, cfg.action_window
-        self.heads, self.use_norm_weight = cfg.action_heads, cfg.action_norm_weight
-        self.keyboard_embed = nn.Sequential(
-            nn.Linear(6, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-        )
-        self.mouse_mlp = nn.Sequential(
-            nn.Linear(D + 2 * window, width),
-            nn.GELU("tanh"),
-            nn.Linear(width, width),
-            nn.LayerNorm(width),
-        )  # of eps 1e-5
-        self.t_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.img_attn_q_norm, self.img_attn_k_norm, self.key_attn_q_norm, self.key_attn_k_norm = (
-            nn.RMSNorm(width // self.heads, eps=1e-6) for _ in range(4)
-        )
-        self.proj_mouse = nn.Linear(width, D, bias=False)
-        self.mouse_attn_q = nn.Linear(
-            D, width, bias=False
-        )  # despite its name: query of the KEYBOARD
-        self.keyboard_attn_kv = nn.Linear(hidden * window, 2 * width, bias=False)
-        self.proj_keyboard = nn.Linear(width, D, bias=False)
-
-    def turned(self, x: Tensor, norm: nn.RMSNorm, rope: Tensor) -> Tensor:
-        return attention.rotate(
-            attention.rms(x, norm.weight if self.use_norm_weight else None), rope
-        )
-
-    def key_value(self, keyboard: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        windows = self.keyboard_embed(keyboard).flatten(2)  # (B, T, 12, 6) → (B, T, 12·hidden)
-        k, v = self.keyboard_attn_kv(windows).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.turned(k, self.key_attn_k_norm, rope), v
-
-    def forward(
-        self,
-        x: Tensor,
-        mouse: Tensor,
-        kv: tuple[Tensor, Tensor],
-        rope: Tensor,
-    ) -> Tensor:
-        """x (B, T, S, D), mouse (B, T, 24), rope (T, 1, head_dim/2, 2) → x with both branches added."""
-        B, T, S, _ = x.shape
-        hidden = self.mouse_mlp(torch.cat([x, mouse[:, :, None].expand(-1, -1, S, -1)], -1))
-        qkv = self.t_qkv(hidden).transpose(1, 2).flatten(0, 1)  # (B·S, T, 3·width)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = (
-            self.turned(q, self.img_attn_q_norm, rope),
-            self.turned(k, self.img_attn_k_norm, rope),
-        )
-        x = x + self.proj_mouse(
-            attention.attention(q, k, v).flatten(2).unflatten(0, (B, S)).transpose(1, 2)
-        )
-        q = self.mouse_attn_q(x).unflatten(-1, (self.heads, -1))  # (B, T, S, heads, head_dim)
-        q = self.turned(q, self.key_attn_q_norm, rope[:, None]).flatten(1, 2)
-        return x + self.proj_keyboard(attention.attention(q, *kv).flatten(2).unflatten(1, (T, S)))
-
-
-@dataclass
-class Prepared:
-    """What the network computes from the context alone: made once for a segment, valid for all its steps."""
-
-    clean: Tensor  # (B, M+P, S, D) embedded memory and past
-    rays: Tensor  # (B, T, S, D) ray tokens
-    text: Tensor  # (B, text_len, D)
-    mouse: Tensor  # (B, T, 24)
-    keyboard: Tensor  # (B, T, 12, 6)
-    rope: Tensor  # (B, T·S, heads, head_dim/2, 2) cosines and sines
-    action_rope: Tensor  # (T, 1, action head_dim/2, 2)
-    places: list[int]  # how many places every rank holds; S is our number
-    here: slice  # which are ours
-    group: dist.ProcessGroup | None  # the ranks that share this segment
-    blocks: list[tuple] | None = None  # per block: Block.prepare; None: every forward computes it
-
-
-class Block(nn.Module):
-    def __init__(self, cfg: DiTConfig, has_actions: bool):
-        super().__init__()
-        D = cfg.dim
-        self.modulation = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
-        self.self_attn, self.cross_attn = attention.Attention(cfg), attention.Attention(cfg)
-        self.norm3 = nn.LayerNorm(D, eps=1e-6)
-        self.ffn = nn.Sequential(nn.Linear(D, cfg.ffn), nn.GELU("tanh"), nn.Linear(cfg.ffn, D))
-        self.cam_injector_layer1, self.cam_injector_layer2 = nn.Linear(D, D), nn.Linear(D, D)
-        self.cam_scale_layer, self.cam_shift_layer = nn.Linear(D, D), nn.Linear(D, D)
-        self.action_model = ActionModule(cfg) if has_actions else None
-
-    def prepare(self, shared: Prepared) -> tuple:
-        """Camera (1 + scale, shift), text (K, V), keyboard (K, V): functions of the context alone."""
-        # g = W₂·silu(W₁·P) + P,  P the ray tokens
-        g = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(shared.rays))) + shared.rays
-        camera = 1 + self.cam_scale_layer(g), self.cam_shift_layer(g)
-        keyboard = self.action_model and self.action_model.key_value(
-            shared.keyboard, shared.action_rope
-        )
-        return camera, self.cross_attn.key_value(shared.text), keyboard
-
-    def forward(
-        self, x: Tensor, e0: Tensor, shared: Prepared, cache: tuple | None, keep: int
-    ) -> Tensor:
-        """(B, T, S, D) → (B, keep, S, D), the last `keep` latents. e0 (B, T, 6, D): the time's modulation."""
-        camera, text, keyboard = cache or self.prepare(shared)
-        old, dtype = x.shape[1] - keep, self.norm3.weight.dtype  # dtype of matrix products
-        m = (self.modulation + e0).to(x.dtype)[:, :, :, None]
-        shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(2)  # (B, T, 1, D) each
-        a = modulate(x, shift1, scale1).to(dtype)  # 1. self-attention
-        q = self.self_attn.query(a[:, old:])
-        k, v = self.self_attn.key_value(a)
-        q = attention.rotate(q, shared.rope[:, -q.shape[1] :])
-        k = attention.rotate(k, shared.rope)
-        y = (
-            attention.attention(q, k, v)
-            if shared.group is None
-            else attention.attention_across(q, k, v, shared)
-        )
-        x, gate1, shift2, scale2, gate2 = (t[:, old:] for t in (x, gate1, shift2, scale2, gate2))
-        x = torch.addcmul(x, self.self_attn.o(y.flatten(2)).view_as(x), gate1)
-        scale, shift = (t[:, -keep:] for t in camera)  # 2. camera
-        x = torch.addcmul(shift, x, scale)
-        x = F.layer_norm(
-            x, x.shape[-1:], self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), 1e-6
-        )
-        y = attention.attention(self.cross_attn.query(x.to(dtype)), *text).flatten(
-            2
-        )  # 3. residual replaced; text
-        x = x + self.cross_attn.o(y).view_as(x)
-        if self.action_model is not None:  # 4. actions
-            x = self.action_model(
-                x.to(dtype),
-                shared.mouse[:, -keep:],
-                keyboard,
-                shared.action_rope[-keep:],
-            ).to(x.dtype)
-        y = self.ffn(modulate(x, shift2, scale2).to(dtype))  # 5. feed-forward
-        return torch.addcmul(x, y, gate2)
-
-
 class Head(nn.Module):
+    """Tokens to cells, in float32. It too is told the noise level, by a shift and a scale."""
+
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
         self.head = nn.Linear(cfg.dim, math.prod(cfg.patch) * cfg.in_dim)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:  # (B, T, S, D), (B, T, D) → (B, T, S, 4·C)
-        shift, scale = (self.modulation + e[:, :, None])[:, :, :, None].unbind(2)
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:  # (B, T, S, D), (B, T, D) -> (B, T, S, 4·C)
+        time = (self.modulation + e[:, :, None])[:, :, :, None]  # (B, T, 2, 1, D)
+        shift, scale = time.unbind(2)
         return linear32(self.head, modulate(x.float(), shift, scale))
 
 
-# ---- the network -------------------------------------------------------------------------------------------
-
-
-def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """(B, C, T, h, w) → (B, T, places, C·ph·pw): channel, row in the patch, column in the patch."""
-    (B, C, T, h, w), (_, ph, pw) = x.shape, patch
-    rows, columns = h // ph, w // pw
-    x = x.reshape(B, C, T, rows, ph, columns, pw)
-    return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T, rows * columns, C * ph * pw)
-
-
-def unpatchify(
-    y: Tensor, h: int, w: int, patch: tuple[int, int, int]
-) -> Tensor:  # → (B, C, T, h, w)
-    """Not patchify's order: the head's features are row, column, and the channel LAST, as released."""
-    (B, T), (_, ph, pw) = y.shape[:2], patch
-    return (
-        y.reshape(B, T, h // ph, w // pw, ph, pw, -1)
-        .permute(0, 6, 1, 2, 4, 3, 5)
-        .reshape(B, -1, T, h, w)
-    )
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
+    """The whole network. Its parameters carry the released names, so released files load as they are.
+
+    memory, past, x_sigma ── patches ──┐
+    rays ─────────────────── ray tokens ┤
+    sigma ────────────────── time ──────┼── block · block · ... · block ── head ── velocity
+    text, mouse, keyboard ──────────────┤
+    times ────────────────── angles ────┘
+    """
+
     def __init__(self, cfg: DiTConfig = PRESETS["tiny"]):
         super().__init__()
-        self.cfg, D = cfg, cfg.dim
+        self.cfg = cfg
+        D = cfg.dim
+
+        # the order is that of stored optimiser states
         self.patch_embedding = nn.Conv3d(cfg.in_dim, D, cfg.patch, stride=cfg.patch)
         self.patch_embedding_wancamctrl = nn.Linear(cfg.ray_channels * math.prod(cfg.patch), D)
-        self.c2ws_hidden_states_layer1, self.c2ws_hidden_states_layer2 = (
-            nn.Linear(D, D),
-            nn.Linear(D, D),
-        )
+        self.c2ws_hidden_states_layer1 = nn.Linear(D, D)
+        self.c2ws_hidden_states_layer2 = nn.Linear(D, D)
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, D), nn.GELU("tanh"), nn.Linear(D, D)
         )
@@ -323,7 +226,10 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As released: xavier, small embeddings, and zeros: actions, cameras and output start silent."""
+        """As released: actions, cameras and the output start silent.
+
+        A fresh network predicts zero; Wan2.2's weights with fresh cameras predict what Wan2.2 does.
+        """
         silent = ("head.head", "proj_mouse", "proj_keyboard", "cam_scale_layer", "cam_shift_layer")
         for name, p in self.named_parameters():
             if name.endswith("bias") or any(layer in name for layer in silent):
@@ -332,88 +238,6 @@ class DiT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("weight") and p.ndim > 1:
                 nn.init.xavier_uniform_(p.flatten(1))
-
-    def embed(self, x: Tensor, here: slice) -> Tensor:  # (B, C, T, h, w) → (B, T, S, D)
-        weight = self.patch_embedding.weight  # kernel = stride, so a linear layer
-        tokens = patchify(x, self.cfg.patch)[:, :, here].to(weight.dtype)
-        return F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)
-
-    def embed_time(
-        self, sigma: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (B,) → e (B, 2, D), e0 (B, 2, 6, D)
-        t = timestep(sigma, self.cfg.timestep)
-        omega = attention.frequencies(t.new_full((1,), 1e4), self.cfg.freq_dim // 2)
-        angle = (
-            torch.stack([torch.zeros_like(t), t], 1)[..., None] * omega
-        )  # row 0 is t = 0, row 1 is t
-        e = linear32(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], -1))
-        e = linear32(self.time_embedding[2], F.silu(e))
-        return e, linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))
-
-    def prepare(
-        self, context, group: dist.ProcessGroup | None = None, blocks: bool = True
-    ) -> Prepared:
-        """forward(..., prepared=prepare(context)) is the same function, cheaper from the second call on.
-
-        With a group each rank works on its share of the places; all call forward with the same inputs.
-        Not under FSDP, whose blocks gather their weights in forward only: leave `prepared` out there.
-        """
-        self.check(context)
-        cfg, dtype, M = self.cfg, self.patch_embedding.weight.dtype, context.memory.shape[2]
-        h, w = (n // p for n, p in zip(context.past.shape[-2:], cfg.patch[1:], strict=True))
-        places, here = attention.shares(h * w, group)
-        p = self.patch_embedding_wancamctrl(patchify(context.rays, cfg.patch)[:, :, here].to(dtype))
-        text = F.pad(context.text, (0, 0, 0, cfg.text_len - context.text.shape[1]))
-        angles = (
-            attention.rope_angles(context.times, h, w, cfg)[:, :, here].flatten(1, 2),
-            attention.action_angles(M, context.times.shape[1] - M, cfg, context.times.device),
-        )
-        rope, action_rope = (torch.stack([a.cos(), a.sin()], -1).float() for a in angles)
-        shared = Prepared(
-            clean=self.embed(torch.cat([context.memory, context.past], 2), here),
-            rays=p + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(p))),
-            text=self.text_embedding(text.to(dtype)),
-            mouse=context.mouse.flatten(2).to(dtype),
-            keyboard=context.keyboard.to(dtype),
-            rope=rope,
-            action_rope=action_rope,
-            places=places,
-            here=here,
-            group=group,
-        )
-        return (
-            replace(shared, blocks=[block.prepare(shared) for block in self.blocks])
-            if blocks
-            else shared
-        )
-
-    def check(self, context, **more: tuple[Tensor, tuple]) -> None:
-        cfg, M, T = self.cfg, context.memory.shape[2], context.times.shape[1]
-        B, _, P, h, w = context.past.shape
-        shapes = {
-            "past": (B, cfg.in_dim, P, h, w),
-            "memory": (B, cfg.in_dim, M, h, w),
-            "times": (B, T),
-            "rays": (B, cfg.ray_channels, T, h, w),
-            "mouse": (B, T, cfg.action_window, 2),
-            "keyboard": (B, T, cfg.action_window, 6),
-            "text": (B, context.text.shape[1], cfg.text_dim),
-        }
-        more |= {name: (getattr(context, name), shape) for name, shape in shapes.items()}
-        for name, (tensor, shape) in more.items():
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} must be {shape} with {M} memory and {P} past of {T} latents, "
-                    f"got {tuple(tensor.shape)}"
-                )
-        if h % cfg.patch[1] or w % cfg.patch[2]:
-            raise ValueError(
-                f"latents must divide into {cfg.patch[1]}x{cfg.patch[2]} patches, got {h}x{w}"
-            )
-        if context.text.shape[1] > cfg.text_len:
-            raise ValueError(
-                f"text must have at most {cfg.text_len} rows, got {context.text.shape[1]}"
-            )
 
     def forward(
         self,
@@ -424,75 +248,184 @@ class DiT(nn.Module):
         return_past: bool = False,  # also what is predicted at the past latents, in front
         return_features: bool = False,  # the last block's tokens instead, (B, N, S, D)
     ) -> Tensor:  # (B, C, N, h, w) float32 velocity of the new latents
-        (B, C, P, h, w), T = context.past.shape, context.times.shape[1]
+        B, C, P, h, w = context.past.shape
+        T = context.times.shape[1]
         new = T - P - context.memory.shape[2]
-        wanted = new + P if return_past else new
+        answered = new + P if return_past else new
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
-        shared = prepared or self.prepare(context, blocks=False)
+
+        # one sequence: memory and past, which no step changes, and the new latents as they are now
+        shared = prepared or self.share(context)
         x = torch.cat([shared.clean, self.embed(x_sigma, shared.here)], 1)  # (B, T, S, D)
-        x = x + shared.rays if self.cfg.rays_at_input else x
-        x = x.float() if self.cfg.fp32_stream else x
-        is_new = (torch.arange(T, device=x.device) >= T - new).long()  # row of t = 0 or of t
-        e, e0 = (
-            rows.index_select(1, is_new) for rows in self.embed_time(sigma)
-        )  # (B, T, D), (B, T, 6, D)
+        if self.cfg.rays_at_input:
+            x = x + shared.rays
+        if self.cfg.fp32_stream:
+            x = x.float()
+
+        # every latent is told its own noise level
+        is_new = (torch.arange(T, device=x.device) >= T - new).long()
+        e, time = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
+
+        # the last block answers only for what is read; unless it has actions, which look along
+        # all of time, past and memory included
+        ready = shared.blocks or [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
-            keep = (
-                wanted if i == len(self.blocks) - 1 and block.action_model is None else T
-            )  # answer where it is read
-            x = block(x, e0, shared, shared.blocks and shared.blocks[i], keep)
+            is_last = i == len(self.blocks) - 1
+            answer = answered if is_last and block.action_model is None else T
+            x = block(x, time, shared, ready[i], answer)
         if return_features:
-            return x[:, -wanted:]
-        y = self.head(x[:, -wanted:], e[:, -wanted:])  # (B, wanted, S, 4·C)
+            return x[:, -answered:]
+
+        # tokens to cells; ranks that share the places bring them together
+        y = self.head(x[:, -answered:], e[:, -answered:])  # (B, answered, S, 4·C)
         if shared.group is not None:
-            shapes = [(B, wanted, S, y.shape[-1]) for S in shared.places]
-            y = torch.cat(attention.exchange([y] * len(shapes), shapes, shared.group), 2)
+            y = attention.gather_places(y, shared.places, shared.group)
         return unpatchify(y, h, w, self.cfg.patch)
 
+    def prepare(self, context, group: dist.ProcessGroup | None = None) -> Prepared:
+        """forward(..., prepared=prepare(context)) is the same, cheaper from the second call on.
 
-# ---- demo --------------------------------------------------------------------------------------------------
+        With a group each rank works on its share of the places; all call forward with the same
+        inputs. Not under FSDP, whose blocks gather their weights in forward only.
+        """
+        shared = self.share(context, group)
+        return replace(shared, blocks=[block.prepare(shared) for block in self.blocks])
+
+    def share(self, context, group: dist.ProcessGroup | None = None) -> Prepared:
+        """What all blocks need of the context, in their dtype and for our places."""
+        self.check(context)
+        cfg = self.cfg
+        dtype = self.patch_embedding.weight.dtype
+        memory = context.memory.shape[2]
+        T = context.times.shape[1]
+        rows = context.past.shape[-2] // cfg.patch[1]
+        columns = context.past.shape[-1] // cfg.patch[2]
+        places, here = attention.shares(rows * columns, group)
+
+        angles = attention.rope_angles(context.times, rows, columns, cfg)[:, :, here]
+        action_angles = actions.clock(memory, T - memory, cfg, context.times.device)
+        text = F.pad(context.text, (0, 0, 0, cfg.text_len - context.text.shape[1]))
+        return Prepared(
+            clean=self.embed(torch.cat([context.memory, context.past], 2), here),
+            rays=self.embed_rays(context.rays, here),
+            text=self.text_embedding(text.to(dtype)),
+            mouse=context.mouse.flatten(2).to(dtype),
+            keyboard=context.keyboard.to(dtype),
+            rope=attention.cos_sin(angles.flatten(1, 2)),
+            action_rope=attention.cos_sin(action_angles),
+            places=places,
+            here=here,
+            group=group,
+        )
+
+    def embed(self, x: Tensor, here: slice) -> Tensor:  # (B, C, T, h, w) -> (B, T, S, D)
+        # a convolution's weight, used as the matrix that it is
+        weight = self.patch_embedding.weight
+        tokens = patchify(x, self.cfg.patch)[:, :, here].to(weight.dtype)
+        return F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)  # (1)
+
+    def embed_rays(self, rays: Tensor, here: slice) -> Tensor:  # (B, R, T, h, w) -> (B, T, S, D)
+        tokens = patchify(rays, self.cfg.patch)[:, :, here]
+        p = self.patch_embedding_wancamctrl(tokens.to(self.patch_embedding.weight.dtype))
+        hidden = F.silu(self.c2ws_hidden_states_layer1(p))
+        return p + self.c2ws_hidden_states_layer2(hidden)  # (4)
+
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) -> e (B, 2, D), and of it shifts, scales and gates (B, 2, 6, D).
+
+        Row 0 is t = 0, row 1 is t. In float32: a level that is off by bf16 is another level.
+        """
+        t = timestep(sigma, self.cfg.timestep)
+        omega = attention.frequencies(t.new_full((1,), 1e4), self.cfg.freq_dim // 2)
+        angle = torch.stack([torch.zeros_like(t), t], 1)[..., None] * omega  # (B, 2, freq_dim/2)
+        waves = torch.cat([angle.cos(), angle.sin()], -1)
+        e = linear32(self.time_embedding[0], waves)
+        e = linear32(self.time_embedding[2], F.silu(e))  # (2)
+        return e, linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))
+
+    def check(self, context, **more: tuple[Tensor, tuple]) -> None:
+        """Wrong shapes are named; `more` holds further tensors, each with its shape."""
+        cfg = self.cfg
+        B, _, P, h, w = context.past.shape
+        M = context.memory.shape[2]
+        T = context.times.shape[1]
+        rows = context.text.shape[1]
+        shapes = {
+            "past": (B, cfg.in_dim, P, h, w),
+            "memory": (B, cfg.in_dim, M, h, w),
+            "times": (B, T),
+            "rays": (B, cfg.ray_channels, T, h, w),
+            "mouse": (B, T, cfg.action_window, 2),
+            "keyboard": (B, T, cfg.action_window, 6),
+            "text": (B, rows, cfg.text_dim),
+        }
+        wanted = more | {name: (getattr(context, name), shape) for name, shape in shapes.items()}
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} must be {shape} with {M} memory and {P} past of {T} latents, "
+                    f"got {tuple(tensor.shape)}"
+                )
+
+        _, ph, pw = cfg.patch
+        if h % ph or w % pw:
+            raise ValueError(f"latents must divide into {ph}x{pw} patches, got {h}x{w}")
+        if rows > cfg.text_len:
+            raise ValueError(f"text must have at most {cfg.text_len} rows, got {rows}")
+
+
+# ---- demo ----------------------------------------------------------------------------------------
 
 
 def random_context(
-    cfg: DiTConfig, B: int = 1, memory: int = 5, past: int = 4, new: int = 10, size: int = 8
-):
+    cfg: DiTConfig,
+    B: int = 1,
+    memory: int = 5,
+    past: int = 4,
+    new: int = 10,
+    size: int = 8,
+) -> SimpleNamespace:
     """Right shapes, random content: for demos, tests and timing."""
-    T, n, latent = memory + past + new, cfg.action_window, (B, cfg.in_dim)
-    times = torch.cat([3 * torch.arange(memory) + 1, torch.arange(past + new) + 31]).expand(B, T)
+    T = memory + past + new
+    window = cfg.action_window
+    old = 3 * torch.arange(memory) + 1
+    recent = torch.arange(past + new) + 31
     return SimpleNamespace(
-        past=torch.randn(*latent, past, size, size),
-        memory=torch.randn(*latent, memory, size, size),
+        past=torch.randn(B, cfg.in_dim, past, size, size),
+        memory=torch.randn(B, cfg.in_dim, memory, size, size),
         rays=torch.randn(B, cfg.ray_channels, T, size, size),
         text=torch.randn(B, 3, cfg.text_dim),
-        mouse=torch.randn(B, T, n, 2),
-        keyboard=torch.randint(0, 2, (B, T, n, 6)).float(),
-        times=times,
+        mouse=torch.randn(B, T, window, 2),
+        keyboard=torch.randint(0, 2, (B, T, window, 6)).float(),
+        times=torch.cat([old, recent]).expand(B, T),
     )
 
 
+@torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         big = DiT(PRESETS["5b"])
-    count = sum(p.numel() for p in big.parameters())
-    print(
-        f"5b: {len(big.state_dict())} tensors, {count / 1e9:.4f} B parameters (released: 1356, 6.4699 B)"
-    )
-    model, context = DiT(), random_context(PRESETS["tiny"])
+    tensors = len(big.state_dict())
+    parameters = sum(p.numel() for p in big.parameters())
+    print(f"5b: {tensors} tensors, {parameters:,} parameters; released: 1356 and 6,469,915,584")
+
+    model = DiT()
     for p in model.parameters():  # nothing silent, so that every path shows
-        nn.init.normal_(p, std=0.05)
-    x, sigma = torch.randn(1, 16, 10, 8, 8), torch.tensor([0.7])
-    direct, prepared = (model(x, sigma, context, p) for p in (None, model.prepare(context)))
-    print(
-        f"prepared against direct: {(direct - prepared).abs().max():.1e} of {direct.abs().max():.1f}"
-    )
-    turn = attention.rope_angles(torch.tensor([[0, 400]]), 1, 1, model.cfg)[0, :, 0].diff(dim=0)[
-        0, :, :12
-    ]
-    print(
-        "Eq. 7, likeness of now and 400 latents ago, per head:",
-        *(f"{c:.2f}" for c in turn.cos().mean(-1)),
-    )
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.1)
+    context = random_context(model.cfg)
+    x = torch.randn(1, 16, 10, 8, 8)
+    sigma = torch.tensor([0.7])
+    v = model(x, sigma, context)
+    difference = (model(x, sigma, context, model.prepare(context)) - v).abs().max()
+    print(f"prepared once for all steps, or computed in each: {difference} apart")
+
+    for name in ("memory", "past", "rays", "keyboard", "mouse", "text"):
+        other = SimpleNamespace(**vars(context))
+        setattr(other, name, torch.randn_like(getattr(context, name)))
+        moved = (model(x, sigma, other) - v).norm() / v.norm()
+        print(f"another {name}: the velocity moves by {moved:.1%}; the same again: by 0.0%")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPER = {
     "flow",
     "attention",
+    "actions",
+    "block",
     "dit",
     "camera",
     "context",
@@ -51,7 +53,9 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
 ARROWS = {  # who may import whom; the name of a folder stands for all that is in it
     "flow": set(),
     "attention": set(),
-    "dit": {"flow", "attention"},
+    "actions": {"attention"},
+    "block": {"attention", "actions"},
+    "dit": {"attention", "actions", "block"},
     "camera": set(),
     "context": {"camera"},
     "memory": {"camera", "context"},
