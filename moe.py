@@ -1,21 +1,31 @@
 """Two networks, one per noise range, behind one door: two whole networks, not a token router.
 
-Paper: section 3.5 (28B = 2 x 14B). No weights or code of it were released; the scheme is Wan2.2-A14B's.
+Paper: §3.5 (28B = 2 x 14B). Neither weights nor code were released; the scheme is Wan2.2-A14B's.
 
-    v(x_σ, σ, c) = v_high(x_σ, σ, c)    σ ≥ boundary     layout, motion, obedience to actions; one per view
-                 = v_low(x_σ, σ, c)     σ < boundary     detail; shared, also trained without action labels
-    SNR(σ) = ((1 − σ)/σ)²               boundary 0.9 (Wan2.2 image-to-video): SNR 1/81
+    v(x_σ, σ, c) = v_high(x_σ, σ, c)  if σ >= boundary  else  v_low(x_σ, σ, c)                 (1)
 
-Going down the noise levels the expert changes exactly once, so a step costs one 14B forward and only that
-expert has to be on the device (offload). The interface is a dense DiT's: forward, prepare, cfg. A session
-plays one view and so meets one high and the low expert: 28B. FSDP wraps each expert like a dense model.
+Why the noise axis splits. In x_σ = (1 − σ)·x0 + σ·ε a component of x0 of power P stands above the
+noise by
 
-build(preset) makes either kind; weight files are opened by engine/weights.py.
+    SNR(σ)·P,    SNR(σ) = ((1 − σ)/σ)²                                                         (2)
 
-Departures: the boundary, and whether the low expert sees actions and memory, are not disclosed. Here all
-experts share one architecture and one context.
+and the best guess of it keeps that share of what is seen which is signal, not noise:
 
-Demo: python moe.py      Tests: pytest tests/test_moe.py
+    decided(σ, P) = SNR·P / (1 + SNR·P)                                                        (3)
+
+Pictures have their power in what is large and slow: going down from noise, layout and motion are
+decided first, details last. At the boundary, σ = .9 with SNR 1/81, a component of 81 times the
+mean power is half decided, one of mean power by 1 %. Above it a network plans, below it one
+paints, and each gets all its weights for one task.
+
+Going down σ the expert changes once: a step costs one 14B forward, and only one network has to be
+on the device (offload). Views plan differently and paint alike: a high-noise expert for each, one
+low-noise expert for both. With cameras and actions an expert has 19.1 B parameters, 14.3 B of
+them as in Wan2.2.
+
+What differs. The boundary is not disclosed; here it is Wan2.2's. All experts share one context.
+
+Try it: python moe.py      Tests: pytest tests/test_moe.py
 """
 
 from dataclasses import dataclass
@@ -23,8 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import dit
-import flow
+from dit import PRESETS as DENSE
 from dit import DiT, DiTConfig
 
 
@@ -36,12 +45,10 @@ class MoEConfig:
 
 
 PRESETS = {
-    "micro-moe": MoEConfig(dit.PRESETS["micro"]),
-    "tiny-moe": MoEConfig(dit.PRESETS["tiny"]),
-    "28b-moe": MoEConfig(dit.PRESETS["14b"]),
+    "micro-moe": MoEConfig(DENSE["micro"]),
+    "tiny-moe": MoEConfig(DENSE["tiny"]),
+    "28b-moe": MoEConfig(DENSE["14b"]),
 }
-
-# ---- the switch ------------------------------------------------------------------------------------------
 
 
 class Experts(nn.Module):
@@ -55,12 +62,15 @@ class Experts(nn.Module):
         offload: bool = False,  # idle experts wait on the CPU, the working one joins its input
     ):
         super().__init__()
-        self.high, self.low = nn.ModuleDict(high), low
-        self.cfg, self.boundary, self.offload = low.cfg, boundary, offload
+        self.high = nn.ModuleDict(high)
+        self.low = low
+        self.cfg = low.cfg
+        self.boundary = boundary
+        self.offload = offload
         self.view = next(iter(high))  # of this session; see look()
 
     @property
-    def config(self) -> MoEConfig:  # what a checkpoint stores: {"model": asdict(experts.config)}
+    def config(self) -> MoEConfig:  # what a checkpoint stores
         return MoEConfig(self.cfg, self.boundary, tuple(self.high))
 
     def look(self, view: str) -> "Experts":
@@ -72,19 +82,18 @@ class Experts(nn.Module):
     def which(self, sigma: Tensor) -> str:  # (B,) -> "low" or the name of a view
         high = sigma >= self.boundary
         if high.any() != high.all():
-            raise ValueError(
-                f"one expert a step: σ lies on both sides of {self.boundary}, {sigma.tolist()}"
-            )
+            raise ValueError(f"one expert a step: {sigma} is on both sides of {self.boundary}")
         return self.view if high.all() else "low"
 
     def at(self, name: str, device: torch.device) -> nn.Module:
         """The expert of this name, on the device it is needed on."""
-        everyone = {**self.high, "low": self.low}
+        experts = {**self.high, "low": self.low}
         if self.offload:
-            for idle in (e for other, e in everyone.items() if other != name):
-                idle.to("cpu")
-            everyone[name].to(device)
-        return everyone[name]
+            for other, idle in experts.items():
+                if other != name:
+                    idle.to("cpu")
+            experts[name].to(device)
+        return experts[name]
 
     def prepare(self, context, group=None) -> dict:
         """Filled by the first step of an expert, emptied when the next one takes over."""
@@ -99,7 +108,7 @@ class Experts(nn.Module):
         return_past: bool = False,
     ) -> Tensor:  # as DiT.forward
         name = self.which(sigma)
-        expert = self.at(name, x_sigma.device)
+        expert = self.at(name, x_sigma.device)  # (1)
         if prepared is None:
             return expert(x_sigma, sigma, context, return_past=return_past)
         if name not in prepared:
@@ -110,49 +119,32 @@ class Experts(nn.Module):
 
 
 def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu") -> DiT | Experts:
-    """A fresh model of a preset or config; device "meta" costs no memory."""
-    known = {**dit.PRESETS, **PRESETS}
+    """A fresh model of either kind, by preset or config; device "meta" costs no memory."""
+    known = {**DENSE, **PRESETS}
     if isinstance(preset, str) and preset not in known:
         raise ValueError(f"unknown preset {preset!r}; use {', '.join(known)}")
     cfg = known[preset] if isinstance(preset, str) else preset
     with torch.device(device):
-        if isinstance(cfg, MoEConfig):
-            return Experts(
-                {view: DiT(cfg.expert) for view in cfg.views}, DiT(cfg.expert), cfg.boundary
-            )
-        return DiT(cfg)
+        if not isinstance(cfg, MoEConfig):
+            return DiT(cfg)
+        high = {view: DiT(cfg.expert) for view in cfg.views}
+        return Experts(high, DiT(cfg.expert), cfg.boundary)
 
 
-def is_new(name: str) -> bool:
-    """Cameras and actions: what Matrix-Game 3 added to Wan2.2's tensors."""
-    return any(part in name for part in ("cam_", "action_model.", "wancamctrl", "c2ws_"))
+def decided(sigma: float, power: float) -> float:
+    snr = ((1 - sigma) / sigma) ** 2  # (2)
+    return snr * power / (1 + snr * power)  # (3)
 
 
-# ---- demo ------------------------------------------------------------------------------------------------
+def main() -> None:
+    experts = build("micro-moe", "meta")
+    for sigma in (0.99, 0.95, 0.9, 0.89, 0.75, 0.5):
+        layout, detail = decided(sigma, 81), decided(sigma, 1)
+        who = experts.which(torch.tensor([sigma]))
+        print(f"σ {sigma:.2f}: decided of layout {layout:3.0%}, of detail {detail:3.0%}: {who}")
+    size = sum(p.numel() for p in build("28b-moe", "meta").low.parameters()) / 1e9
+    print(f"28b-moe: a step runs {size:.1f} B parameters of the {2 * size:.1f} B of a view")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    experts = build("micro-moe").eval()
-    for p in experts.parameters():  # a fresh network predicts zero
-        p.data.add_(0.05 * torch.randn_like(p))
-    context, sigmas = dit.random_context(experts.cfg), flow.sigma_grid(8)
-    noise = torch.randn(1, experts.cfg.in_dim, 10, 8, 8)
-    first, third = (
-        flow.sample(experts.look(view), context, sigmas, noise) for view in ("first", "third")
-    )
-    dense = flow.sample(experts.low, context, sigmas, noise)
-    twins = flow.sample(Experts({"first": experts.low}, experts.low), context, sigmas, noise)
-    print("expert by step: " + "  ".join(f"{s:.2f} {experts.which(s[None])}" for s in sigmas[:-1]))
-    print(
-        f"first and third person differ by {(first - third).abs().max():.2f}, "
-        f"two equal experts from one dense model by {(twins - dense).abs().max():.0e}"
-    )
-    for name, expert in build("28b-moe", "meta").named_children():
-        for view, network in expert.items() if name == "high" else [("shared", expert)]:
-            sizes = {k: p.numel() / 1e9 for k, p in network.named_parameters()}
-            wan = sum(n for k, n in sizes.items() if not is_new(k))
-            print(
-                f"28b-moe {name:4s} {view:6s}: {wan:.2f} B as in Wan2.2-A14B, "
-                f"{sum(sizes.values()):.2f} B with cameras and actions"
-            )
+    main()

@@ -94,6 +94,11 @@ def vae_from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
     return vae
 
 
+def is_new(name: str) -> bool:
+    """Cameras and actions: what Matrix-Game 3 added to Wan2.2's tensors."""
+    return any(part in name for part in ("cam_", "action_model.", "wancamctrl", "c2ws_"))
+
+
 MAIN = tuple(
     stem + end
     for stem in ("ema", "diffusion_pytorch_model", "model")  # in order of preference
@@ -349,7 +354,7 @@ def start_from(
     tensors, _ = read_weights(file)
     model = moe.build(preset).to(dtype)
     wanted = model.state_dict()
-    fresh = [name for name in wanted if name not in tensors and moe.is_new(name)]
+    fresh = [name for name in wanted if name not in tensors and is_new(name)]
     check_names({name: t for name, t in wanted.items() if name not in fresh}, tensors, file)
     model.load_state_dict(
         {name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True
@@ -362,7 +367,7 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
     missing, unexpected = [k for k in wanted if k not in got], [k for k in got if k not in wanted]
     if missing or unexpected:
         hint = ""
-        if missing and not unexpected and all(map(moe.is_new, missing)):
+        if missing and not unexpected and all(map(is_new, missing)):
             hint = "\nIt looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
         elif any(name.endswith("weight_int8") for name in unexpected):
             hint = "\nIt is quantised: load the float weights and give --int8."

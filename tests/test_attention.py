@@ -13,8 +13,14 @@ import attention as attention_file
 from attention import attention
 
 
+def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    loss = y.float().sin().sum()
+    return torch.autograd.grad(loss, inputs)
+
+
 def rel(ours: Tensor, golden: Tensor) -> float:
-    return float((ours - golden).detach().norm() / golden.detach().norm())
+    difference = (ours - golden).detach()
+    return float(difference.norm() / golden.detach().norm())
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, L, heads, head_dim)
@@ -67,9 +73,8 @@ def test_attention_is_softmax_of_products(kernel: str, monkeypatch: pytest.Monke
     naive = plain_attention(q, k, v)
     assert torch.allclose(ours, naive, atol=1e-6)
 
-    our_gradients = torch.autograd.grad(ours.sin().sum(), (q, k, v))
-    naive_gradients = torch.autograd.grad(naive.sin().sum(), (q, k, v))
-    for a, b in zip(our_gradients, naive_gradients, strict=True):
+    inputs = (q, k, v)
+    for a, b in zip(gradients(ours, inputs), gradients(naive, inputs), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -107,9 +112,8 @@ def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
     torchs = F.rms_norm(x, (32,), weight, 1e-6)
     assert rel(ours, torchs) < tolerance
 
-    our_gradient = torch.autograd.grad(ours.float().sin().sum(), x)[0]
-    torchs_gradient = torch.autograd.grad(torchs.float().sin().sum(), x)[0]
-    assert rel(our_gradient, torchs_gradient) < 2 * tolerance
+    our_gradient = gradients(ours, (x,))[0]
+    assert rel(our_gradient, gradients(torchs, (x,))[0]) < 2 * tolerance
 
 
 def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ import camera
 import dit
 import flow
 import memory
+from actions import ActionModule
 from attention import attention
 from context import Context, Memory, Window, released_windows, segment_cameras
 from dit import DiT, DiTConfig, random_context
@@ -92,7 +93,7 @@ def plain_rope(x: Tensor, angles: Tensor) -> Tensor:  # (B, L, heads, d), (..., 
     return torch.view_as_real(turned).flatten(-2).to(x)
 
 
-def plain_actions(m: dit.ActionModule, x: Tensor, c: SimpleNamespace, cfg: DiTConfig) -> Tensor:
+def plain_actions(m: ActionModule, x: Tensor, c: SimpleNamespace, cfg: DiTConfig) -> Tensor:
     M, (B, T, S, _) = c.memory.shape[2], x.shape
     d = cfg.action_width // cfg.action_heads
     local = torch.tensor([*range(M), *range(T - M)]).double()

@@ -1,4 +1,4 @@
-"""Two experts behind one door, and the door itself: what is wrong with a weight file is said in one sentence."""
+"""Two experts behind one door, and the door itself."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from torch import nn
 import dit
 import flow
 import moe
+from engine import weights
 
 MICRO = dit.PRESETS["micro"]
 
@@ -42,19 +43,16 @@ def scene():
 
 def test_one_expert_runs_per_step(experts, scene, monkeypatch):
     calls = []
-    for name, expert in {
-        "first": experts.high["first"],
-        "third": experts.high["third"],
-        "low": experts.low,
-    }.items():
-        forward = expert.forward
-        monkeypatch.setattr(
-            expert, "forward", lambda *a, n=name, f=forward, **k: calls.append(n) or f(*a, **k)
-        )
+    for name, expert in {**experts.high, "low": experts.low}.items():
+
+        def forward(*args, name=name, answer=expert.forward, **more):
+            calls.append(name)
+            return answer(*args, **more)
+
+        monkeypatch.setattr(expert, "forward", forward)
     flow.sample(experts.look("third"), scene.context, flow.sigma_grid(8), scene.x)
-    assert len(calls) == 8 and calls == sorted(
-        calls, reverse=True
-    )  # third, third, …, low: one change
+    assert len(calls) == 8
+    assert calls == sorted(calls, reverse=True)  # third, third, …, low: one change
     assert set(calls) == {"third", "low"}
 
 
@@ -68,34 +66,29 @@ def test_two_equal_experts_equal_one_dense_model(experts, scene):
     dense = experts.low
     twins = moe.Experts({"first": dense}, dense)
     for method in ("euler", "unipc"):
-        once = flow.sample(twins, scene.context, flow.sigma_grid(4), scene.x, method)
-        assert torch.equal(
-            once, flow.sample(dense, scene.context, flow.sigma_grid(4), scene.x, method)
-        )
+        how = (scene.context, flow.sigma_grid(4), scene.x, method)
+        assert torch.equal(flow.sample(twins, *how), flow.sample(dense, *how))
 
 
 def test_each_view_has_its_own_high_expert_and_all_share_the_low_one(experts, scene):
-    at = {
-        s: {
-            v: experts.look(v)(scene.x, torch.tensor([s]), scene.context)
-            for v in ("first", "third")
-        }
-        for s in (0.95, 0.5)
-    }
-    assert not torch.equal(at[0.95]["first"], at[0.95]["third"])
-    assert torch.equal(at[0.5]["first"], at[0.5]["third"])
+    def answers(sigma):
+        sigma = torch.tensor([sigma])
+        views = ("first", "third")
+        return [experts.look(view)(scene.x, sigma, scene.context) for view in views]
+
+    first, third = answers(0.95)
+    assert not torch.equal(first, third)
+    first, third = answers(0.5)
+    assert torch.equal(first, third)
 
 
 def test_preparing_changes_nothing_and_only_the_working_expert_is_prepared(experts, scene):
     prepared = experts.prepare(scene.context)
     for sigma in (0.95, 0.92, 0.5, 0.2):
         sigma = torch.tensor([sigma])
-        torch.testing.assert_close(
-            experts(scene.x, sigma, scene.context, prepared),
-            experts(scene.x, sigma, scene.context),
-            rtol=0,
-            atol=1e-6,
-        )
+        fast = experts(scene.x, sigma, scene.context, prepared)
+        slow = experts(scene.x, sigma, scene.context)
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6)
         assert set(prepared) == {"inputs", experts.which(sigma)}
 
 
@@ -105,14 +98,10 @@ def test_offload_moves_the_idle_experts_away_and_gives_the_same_answer(experts, 
         monkeypatch.setattr(expert, "to", lambda device, n=name: moves.append((n, str(device))))
     frugal = moe.Experts(dict(experts.high), experts.low, offload=True)
     sigma = torch.tensor([0.95])
-    assert torch.equal(
-        frugal(scene.x, sigma, scene.context), experts(scene.x, sigma, scene.context)
-    )
-    assert moves == [
-        ("third", "cpu"),
-        ("low", "cpu"),
-        ("first", "cpu"),
-    ]  # the working one last, to its input
+    answer = frugal(scene.x, sigma, scene.context)
+    assert torch.equal(answer, experts(scene.x, sigma, scene.context))
+    # the working one last, to its input
+    assert moves == [("third", "cpu"), ("low", "cpu"), ("first", "cpu")]
     moves.clear()
     experts(scene.x, sigma, scene.context)
     assert not moves
@@ -128,17 +117,19 @@ def test_a_batch_on_both_sides_of_the_boundary_is_refused(experts, scene):
 def test_the_28b_preset_is_two_14b_networks_per_view_on_meta():
     model = moe.build("28b-moe", "meta")
     for expert in (*model.high.values(), model.low):
-        assert (expert.cfg.dim, expert.cfg.heads, expert.cfg.layers, expert.cfg.ffn) == (
-            5120,
-            40,
-            40,
-            13824,
-        )
-        wan = sum(p.numel() for n, p in expert.named_parameters() if not moe.is_new(n))
-        assert (
-            expert.patch_embedding.weight.is_meta and abs(wan - 14.29e9) < 0.01e9
-        )  # Wan2.2-A14B, one expert
+        cfg = expert.cfg
+        assert (cfg.dim, cfg.heads, cfg.layers, cfg.ffn) == (5120, 40, 40, 13824)
+        old = [p.numel() for n, p in expert.named_parameters() if not weights.is_new(n)]
+        assert abs(sum(old) - 14.29e9) < 0.01e9  # Wan2.2-A14B, one expert
+        assert expert.patch_embedding.weight.is_meta
     assert list(model.high) == ["first", "third"] and model.boundary == 0.9
+
+
+def test_what_stands_above_the_noise_is_decided_first():
+    assert abs(moe.decided(0.9, 81) - 0.5) < 1e-9  # at the boundary, of 81 times the mean power
+    for sigma in (0.99, 0.9, 0.5, 0.1):
+        assert moe.decided(sigma, 81) > moe.decided(sigma, 1)
+    assert moe.decided(0.99, 1) < 1e-3 and moe.decided(0.01, 1) > 0.999
 
 
 # ---- the door: what opens

@@ -65,7 +65,7 @@ ARROWS = {  # who may import whom; the name of a folder stands for all that is i
     "vae_blocks": set(),
     "lightvae": {"vae", "vae_blocks"},
     "quant": set(),
-    "moe": {"flow", "dit"},
+    "moe": {"dit"},
     "realtime": PAPER - {"realtime", "dmd", "error_buffer"} | {"engine", "dataset"},
     "world": {"camera", "game"},
     "data": {"camera", "dataset", "world", "engine.cli"},

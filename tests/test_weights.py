@@ -342,10 +342,10 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
 
 def test_wan_weights_start_a_model_whose_cameras_and_actions_are_fresh(tmp_path):
     model = shaken(moe.build("micro"))
-    wan = {n: t for n, t in model.state_dict().items() if not moe.is_new(n)}
+    wan = {n: t for n, t in model.state_dict().items() if not weights.is_new(n)}
     weights.write_weights(tmp_path / "wan" / "diffusion_pytorch_model.safetensors", wan)
     started, fresh = weights.start_from(tmp_path / "wan", "micro")
-    assert fresh and all(map(moe.is_new, fresh))
+    assert fresh and all(map(weights.is_new, fresh))
     assert all(torch.equal(started.state_dict()[n], t) for n, t in wan.items())
     same, fresh = weights.start_from(run_folder(tmp_path / "run", model), "micro", torch.bfloat16)
     assert not fresh and next(same.parameters()).dtype == torch.bfloat16
@@ -396,9 +396,9 @@ def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
 
 
 def test_plain_wan_weights_are_recognised(tmp_path):
-    new = [n for n in moe.build("micro", "meta").state_dict() if moe.is_new(n)]
+    new = [n for n in moe.build("micro", "meta").state_dict() if weights.is_new(n)]
     stored = load_file(GOLDEN / "dit.safetensors")
-    drop = {k.removeprefix("weights.") for k in stored if moe.is_new(k)}
+    drop = {k.removeprefix("weights.") for k in stored if weights.is_new(k)}
     with pytest.raises(ValueError) as error:
         weights.load(released_folder(tmp_path, drop=drop))
     text = str(error.value)
