@@ -34,6 +34,7 @@ PAPER = {
 ROOMS = {  # the files of every folder; a new one is a decision, made here
     "engine": {
         "cli",
+        "configs",
         "weights",
         "optim",
         "checkpoint",

@@ -18,7 +18,7 @@ import moe
 import vae
 from context import Memory, Window, released_windows, segment_cameras
 from dit import DiTConfig
-from engine import weights
+from engine import configs, weights
 from vae import PRESETS, VAE, pruned
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -234,7 +234,7 @@ def test_nested_and_flat_torch_files_open_without_running_code(tmp_path):
             found["conv1.weight"], tensors["conv1.weight"]
         )
     torch.save({"a": SimpleNamespace()}, tmp_path / "code.pth")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(ValueError, match="code.pth is damaged: .*(weights_only|Weights only)"):
         weights.read_weights(tmp_path / "code.pth")
 
 
@@ -290,7 +290,7 @@ def test_the_released_config_says_everything(tmp_path):
             "vae_time_compression_ratio": 4,
         },
     }
-    assert weights.from_released(published) == dit.PRESETS["5b"]
+    assert configs.from_released(published) == dit.PRESETS["5b"]
 
 
 def test_a_config_without_sigma_theta_is_warned_about(tmp_path):
@@ -342,10 +342,10 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
 
 def test_wan_weights_start_a_model_whose_cameras_and_actions_are_fresh(tmp_path):
     model = shaken(moe.build("micro"))
-    wan = {n: t for n, t in model.state_dict().items() if not weights.is_new(n)}
+    wan = {n: t for n, t in model.state_dict().items() if not configs.is_new(n)}
     weights.write_weights(tmp_path / "wan" / "diffusion_pytorch_model.safetensors", wan)
     started, fresh = weights.start_from(tmp_path / "wan", "micro")
-    assert fresh and all(map(weights.is_new, fresh))
+    assert fresh and all(map(configs.is_new, fresh))
     assert all(torch.equal(started.state_dict()[n], t) for n, t in wan.items())
     same, fresh = weights.start_from(run_folder(tmp_path / "run", model), "micro", torch.bfloat16)
     assert not fresh and next(same.parameters()).dtype == torch.bfloat16
@@ -396,9 +396,9 @@ def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
 
 
 def test_plain_wan_weights_are_recognised(tmp_path):
-    new = [n for n in moe.build("micro", "meta").state_dict() if weights.is_new(n)]
+    new = [n for n in moe.build("micro", "meta").state_dict() if configs.is_new(n)]
     stored = load_file(GOLDEN / "dit.safetensors")
-    drop = {k.removeprefix("weights.") for k in stored if weights.is_new(k)}
+    drop = {k.removeprefix("weights.") for k in stored if configs.is_new(k)}
     with pytest.raises(ValueError) as error:
         weights.load(released_folder(tmp_path, drop=drop))
     text = str(error.value)
@@ -490,3 +490,125 @@ def test_the_released_light_vae_loads_by_its_own_names() -> None:
         back = weights.vae_from_weights(file)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in back.state_dict().items())
         assert back.cfg == model.cfg and torch.equal(back.latent_std, torch.tensor(vae.WAN_STD))
+
+
+# ---- damaged files -----------------------------------------------------------------------------------------
+
+
+def micro_file(folder: Path) -> Path:
+    model = moe.build("micro")
+    file = folder / "w.safetensors"
+    weights.write_weights(file, model.state_dict(), {"model": asdict(model.cfg), "step": 1})
+    return file
+
+
+def with_header(file: Path, header: bytes) -> None:
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"[1, 2]",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"data_offsets": ["x", "y"]}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": 5}',
+    ],
+)
+def test_a_damaged_header_is_one_line_that_names_the_file(tmp_path, header):
+    file = tmp_path / "w.safetensors"
+    with_header(file, header)
+    with pytest.raises(ValueError, match="w.safetensors is damaged: ") as error:
+        weights.load(file)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b"[1]",
+        b"7",
+        b'{"model": [1]}',
+        b'{"expert": 3}',
+        b'{"expert": {}, "boundary": "x", "views": []}',
+        b'{"dim": "wide"}',
+        b'{"dim": -4}',
+        b'{"dim": 1e99}',
+        b'{"dim": 100000000000}',
+        b'{"layers": 1000000000}',
+        b'{"heads": 0}',
+        b'{"action_blocks": 5}',
+        b'{"patch": [1, 0, 0]}',
+        b'{"num_heads": 2, "action_config": 3}',
+        b'{"num_heads": 2, "sigma_theta": 0.8, "action_config": {"blocks": [0]}}',
+    ],
+)
+def test_a_damaged_config_is_one_line_that_names_the_file(tmp_path, text):
+    weights.write_weights(tmp_path / "w.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"(config.json|w.safetensors) is ") as error:
+        weights.load(tmp_path / "w.safetensors")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_one_line_that_names_the_file(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json is damaged: "):
+        weights.load(tmp_path)
+
+
+def test_a_torch_file_that_holds_no_tensors_by_name_is_damaged(tmp_path):
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 4)
+    for name in ("list", "noise"):
+        with pytest.raises(ValueError, match=f"{name}.pth is (damaged|no readable torch file)"):
+            weights.read_weights(tmp_path / f"{name}.pth")
+
+
+def test_a_damaged_vae_is_one_line_that_names_the_file(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    for config in ({"wings": 2}, {"dim": "wide"}, [1], {"dim_mult": 3}):
+        weights.write_weights(file, {"a": torch.ones(1)}, {"vae": config})
+        with pytest.raises(ValueError, match="vae.safetensors is damaged: "):
+            weights.load_vae(file)
+
+
+def test_whatever_bytes_are_flipped_a_file_opens_or_is_refused(tmp_path):
+    file = micro_file(tmp_path)
+    good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    g = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        place = int(torch.randint(header, (), generator=g))
+        bad[place] = int(torch.randint(256, (), generator=g))
+        file.write_bytes(bad)
+        try:
+            weights.load(file)
+        except ValueError:
+            refused += 1
+    assert refused > 30
+
+
+def test_the_same_content_is_the_same_file(tmp_path):
+    said = {f"key {i}": {"value": i, "text": "σ → é \n"} for i in range(12)}
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2).bfloat16()}
+    files = []
+    for i in range(4):
+        weights.write_weights(tmp_path / f"{i}.safetensors", tensors, said)
+        files.append((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    found, metadata = weights.read_weights(tmp_path / "0.safetensors")
+    assert metadata == said and torch.equal(found["b"], tensors["b"])
