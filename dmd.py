@@ -157,8 +157,7 @@ def judge_loss(
     x0: Tensor,  # (B, C, N, h, w) of the student
     true: Tensor,  # (B, C, N, h, w) what the world showed there
     context: Context,
-    features: Callable,  # the critic's: (x_τ, τ, context) -> (B, N, S, D)
-    judge: nn.Module,
+    judge: Callable,  # (x_τ, τ, context) -> a logit per token
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -166,23 +165,22 @@ def judge_loss(
     tau = draw_tau(len(x0), cfg, generator).to(x0)
     noise = flow.fresh(x0, generator)
     alone = context.alone()
-    says_true = judge(features(flow.add_noise(true, noise, tau), tau, alone))
-    says_made = judge(features(flow.add_noise(x0.detach(), noise, tau), tau, alone))
+    says_true = judge(flow.add_noise(true, noise, tau), tau, alone)
+    says_made = judge(flow.add_noise(x0.detach(), noise, tau), tau, alone)
     return F.softplus(-says_true).mean() + F.softplus(says_made).mean()
 
 
 def adversarial_loss(
     x0: Tensor,  # (B, C, N, h, w) of the student, with its graph
     context: Context,
-    features: Callable,
-    judge: nn.Module,
+    judge: Callable,
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """What the student pays for being recognised."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
     x_tau = flow.add_noise(x0, flow.fresh(x0, generator), tau)
-    return F.softplus(-judge(features(x_tau, tau, context.alone()))).mean()
+    return F.softplus(-judge(x_tau, tau, context.alone())).mean()
 
 
 # ---- the student at work ---------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ Whatever does not fit raises ValueError (so does the parser) or OSError, and end
 and exit status 2. A line says what came, what is allowed and what to type. Every parser knows
 --debug, which shows the traceback instead.
 
-What nobody named lies beside the code, wherever a program is started: cli.beside("assets", "tiny").
-A path that somebody typed is theirs: relative to the current folder, as everywhere else.
+Programs run from any folder. What nobody named lies beside the code: cli.beside("assets", "tiny");
+what somebody typed is looked for here first, then beside the code: cli.find("assets/tiny").
+Two processes that write into one folder ruin it: the first one claims it (cli.claim).
 """
 
 import argparse
@@ -26,7 +27,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,11 +37,35 @@ def beside(*names: str) -> Path:
     return ROOT.joinpath(*names)
 
 
+def find(typed: str | Path) -> Path:
+    """What a typed path means: a place in the current folder, else one beside the code, else itself."""
+    there = beside(str(typed))
+    return there if there.exists() and not Path(typed).exists() else Path(typed)
+
+
 def shown(path: Path) -> str:
     """A path as one would type it here: relative if it lies below the current folder."""
     absolute = Path(os.path.abspath(path))
     here = Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
+
+
+def claim(folder: Path) -> TextIO:
+    """A folder for this process alone, until the file is closed or the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return lock  # a system without locks of this kind: nobody is refused
+    except OSError as error:
+        lock.close()
+        raise ValueError(
+            f"another process is at work in {shown(folder)}: wait for it, or choose another name"
+        ) from error
+    return lock
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,10 @@
-"""Episodes as cached latents, and the batch of a step."""
+"""Episodes as cached latents, and the batch of a step.
+
+A training never sees a video twice: load_clips encodes every episode once and keeps the latents beside
+the dataset, in a file whose name is a digest of the episodes and of the encoder. What a step takes out
+of them is a Cut (which episodes, from where, what to remember), drawn by draw_cut from (seed, step)
+alone; windows() turns it into what the network is told and asked.
+"""
 
 import copy
 import dataclasses
@@ -18,149 +24,158 @@ import memory
 import vae
 from context import Clip, Context, Lens, Window
 from dataset import prompt
-from dataset.episode import list_episodes, read_episode
-from engine import weights
-from engine.run import Run, TrainConfig, generator, lengths, share
+from dataset.episode import Episode, list_episodes, read_episode
+from engine import cli, weights
+from engine.flags import TrainConfig, lengths
+from engine.run import Run, generator, share
 
 VAES = vae.PRESETS | {"5b": vae.PRESETS["wan2.2"], "14b": vae.PRESETS["wan2.2"]}
 WINDOW = Window()
+SPLITS = {"first": ["train"], "third": ["third"], "both": ["train", "third"]}  # by view
+LENGTHS_OF_FILM = ((9, 1), (9, 1), (17, 2), (33, 4))  # frames, and by how much a batch shrinks
 
 
 @dataclass
-class Clips:  # a dataset as latents in memory; row e is one episode
+class Clips:
+    """A dataset as latents in memory; row e is one episode."""
+
     latents: Tensor  # (E, C, T, h, w) float16
     c2w: Tensor  # (E, F, 4, 4)
     keyboard: Tensor  # (E, F, 6)
     mouse: Tensor  # (E, F, 2)
     text: Tensor  # (E, n, D_text)
-    revisit: (
-        Tensor  # (E, T) how much a window that starts here shows of what was seen before its past
-    )
+    revisit: Tensor  # (E, T) how much of a window that starts here was seen before its past
 
 
-def frame_batch(
-    videos: list[np.ndarray], cfg: TrainConfig, step: int
-) -> Tensor:  # (B, 3, F, H, W) in [-1, 1]
-    """Random clips of mixed length: a VAE trained on 9 frames alone fades on longer ones."""
+# ---- pixels: what a VAE learns from ------------------------------------------------------------------------
+
+
+def pixels(video: np.ndarray | Tensor) -> Tensor:
+    """Grey levels (..., F, H, W, 3) -> (..., 3, F, H, W) in [-1, 1]; exact, whatever computes later."""
+    return torch.as_tensor(np.array(video)).movedim(-1, -4).float() / 127.5 - 1
+
+
+def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:
+    """(B, 3, F, H, W): random clips of mixed length. A VAE trained on 9 frames alone fades on longer ones."""
     g = generator(cfg, step)
-    frames, scale = ((9, 1), (9, 1), (17, 2), (33, 4))[int(torch.randint(4, (), generator=g))]
+    frames, scale = LENGTHS_OF_FILM[int(torch.randint(4, (), generator=g))]
     clips = []
     for _ in range(max(1, cfg.batch // scale)):
         video = videos[int(torch.randint(len(videos), (), generator=g))]
         start = int(torch.randint(len(video) - frames + 1, (), generator=g))
-        clips.append(torch.from_numpy(np.array(video[start : start + frames])))
-    return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        clips.append(video[start : start + frames])
+    return pixels(np.stack(clips))
+
+
+# ---- latents: what all other stages learn from -------------------------------------------------------------
 
 
 def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
-    places = (
-        [Path(cfg.vae)]
-        if cfg.vae
-        else [
-            Path(f"{where}/vae.safetensors")
-            for where in (f"assets/{cfg.preset}", f"runs/vae-{cfg.preset}")
-        ]
-    )
-    path = next((p for p in places if p.exists()), None)
+    """The VAE of --vae, or the shipped one, or the one trained here; frozen."""
+    places = [
+        cli.beside("assets", cfg.preset, "vae.safetensors"),
+        cli.beside("runs", f"vae-{cfg.preset}", "vae.safetensors"),
+    ]
+    if cfg.vae:
+        places = [cli.find(cfg.vae)]
+    path = next((place for place in places if place.exists()), None)
     if path is None:
         raise ValueError(
-            f"no VAE at {places[0]}; make one with: python train.py --stage vae --preset {cfg.preset}"
+            f"no VAE at {cli.shown(places[0])}; make one with: "
+            f"python train.py --stage vae --preset {cfg.preset}"
         )
-    return (
-        weights.vae_from_weights(*weights.read_weights(path))
-        .float()
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
+    model = weights.vae_from_weights(*weights.read_weights(path))
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def episodes_for(run: Run, root: Path, split: str) -> list[Path]:
+    """The episodes of a split that this training may see."""
+    cfg = run.cfg
+    paths = list_episodes(root, split)
+    if cfg.overfit and split != "tune":
+        paths = paths[: cfg.overfit]
+
+    # the high-noise experts teach obedience, by true keys only; the low one takes inferred keys, too
+    if cfg.stage == "moe" and cfg.expert.startswith("high"):
+        paths = [path for path in paths if read_episode(path).meta["action_source"] == "engine"]
+    if not paths:
+        where = cli.shown(root)
+        raise ValueError(
+            f"no episodes of split {split!r} in {where}; move some there, or: "
+            f"python data.py make --preset {cfg.preset} --out {where}"
+        )
+    return paths
+
+
+def digest_of(vae: nn.Module, root: Path, paths: list[Path]) -> str:
+    """Changes with the episodes and with whatever changes their latents."""
+    digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
+    encoder = [*vae.encoder.parameters(), *vae.conv1.parameters()]
+    for tensor in (*encoder, vae.latent_mean, vae.latent_std):
+        digest.update(f"{tensor.double().sum().item():.6g}".encode())
+    return digest.hexdigest()[:12]
+
+
+def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
+    """One row of Clips."""
+    size = dit.PRESETS[run.cfg.preset]
+    video = pixels(episode.video)[None].to(run.device, run.dtype)  # (1, 3, F, H, W)
+    c2w = torch.from_numpy(np.array(episode.c2w))
+    return {
+        "latents": encoder.encode(video)[0].half().cpu(),
+        "c2w": c2w,
+        "revisit": revisit_score(c2w),
+        "keyboard": torch.from_numpy(np.array(episode.keyboard)),
+        "mouse": torch.from_numpy(np.array(episode.mouse)),
+        "text": prompt.embed_prompt(episode.text, size.text_dim, size.text_len).half(),
+    }
 
 
 @torch.no_grad()
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
-    """Episodes as latents: encoded once per encoder and dataset, then read from the cache beside the episodes."""
-    cfg, size = run.cfg, dit.PRESETS[run.cfg.preset]
-    paths = list_episodes(root, split)
-    paths = paths[: cfg.overfit] if cfg.overfit and split != "tune" else paths
-    if cfg.stage == "moe" and cfg.expert.startswith(
-        "high"
-    ):  # they teach obedience, by true keys only; the low expert takes inferred ones, too
-        paths = [path for path in paths if read_episode(path).meta["action_source"] == "engine"]
-    if not paths:
-        raise ValueError(
-            f"no episodes of split {split!r} in {root}; move some there, or: python data.py make --preset {cfg.preset} --out {root}"
-        )
-    digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
-    for tensor in (
-        *vae.encoder.parameters(),
-        *vae.conv1.parameters(),
-        vae.latent_mean,
-        vae.latent_std,
-    ):
-        digest.update(f"{tensor.double().sum().item():.6g}".encode())
-    cache = root / f"latents-{split}-{digest.hexdigest()[:12]}.safetensors"
+    """Episodes as latents: encoded once per encoder and dataset, then read from the cache."""
+    paths = episodes_for(run, root, split)
+    cache = root / f"latents-{split}-{digest_of(vae, root, paths)}.safetensors"
     if run.rank == 0 and not cache.exists():
-        encoder, rows = copy.deepcopy(vae).to(run.dtype), []
-        for path in tqdm(paths, desc=f"encoding {split}", disable=not sys.stderr.isatty()):
-            episode = read_episode(path)
-            video = (
-                torch.from_numpy(np.array(episode.video))
-                .permute(3, 0, 1, 2)[None]
-                .to(run.device, run.dtype)
-                / 127.5
-                - 1
-            )
-            c2w = torch.from_numpy(np.array(episode.c2w))
-            rows.append(
-                {
-                    "latents": encoder.encode(video)[0].half().cpu(),
-                    "c2w": c2w,
-                    "revisit": revisit_score(c2w),
-                    "keyboard": torch.from_numpy(np.array(episode.keyboard)),
-                    "mouse": torch.from_numpy(np.array(episode.mouse)),
-                    "text": prompt.embed_prompt(episode.text, size.text_dim, size.text_len).half(),
-                }
-            )
-        weights.write_weights(
-            cache, {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, {"split": split}
-        )
-    dist.barrier() if run.world > 1 else None
+        encoder = copy.deepcopy(vae).to(run.dtype)
+        quiet = not sys.stderr.isatty()
+        bar = tqdm(paths, desc=f"encoding {split}", disable=quiet)
+        rows = [encode(encoder, read_episode(path), run) for path in bar]
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        weights.write_weights(cache, tensors, {"split": split})
+    if run.world > 1:
+        dist.barrier()
     return Clips(**weights.read_weights(cache)[0])
 
 
 def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
     """The episodes of a view, or of both in equal shares."""
-    parts = [
-        load_clips(run, vae, root, split)
-        for split in {"first": ["train"], "third": ["third"], "both": ["train", "third"]}[view]
-    ]
-    often = [torch.arange(max(len(p.latents) for p in parts)) % len(p.latents) for p in parts]
-    return Clips(
-        *(
-            torch.cat([getattr(p, f.name)[rows] for p, rows in zip(parts, often, strict=True)])
-            for f in dataclasses.fields(Clips)
-        )
-    )
+    parts = [load_clips(run, vae, root, split) for split in SPLITS[view]]
+    most = max(len(part.latents) for part in parts)
+    columns = {}
+    for field in dataclasses.fields(Clips):
+        tensors = [getattr(part, field.name) for part in parts]
+        # the smaller part comes round again until it is as long as the larger
+        columns[field.name] = torch.cat([x[torch.arange(most) % len(x)] for x in tensors])
+    return Clips(**columns)
 
 
 def revisit_score(c2w: Tensor) -> Tensor:  # (F, 4, 4) -> (T,)
-    """For every possible first new latent: how well older memory covers the views to come, beyond what the past window does."""
-    poses = torch.cat((c2w[:1], c2w[WINDOW.stride :: WINDOW.stride]))  # one camera per latent
+    """For every possible first new latent: how well older memory covers the views to come, beyond
+    what the past window does."""
+    poses = torch.cat([c2w[:1], c2w[WINDOW.stride :: WINDOW.stride]])  # one camera per latent
     seen = memory.overlap(poses, poses, points=64)  # (T, T): query row, candidate column
     score = torch.zeros(len(seen))
     for start in range(WINDOW.past + 2, len(seen) - WINDOW.new + 1):
-        new, past = seen[start : start + WINDOW.new], start - WINDOW.past
-        score[start] = (new[:, 1:past].amax(1) - new[:, past:start].amax(1)).clamp(min=0).mean()
+        new = seen[start : start + WINDOW.new]
+        past = start - WINDOW.past
+        by_memory = new[:, 1:past].amax(1)
+        by_past = new[:, past:start].amax(1)
+        score[start] = (by_memory - by_past).clamp(min=0).mean()
     return score
 
 
-def draw_length(run: Run, step: int) -> tuple[int, int]:
-    """How many new latents the segment of this step has, and how far into ten it begins."""
-    choices = lengths(run.cfg)
-    if choices == [WINDOW.new]:
-        return WINDOW.new, 0
-    g = generator(run.cfg, step + 900_000_000)
-    n_new = choices[int(torch.randint(len(choices), (), generator=g))]
-    return n_new, int(torch.randint(WINDOW.new - n_new + 1, (), generator=g))
+# ---- the batch of a step -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,9 +191,20 @@ class Cut:
     later: Tensor  # (B,) latents of silence between memory and past
 
 
+def draw_length(run: Run, step: int) -> tuple[int, int]:
+    """How many new latents the segment of this step has, and how far into ten it begins."""
+    choices = lengths(run.cfg)
+    if choices == [WINDOW.new]:
+        return WINDOW.new, 0
+    g = generator(run.cfg, step + 900_000_000)
+    n_new = choices[int(torch.randint(len(choices), (), generator=g))]
+    return n_new, int(torch.randint(WINDOW.new - n_new + 1, (), generator=g))
+
+
 def draw_cut(clips: Clips, run: Run, step: int) -> Cut:
     """Everything random about a step's windows. The order of the draws is a contract: resuming is exact."""
-    cfg, g = run.cfg, generator(run.cfg, step)
+    cfg = run.cfg
+    g = generator(cfg, step)
     episodes, latents = clips.revisit.shape
     rows = torch.randint(episodes, (cfg.batch,), generator=g)
     chances = torch.tensor([cfg.p_i2v, cfg.p_memory_off])
@@ -192,13 +218,16 @@ def draw_cut(clips: Clips, run: Run, step: int) -> Cut:
     weights = torch.where(looks_back, clips.revisit[rows] + 1e-6 * anywhere, anywhere)
     start = torch.multinomial(weights, 1, generator=g)[:, 0]
     n_new, offset = draw_length(run, step)
+    n_past = WINDOW.past
 
+    # all that was drawn so far was drawn for every rank's rows: from here on there are only our own
     null = share(run, torch.rand(cfg.batch, generator=g) < cfg.p_null)
-    rows, start = share(run, rows), share(run, start + offset)
+    rows = share(run, rows)
+    start = share(run, start + offset)
     if i2v:
-        start, n_past, n_new = torch.ones_like(start), 1, WINDOW.first - 1
-    else:
-        n_past = WINDOW.past
+        start = torch.ones_like(start)
+        n_past = 1
+        n_new = WINDOW.first - 1
 
     index = None
     if not (i2v or off):

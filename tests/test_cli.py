@@ -85,5 +85,12 @@ def test_a_program_ends_with_what_main_returns(monkeypatch) -> None:
 def test_places_nobody_named_lie_beside_the_code(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.beside("assets", "start.png").exists()
+    assert cli.find("assets/start.png") == cli.ROOT / "assets/start.png"
+    assert cli.find("nowhere") == Path("nowhere")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/start.png").touch()
+    assert cli.find("assets/start.png") == Path("assets/start.png"), (
+        "the current folder comes first"
+    )
     assert cli.shown(tmp_path / "runs/a") == "runs/a" == cli.shown(Path("runs/a"))
     assert cli.shown(cli.ROOT / "runs") == str(cli.ROOT / "runs")

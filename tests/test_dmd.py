@@ -363,17 +363,21 @@ def test_a_judge_learns_to_tell_true_from_generated_and_the_student_is_told_how_
 
     context = types.SimpleNamespace(alone=lambda: None)
     judge = dmd.Judge(4)
+
+    def opinion(x, tau, context):
+        return judge(features(x, tau, context))
+
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2)
-    before = dmd.judge_loss(made, true, context, features, judge, cfg)
+    before = dmd.judge_loss(made, true, context, opinion, cfg)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = dmd.judge_loss(made, true, context, features, judge, cfg)
+        loss = dmd.judge_loss(made, true, context, opinion, cfg)
         loss.backward()
         optimizer.step()
     assert before > 1.2 and loss < 0.3  # chance is 2 ln 2 = 1.39
 
     x0 = made.clone().requires_grad_()
-    dmd.adversarial_loss(x0, context, features, judge, cfg).backward()
+    dmd.adversarial_loss(x0, context, opinion, cfg).backward()
     assert x0.grad[:, 0].mean() < 0  # a step against it moves towards the true ones
 
 

@@ -41,6 +41,8 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "flags",
         "run",
         "clips",
+        "mistakes",
+        "pictures",
         "ranks",
         "parts",
         "actors",
@@ -250,7 +252,9 @@ def test_every_command_of_the_readme_exists() -> None:
     assert "pip install -r requirements.txt && pytest -q" in readme
     for script, rest in re.findall(r"python ((?:\w+/)?\w+\.py)([^\n`#&|]*)", readme):
         assert (ROOT / script).exists(), script
-        pages = [ROOT / script, ROOT / "engine/run.py"] if script == "train.py" else [ROOT / script]
+        pages = (
+            [ROOT / script, ROOT / "engine/flags.py"] if script == "train.py" else [ROOT / script]
+        )
         source = "".join(path.read_text() for path in pages)
         for flag in re.findall(r"(?<!\S)--([a-z0-9-]+)", rest):
             assert flag in source or flag.replace("-", "_") in source, f"{script} knows no --{flag}"

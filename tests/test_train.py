@@ -29,9 +29,10 @@ import train
 import vae
 from context import Window
 from dataset import episode
-from engine import optim, run, weights
+from engine import cli, flags, mistakes, optim, run, weights
 from engine.clips import Clips, batch, draw, draw_cut, load_clips, load_vae, seen_by
-from engine.run import Run, TrainConfig, generator, parse
+from engine.flags import TrainConfig, parse
+from engine.run import Run, generator
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = ["--preset", "micro", "--dtype", "float32", "--device", "cpu", "--log-every", "1"]
@@ -45,8 +46,11 @@ import functools, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
+from pathlib import Path
 import error_buffer, train
+from engine import cli
 from engine.run import Progress
+cli.ROOT = Path.cwd()
 error_buffer.ErrorConfig = functools.partial(error_buffer.ErrorConfig, warmup=3)
 step, number = map(int, os.environ.get("STOP", "-1 0").split())
 plain = Progress.__call__
@@ -87,6 +91,7 @@ def place(studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name in ("assets", "datasets"):
         (tmp_path / name).symlink_to(studio / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(error_buffer, "ErrorConfig", EARLY)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -99,6 +104,7 @@ def reference(studio: Path) -> Path:
     """Twelve steps of base without a break: what everything else is compared with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(studio)
+        patch.setattr(cli, "ROOT", studio)
         patch.setattr(error_buffer, "ErrorConfig", EARLY)
         assert start("--steps", "12", "--save-every", "4") == 0
     return studio / "runs/base-micro"
@@ -403,10 +409,12 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
 
 
 def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch):
-    monkeypatch.chdir(Path(train.__file__).parent)
-    assert run.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
-    assert run.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
-    assert run.parse(["--stage", "distill", "--preset", "micro"]).init == run.parse([]).init == ""
+    monkeypatch.setattr(cli, "ROOT", ROOT)
+    assert flags.parse(["--stage", "distill"]).init == "assets/tiny/base.safetensors"
+    assert flags.parse(["--stage", "distill", "--init", "runs/mine"]).init == "runs/mine"
+    assert (
+        flags.parse(["--stage", "distill", "--preset", "micro"]).init == flags.parse([]).init == ""
+    )
 
 
 def test_distill_makes_a_student_of_a_base(reference):
@@ -437,7 +445,7 @@ def test_distill_makes_a_student_of_a_base(reference):
 
 @pytest.mark.parametrize("preset", ["micro", "tiny"])
 def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset):
-    cfg = run.parse(["--stage", "distill", "--preset", preset])
+    cfg = flags.parse(["--stage", "distill", "--preset", preset])
     assert Window().frames(cfg.segments) <= data.PRESETS[preset].frames
 
 
@@ -564,7 +572,7 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
 
 
 def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
-    given, targets, inject, velocity = [], [], train.inject, flow.velocity
+    given, targets, inject, velocity = [], [], mistakes.inject, flow.velocity
     monkeypatch.setattr(train, "inject", lambda *args: given.append(inject(*args)) or given[-1])
     monkeypatch.setattr(
         flow, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise)
@@ -588,7 +596,7 @@ def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch)
 def test_errors_go_only_where_they_are_asked_to_go(where, clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, inject=where)
     clean = draw(clips, run, 0)[1]
-    dirty = train.inject(filled("real"), clean, run, torch.Generator().manual_seed(0))
+    dirty = mistakes.inject(filled("real"), clean, run, torch.Generator().manual_seed(0))
     assert [not torch.equal(getattr(dirty, k), getattr(clean, k)) for k in ("past", "memory")] == [
         where == "past",
         where == "memory",
@@ -605,7 +613,7 @@ def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(cl
         seen.append((x_sigma, sigma, context))
         return torch.ones_like(x_sigma)  # v = 1 everywhere: x̂0 − x0 = σ·(noise − x0 − 1)
 
-    own = train.own_errors(network, clips, run, cut, torch.Generator().manual_seed(0))
+    own = mistakes.own_errors(network, clips, run, cut, torch.Generator().manual_seed(0))
     (x_sigma, sigma, context), P, M = seen[0], cut.n_past, clean.memory.shape[2]
     x0 = torch.cat([clean.memory, clean.past], 2)
     expected = x_sigma - sigma.view(-1, 1, 1, 1, 1) - x0
@@ -618,7 +626,7 @@ def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(cl
 
     buffer = filled("real")
     buffer.cfg = dataclasses.replace(buffer.cfg, probability=1.0, jitter=0.0)
-    dirty = train.inject(buffer, clean, run, torch.Generator().manual_seed(0), own)
+    dirty = mistakes.inject(buffer, clean, run, torch.Generator().manual_seed(0), own)
     torch.testing.assert_close(dirty.past, clean.past + own["past"])
     torch.testing.assert_close(dirty.memory, clean.memory + own["memory"])
 
@@ -657,20 +665,22 @@ def test_short_segments_ask_for_memory_as_play_does(clips):
 @pytest.mark.parametrize("said", ["3", "", "10,5", "ten"])
 def test_lengths_that_nobody_plays_are_refused(said, capsys):
     with pytest.raises(ValueError, match="'10 5 2'"):
-        run.lengths(TrainConfig(new=said))
+        flags.lengths(TrainConfig(new=said))
 
 
 def test_a_lone_image_is_real_data_and_stays(clips):
     clips, run = with_flags(clips, p_i2v=1.0)
     clean = draw(clips, run, 0)[1]
-    assert torch.equal(train.inject(filled("real"), clean, run, torch.Generator()).past, clean.past)
+    assert torch.equal(
+        mistakes.inject(filled("real"), clean, run, torch.Generator()).past, clean.past
+    )
 
 
 def test_the_gaussian_control_has_the_variance_of_the_real_errors(clips):
     clips, run = with_flags(clips, batch=16, p_i2v=0.0, p_memory_off=0.0)
     clean, size = draw(clips, run, 0)[1], {}
     for kind in ("real", "gaussian"):
-        dirty = train.inject(filled(kind), clean, run, torch.Generator().manual_seed(0))
+        dirty = mistakes.inject(filled(kind), clean, run, torch.Generator().manual_seed(0))
         size[kind] = torch.stack(
             [(getattr(dirty, k) - getattr(clean, k)).std() for k in ("past", "memory")]
         )
@@ -800,7 +810,7 @@ def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     (victim / "precious").write_text("kept")
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match="--run takes a name under runs/"):
-        run.setup(run.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
+        run.setup(flags.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
     assert (victim / "precious").read_text() == "kept" and (place / "runs").is_dir()
 
 
@@ -1034,7 +1044,7 @@ def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, 
 def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
     clips, cfg = (
         clips[0],
-        run.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
+        flags.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
     )
     clips = dataclasses.replace(
         clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
