@@ -1,32 +1,48 @@
-"""Turn the many-step model into a 3-step one by judging what it makes of its own output.
+"""Many steps into three: reverse KL against one's own teacher.
 
-Paper: section 3.3, Eq. 8, Fig. 6. Training code: not released; the loss has Self-Forcing's (DMD2's) form.
+What it does. Student, teacher ("real") and critic ("fake") start as copies of one base with memory. The
+student makes segments in three steps, the critic learns what these look like, and the student moves
+from what the critic expects to what the teacher expects.
+Paper: §3.3, Eq. 8, Fig. 6.  Released: the student's weights; no training code.
 
-Student G, teacher ("real") and critic ("fake") start as copies of one memory-augmented base. x = G(noise, c)
-is what the student makes; the critic learns what that looks like, the teacher knows what data look like.
+Why it works. The student's x = G_θ(z) should be distributed as the teacher's data. Compare the two
+after adding noise, where both densities are smooth and overlap:
 
-    x_τ = (1−τ)·x + τ·ε                             re-noise the student's output
-    ∇KL(fake_τ ‖ real_τ) = E[(s_fake − s_real)(x_τ)·(1−τ)·∂x/∂θ]          Eq. 8; s = gradient of log density
-    s = −(x_τ − (1−τ)·x̂)/τ²                         a score is a clean estimate x̂ = x_τ − τ·v in disguise
-    s_fake − s_real = (1−τ)/τ²·(x̂_fake − x̂_real)
-    g = (x̂_fake − x̂_real) / mean|x − x̂_real|        factors of τ dropped, the teacher's own error divides
-    L_student = ½·mean (x − stopgrad(x − g))²       so that ∂L/∂x = g / numel             generator_loss
-    L_critic  = mean (v_fake(x_τ', τ') − (ε' − x))²  flow matching on the student's x      critic_loss
+    x_τ = (1 − τ)·x + τ·ε                                                                      (1)
+    KL(fake_τ ‖ real_τ) = E over x_τ ~ fake of  log fake_τ(x_τ) − log real_τ(x_τ)
 
-If fake equals real, g is 0. All three see the same context: past, memory, actions, cameras, text.
+θ enters twice, through the sample and through fake_τ. The second vanishes: E_fake[∂_θ log fake] =
+∫ ∂_θ fake = ∂_θ 1 = 0. What is left needs scores alone, s = ∇ log density, and no density:
 
-Self-rollout: segment after segment on the student's own output; its last 4 latents are the next past, the
-memory is retrieved from the pool of all it made. Earlier segments run to their last step; the last one stops
-at a random step, and that one forward pass alone has a graph. Cold start: few_step on true past and memory.
+    ∇_θ KL = E[(s_fake − s_real)(x_τ)·(1 − τ)·∂x/∂θ]                            Eq. 8
 
-Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between; τ drawn like σ, then clamped to [.02, .98];
-"n updates" read as n critic updates per student update (turns() offers both); the mask p = 0.2 on past and
-memory makes the rollout a single image-to-video segment; guidance in the teacher is a setting (train.py: 3).
+A score is a denoiser in disguise (Tweedie: differentiate log ∫ p(x)·N(x_τ; (1 − τ)·x, τ²) dx):
 
-A judge on the critic's last features (--adversarial, off by default) pulls towards true latents: DMD can
-be no sharper than its teacher.
+    s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²,      x̂ = E[x | x_τ] = x_τ − τ·v                            (2)
+    s_fake − s_real = (1 − τ)/τ²·(x̂_fake − x̂_real)
 
-Demo: python dmd.py      Tests: pytest tests/test_dmd.py
+So ask the teacher and the critic where x_τ came from. The factor (1 − τ)²/τ² would explode for small
+τ; in its place the teacher's own error makes every τ pull about equally:
+
+    g = (x̂_fake − x̂_real) / mean|x − x̂_real|                                                   (3)
+    L_student = ½·mean (x − stopgrad(x − g))²,      because then ∂L/∂x = g / numel             (4)
+    L_critic  = mean (v_fake(x_τ, τ) − (ε − x))²    flow matching on the student's x           (5)
+
+With guidance the teacher answers v_null + w·(v − v_null) instead of v.                        (6)
+Why reverse? KL(fake ‖ real) punishes what the student makes and data do not, blur and ghosts, and
+forgives what it leaves out: sharper pictures, less variety.
+
+Self-rollout. In play the student's context is its own output, so it is trained there: segment after
+segment, its last 4 latents are the next past, its memory comes from all it made. Earlier segments run
+to their last step; the last one stops at a random step, and that one forward pass alone has a graph.
+
+What differs. Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between them; τ drawn
+like σ, then CLAMPED to [.02, .98] (one draw in eleven is exactly .98); "n updates" read as n critic
+updates per student update (turns offers both); the mask p = 0.2 on past and memory makes a rollout a
+single image-to-video segment. A judge on the critic's last features (off by default) pulls towards
+true latents: DMD can be no sharper than its teacher.
+
+Try it: python dmd.py      Tests: pytest tests/test_dmd.py
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +71,7 @@ class DMDConfig:
     p_mask: float = 0.2  # share of rollouts without past and memory: one image-to-video segment
 
 
-# ---- what an iteration draws -----------------------------------------------------------------------------
+# ---- what an iteration draws -------------------------------------------------------------------
 
 
 def draw_segments(
@@ -69,28 +85,29 @@ def draw_segments(
     return 1 if masked else k
 
 
-def draw_exit(
-    cfg: DMDConfig, generator: torch.Generator | None = None
-) -> int:  # step of the last segment
+def draw_exit(cfg: DMDConfig, generator: torch.Generator | None = None) -> int:
+    """At which of its steps the student leaves the last segment."""
     return int(torch.randint(cfg.steps, (), generator=generator))
 
 
-def turns(
-    step: int, ratio: int
-) -> tuple[bool, bool]:  # is it the critic's turn, is it the student's?
-    """n > 0: n critic updates per student update (our reading). n < 0: −n student updates per critic's."""
+def turns(step: int, ratio: int) -> tuple[bool, bool]:
+    """Is it the critic's turn, is it the student's? ratio n > 0: n critic updates per student update
+    (our reading); n < 0: −n student updates per critic update."""
     if ratio == 0:
         raise ValueError(
             "ratio must be n > 0 (critic updates per student update) or n < 0 (reversed), got 0"
         )
-    return ratio > 0 or step % -ratio == 0, ratio < 0 or step % ratio == 0
+    critics = ratio > 0 or step % -ratio == 0
+    students = ratio < 0 or step % ratio == 0
+    return critics, students
 
 
-def draw_tau(B: int, cfg: DMDConfig, generator: torch.Generator | None = None) -> Tensor:  # (B,)
+def draw_tau(B: int, cfg: DMDConfig, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) at which noise levels teacher and critic are compared."""
     return flow.sample_sigma(B, cfg.shift, generator).clamp(cfg.tau_min, cfg.tau_max)
 
 
-# ---- the two losses --------------------------------------------------------------------------------------
+# ---- the two losses ----------------------------------------------------------------------------
 
 
 def generator_loss(
@@ -105,18 +122,21 @@ def generator_loss(
     with torch.no_grad():
         x = x0.detach().float()
         tau = draw_tau(len(x), cfg, generator).to(x)
-        x_tau = flow.add_noise(x, flow.fresh(x, generator), tau)  # x_τ = (1−τ)·x + τ·ε
+        x_tau = flow.add_noise(x, flow.fresh(x, generator), tau)  # (1)
+
+        # where it came from, says the teacher, and where, says the critic
         v_real = real(x_tau, tau, context).float()
-        if cfg.guidance != 1:  # v = v_null + g·(v_full − v_null)
+        if cfg.guidance != 1:
             v_null = real(x_tau, tau, context.null()).float()
-            v_real = v_null + cfg.guidance * (v_real - v_null)
-        x_real = flow.x0_from_v(x_tau, v_real, tau)  # x̂ = x_τ − τ·v
-        x_fake = flow.x0_from_v(x_tau, fake(x_tau, tau, context).float(), tau)
-        # g = (x̂_fake − x̂_real) / mean|x − x̂_real|
+            v_real = v_null + cfg.guidance * (v_real - v_null)  # (6)
+        x_real = flow.x0_from_v(x_tau, v_real, tau)  # (2)
+        v_fake = fake(x_tau, tau, context).float()
+        x_fake = flow.x0_from_v(x_tau, v_fake, tau)
+
+        # a student that is right already divides by zero: no pull
         error = (x - x_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
-        g = ((x_fake - x_real) / error).nan_to_num(0.0, 0.0, 0.0)
-    # L = ½·mean (x − stopgrad(x − g))²
-    return 0.5 * (x0.float() - (x - g)).square().mean()
+        g = ((x_fake - x_real) / error).nan_to_num(0.0, 0.0, 0.0)  # (3)
+    return 0.5 * (x0.float() - (x - g)).square().mean()  # (4)
 
 
 def critic_loss(
@@ -128,12 +148,13 @@ def critic_loss(
 ) -> Tensor:
     """Plain flow matching with the student's x in the place of data."""
     x = x0.detach().float()
-    tau, noise = draw_tau(len(x), cfg, generator).to(x), flow.fresh(x, generator)
+    tau = draw_tau(len(x), cfg, generator).to(x)
+    noise = flow.fresh(x, generator)
     v = fake(flow.add_noise(x, noise, tau), tau, context).float()
-    return (v - flow.velocity(x, noise)).square().mean()  # ‖v_fake − (ε' − x)‖²
+    return (v - flow.velocity(x, noise)).square().mean()  # (5)
 
 
-# ---- a judge of sharpness, off by default ------------------------------------------------------------------
+# ---- a judge of sharpness, off by default --------------------------------------------------------
 
 
 class Judge(nn.Module):
@@ -183,7 +204,7 @@ def adversarial_loss(
     return F.softplus(-judge(x_tau, tau, context.alone())).mean()
 
 
-# ---- the student at work ---------------------------------------------------------------------------------
+# ---- the student at work -----------------------------------------------------------------------
 
 
 def few_step(
@@ -261,20 +282,20 @@ def remember(banks: list[MemoryBank], latents: Tensor, segment: Segment) -> None
         bank.append(latents[row], cameras, segment.times[row, -n:])
 
 
-def recall(
-    banks: list[MemoryBank], query: Tensor, before: int, sink: bool = True
-) -> Memory:  # query (B, M, 4, 4)
-    """What each world of the batch remembers of its own past."""
-    found = [
-        bank.read(bank.retrieve(ask.float(), before, sink=sink)[0])
-        for bank, ask in zip(banks, query, strict=True)
-    ]
+def recall(banks: list[MemoryBank], query: Tensor, before: int, sink: bool = True) -> Memory:
+    """What each world of the batch remembers of its own past; query (B, M, 4, 4)."""
+    found = []
+    for bank, ask in zip(banks, query, strict=True):
+        slots, _ = bank.retrieve(ask.float(), before, sink=sink)
+        found.append(bank.read(slots))
     return Memory(
-        *(torch.cat([getattr(m, name) for m in found]) for name in ("latents", "times", "cameras"))
+        latents=torch.cat([memory.latents for memory in found]),
+        times=torch.cat([memory.times for memory in found]),
+        cameras=torch.cat([memory.cameras for memory in found]),
     )
 
 
-# ---- a Gaussian world, where every answer is known -------------------------------------------------------
+# ---- a Gaussian world, where every answer is known ---------------------------------------------
 
 
 class Gaussian(nn.Module):
@@ -282,15 +303,18 @@ class Gaussian(nn.Module):
 
     def __init__(self, mean: Tensor, factor: Tensor):  # (C,), (C, C)
         super().__init__()
-        self.mean, self.factor = nn.Parameter(mean), nn.Parameter(factor)
+        self.mean = nn.Parameter(mean)
+        self.factor = nn.Parameter(factor)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, context: object) -> Tensor:  # (B, C, 1, 1, 1)
-        cov, s = self.factor @ self.factor.T, sigma[:, None]
-        spread = (1 - s[..., None]) ** 2 * cov + s[..., None] ** 2 * torch.eye(len(cov))  # of x_σ
+        cov = self.factor @ self.factor.T
+        s = sigma[:, None]
+        white = torch.eye(len(cov))
+        spread = (1 - s[..., None]) ** 2 * cov + s[..., None] ** 2 * white  # of x_σ
         # E[x0 | x_σ] = μ + (1−σ)·Σ·[(1−σ)²Σ + σ²I]⁻¹·(x_σ − (1−σ)·μ)
         away = x_sigma.flatten(1) - (1 - s) * self.mean
         x0 = self.mean + (1 - s) * (torch.linalg.solve(spread, away) @ cov)
-        return (x_sigma - x0.view_as(x_sigma)) / s.view(-1, 1, 1, 1, 1)  # v = (x_σ − x̂0)/σ
+        return (x_sigma - x0.view_as(x_sigma)) / flow.per_sample(sigma, x_sigma)  # v = (x_σ − x̂0)/σ
 
 
 class Affine(nn.Module):
@@ -305,27 +329,32 @@ class Affine(nn.Module):
     def forward(self, x_sigma: Tensor, sigma: Tensor, context: object) -> Tensor:
         i = (self.sigmas - sigma[0]).abs().argmin()
         x0 = x_sigma.flatten(1) @ self.A[i].T + self.b[i]
-        return (x_sigma - x0.view_as(x_sigma)) / sigma.view(-1, 1, 1, 1, 1)
+        return (x_sigma - x0.view_as(x_sigma)) / flow.per_sample(sigma, x_sigma)
 
 
 def distil_gaussian(real: Gaussian, iterations: int = 600, seed: int = 0) -> Iterator[Affine]:
     """The whole algorithm at the size of a proof; yields the student after every iteration.
 
-    Rollouts end at the last step here. With random exits the critic sees the mixture of what the exits make,
-    and a critic that can only be one Gaussian finds no fault with a mixture whose two moments are right.
+    Rollouts end at the last step here. With random exits the critic sees the mixture of what the exits
+    make, and a critic that can only be one Gaussian finds no fault with a mixture whose two moments
+    are right.
     """
-    cfg, g, C = DMDConfig(), torch.Generator().manual_seed(seed), len(real.mean)
-    student, fake = Affine(C, cfg), Gaussian(torch.zeros(C), torch.eye(C))
-    opt, opt_fake = (
-        torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)) for net in (student, fake)
-    )
+    cfg = DMDConfig()
+    g = torch.Generator().manual_seed(seed)
+    C = len(real.mean)
+    student = Affine(C, cfg)
+    fake = Gaussian(torch.zeros(C), torch.eye(C))
+    opt = torch.optim.Adam(student.parameters(), betas=(0.0, 0.99))
+    opt_fake = torch.optim.Adam(fake.parameters(), betas=(0.0, 0.99))
     for step in range(iterations):
         fade = min(1.0, 1.5 * (1 - step / iterations))
-        opt.param_groups[0]["lr"], opt_fake.param_groups[0]["lr"] = 0.03 * fade, 0.06 * fade
-        x0 = few_step(
-            student, None, torch.randn(1024, C, 1, 1, 1, generator=g), cfg=cfg, generator=g
-        )
-        if turns(step, 2)[1]:  # the student every second time, the critic always
+        opt.param_groups[0]["lr"] = 0.03 * fade
+        opt_fake.param_groups[0]["lr"] = 0.06 * fade
+        noise = torch.randn(1024, C, 1, 1, 1, generator=g)
+        x0 = few_step(student, None, noise, cfg=cfg, generator=g)
+
+        # the student every second time, the critic always
+        if turns(step, 2)[1]:
             opt.zero_grad()
             generator_loss(x0, None, real, fake, cfg, g).backward()
             opt.step()
@@ -341,24 +370,33 @@ def toy_teacher() -> Gaussian:
 
 
 @torch.no_grad()
-def distance(student: Affine, real: Gaussian) -> tuple[float, float]:  # of mean and covariance
-    x0 = few_step(student, None, torch.randn(200_000, len(real.mean), 1, 1, 1)).flatten(1)
+def distance(student: Affine, real: Gaussian) -> tuple[float, float]:
+    """How far the student's mean and covariance are from the data's, relatively."""
+    noise = torch.randn(200_000, len(real.mean), 1, 1, 1)
+    x0 = few_step(student, None, noise).flatten(1)
     cov = real.factor @ real.factor.T
-    return (
-        ((x0.mean(0) - real.mean).norm() / real.mean.norm()).item(),
-        ((x0.T.cov() - cov).norm() / cov.norm()).item(),
-    )
+    mean_off = (x0.mean(0) - real.mean).norm() / real.mean.norm()
+    cov_off = (x0.T.cov() - cov).norm() / cov.norm()
+    return mean_off.item(), cov_off.item()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """A student of three affine steps becomes its teacher's Gaussian, without seeing one sample of it."""
     torch.manual_seed(0)
     teacher = toy_teacher()
     for i, student in enumerate(distil_gaussian(teacher)):
         if i in (0, 100, 200, 400, 599):
             mean, cov = distance(student, teacher)
-            print(
-                f"iteration {i:3d}: 3-step student off by {mean:6.1%} in mean, {cov:6.1%} in covariance"
-            )
+            print(f"iteration {i:3d}: student off by {mean:6.1%} in mean, {cov:6.1%} in covariance")
+
+    # the gradient is that of a distance: nothing pulls where critic and teacher agree
     x0 = torch.randn(64, 3, 1, 1, 1, requires_grad=True)
-    generator_loss(x0, None, teacher, toy_teacher()).backward()
-    print(f"largest gradient when the critic equals the teacher: {x0.grad.abs().max():.0e}")
+    other = Gaussian(torch.zeros(3), torch.eye(3))
+    for name, critic in (("equals the teacher", toy_teacher()), ("is another Gaussian", other)):
+        x0.grad = None
+        generator_loss(x0, None, teacher, critic).backward()
+        print(f"largest gradient where the critic {name}: {x0.grad.abs().max():.0e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -90,9 +90,7 @@ def inside(points: Tensor, g: Tensor, far: float = FAR) -> Tensor:
     """(3, P), (n, 4, 4) -> (n, P) bool: do the points, moved into each camera by g, lie in its
     90° x 90° frustum between NEAR and far?"""
     # all cameras at once: one product (3·n, 3) · (3, P), its rows sorted by axis
-    rotations = (
-        g[:, :3, :3].transpose(0, 1).flatten(0, 1)
-    )  # (3·n, 3): all x rows, all y rows, all z rows
+    rotations = g[:, :3, :3].transpose(0, 1).flatten(0, 1)
     shifts = g[:, :3, 3].T.flatten()[:, None]
     x, y, z = torch.addmm(shifts, rotations, points).view(3, len(g), -1)
     in_sight = torch.maximum(x.abs_(), y.abs_()) <= z

@@ -98,11 +98,13 @@ def test_a_view_overlaps_itself_fully() -> None:
 
 
 def test_the_released_rule_gives_itself_less_and_a_step_behind_more() -> None:
-    plain, turned = torch.eye(4)[None], random_cameras(1)
+    plain = torch.eye(4)[None]
     behind = plain.clone()
     behind[0, 2, 3] = -1.0
     assert overlap(plain, plain, "released").item() == pytest.approx(0.8)
-    assert 0.75 < overlap(turned, turned, "released").item() < 0.81
+    turned = random_cameras(40)  # by rounding: what lies on the sides of a view falls out or not
+    itself = overlap(turned, turned, "released").diagonal()
+    assert 0.75 < itself.mean() < 0.85 and 0.65 < itself.min() and itself.max() < 0.95
     assert overlap(plain, behind, "released").item() == pytest.approx(0.9)
 
 
