@@ -161,7 +161,7 @@ def start_vae(run: Run, teacher: vae.VAE | None) -> nn.ModuleList:
     model = vae.VAE(vae.pruned(teacher.cfg, cfg.rate) if teacher else VAES[cfg.preset])
     if cfg.init:
         fresh = model.cfg
-        model = weights.vae_from_weights(*weights.read_weights(cli.find(cfg.init))).float()
+        model = weights.load_vae(cli.find(cfg.init)).float()
         if (model.cfg.dim, model.cfg.dec_dim) != (fresh.dim, fresh.dec_dim):
             raise ValueError(
                 f"--init {cfg.init} has a decoder of width {model.cfg.dec_dim}, "

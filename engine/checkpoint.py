@@ -1,4 +1,15 @@
-"""A run that can be killed: save, restore, export."""
+"""A run that can be killed: save, restore, export.
+
+    runs/NAME/latest                     the name of the newest complete checkpoint
+    runs/NAME/ckpt/000500/model...       one weight file for each network of the run
+                         ema             the first network, averaged: what is played and evaluated
+                         train_state.pt  optimisers, error buffer, random generators, step
+                         config.json     what the run is, in words
+
+A checkpoint is written beside its place and then moved there, so one that can be seen is
+complete, and a run killed at any moment goes on from the last one, bit for bit.  Tests:
+tests/test_checkpoint.py
+"""
 
 import json
 import os
@@ -12,57 +23,37 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine import optim
-from engine.weights import join, read_weights, size_in_words, write_text, write_weights
+from engine.configs import Refusal, reading
+from engine.weights import (
+    join,
+    newest_checkpoint,
+    read_weights,
+    size_in_words,
+    write_text,
+    write_weights,
+)
 
 
 def save(
     folder: Path,
-    said: dict,
-    models: dict[str, nn.Module],
+    said: dict,  # what the run is; goes into every file
+    models: dict[str, nn.Module],  # the first is the one that is averaged
     ema: list[Tensor],
-    opts: list,
-    keep: int = 2,
-    **state: object,
+    opts: list[torch.optim.Optimizer],
+    keep: int = 2,  # checkpoints; older ones are removed
+    **state: object,  # whatever else the run needs to go on
 ) -> None:
-    """folder/ckpt/000500, visible only when complete: every model as a weight file (the first is the one that is averaged),
-    ema.safetensors, and train_state.pt with the optimisers and `state`. Sharded tensors are gathered; rank 0 writes."""
-    first, chief = next(iter(models)), not dist.is_initialized() or dist.get_rank() == 0
-    weights = {
-        name: {n: optim.unshard(t).detach().cpu() for n, t in m.state_dict().items()}
-        for name, m in models.items()
-    }
-    names = [n for n, _ in models[first].named_parameters()]
-    weights["ema"] = weights[first] | {
-        n: optim.unshard(e).cpu() for n, e in zip(names, ema, strict=True)
-    }
-    state |= {
-        "step": said["step"],
-        "optimizers": [
-            [
-                {k: optim.unshard(v) for k, v in o.state.get(p, {}).items()}
-                for p in o.param_groups[0]["params"]
-            ]
-            for o in opts
-        ],
-    }
-    if chief:
-        final = folder / "ckpt" / f"{said['step']:06d}"
-        tmp = final.with_name(final.name + ".tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
+    # gathering shards takes all ranks, writing only one
+    first = next(iter(models))
+    weights = {name: whole(model.state_dict()) for name, model in models.items()}
+    names = [name for name, _ in models[first].named_parameters()]
+    weights["ema"] = weights[first] | whole(dict(zip(names, ema, strict=True)))
+    state |= {"step": said["step"], "optimizers": [optimizer_state(o) for o in opts]}
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
         said = said | {"config": asdict(models[first].cfg)}
-        try:
-            tmp.mkdir(parents=True)
-            for name, tensors in weights.items():
-                write_weights(tmp / f"{name}.safetensors", tensors, said)
-            write_text(tmp / "config.json", json.dumps(said, indent=1))
-            torch.save(state, tmp / "train_state.pt")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise ValueError(
-                f"cannot save {final}: {error}. Older checkpoints are intact: make room, then the same command resumes"
-            ) from error
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(tmp, final)
+        final = folder / "ckpt" / f"{said['step']:06d}"
+        write(final, said, weights, state)
         write_text(folder / "latest", final.name)
         for old in sorted((folder / "ckpt").glob("[0-9]*[0-9]"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -70,54 +61,104 @@ def save(
         dist.barrier()
 
 
-def export(*runs: str, file: str) -> None:
-    """The averaged weights of a run, or of the runs of experts joined, as one bfloat16 file: what assets/ holds."""
-    found = [read_weights(run) for run in runs]
-    (tensors, said), names = (
-        found[0],
-        [s.get("expert", "none").removeprefix("high-") for _, s in found],
-    )
-    if len(runs) > 1:
-        if (
-            len({*names}) < len(runs)
-            or len(
-                {
-                    tuple(s.get(k) for k in ("stage", "boundary", "encoding", "shift", "sink"))
-                    for _, s in found
-                }
-            )
-            > 1
-        ):
-            raise ValueError(
-                f"joined runs must be different experts of one --stage moe with one boundary, got {', '.join(names)}"
-            )
-        tensors = (
-            model := join(dict(zip(names, runs, strict=True)), said["boundary"])
-        ).state_dict()
-        said = said | {"config": asdict(model.config), "view": "both"}
-    write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
-    print(
-        f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {size_in_words(Path(file).stat().st_size)}"
-    )
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: optim.unshard(t).detach().cpu() for name, t in tensors.items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Its moments, a dict for each parameter, in the order of the parameters."""
+    params = optimizer.param_groups[0]["params"]
+    entries = [optimizer.state.get(p, {}) for p in params]
+    return [{key: optim.unshard(value) for key, value in entry.items()} for entry in entries]
+
+
+def write(final: Path, said: dict, weights: dict[str, dict[str, Tensor]], state: dict) -> None:
+    tmp = final.with_name(final.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        for name, tensors in weights.items():
+            write_weights(tmp / f"{name}.safetensors", tensors, said)
+        write_text(tmp / "config.json", json.dumps(said, indent=1))
+        torch.save(state, tmp / "train_state.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise ValueError(
+            f"cannot save {final}: {error}. Older checkpoints are intact: make room, then the same "
+            "command resumes"
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
 
 
 @torch.no_grad()
-def restore(folder: Path, models: dict[str, nn.Module], ema: list[Tensor], opts: list) -> dict:
-    """Continue from folder's newest checkpoint, if there is one. Returns the state that save() was given, and the step."""
+def restore(
+    folder: Path,
+    models: dict[str, nn.Module],
+    ema: list[Tensor],
+    opts: list[torch.optim.Optimizer],
+) -> dict:
+    """Continue from the newest checkpoint, if there is one.
+
+    Returns what save() was given as state, and the step.
+    """
     if not (folder / "latest").exists():
         return {}
-    folder = folder / "ckpt" / (folder / "latest").read_text().strip()
-    state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
+    checkpoint = newest_checkpoint(folder)
+    if not checkpoint.is_dir():
+        raise Refusal(
+            f"{folder / 'latest'} is damaged: {checkpoint} is not there. Write the name of another "
+            "checkpoint into it, or start over with --fresh"
+        )
+
     for name, model in models.items():
-        tensors = read_weights(folder / f"{name}.safetensors")[0]
-        for n, t in model.state_dict().items():
-            t.copy_(optim.reshard_like(tensors[n], t))
-    tensors = read_weights(folder / "ema.safetensors")[0]
-    for (n, _), e in zip(next(iter(models.values())).named_parameters(), ema, strict=True):
-        e.copy_(optim.reshard_like(tensors[n], e))
-    for o, saved in zip(opts, state["optimizers"], strict=True):
-        for p, entries in zip(o.param_groups[0]["params"], saved, strict=True):
-            o.state[p] = {
-                k: optim.reshard_like(v, p) if v.shape == p.shape else v for k, v in entries.items()
-            }
+        fill(checkpoint / f"{name}.safetensors", model.state_dict())
+    first = next(iter(models.values()))
+    names = [name for name, _ in first.named_parameters()]
+    fill(checkpoint / "ema.safetensors", dict(zip(names, ema, strict=True)))
+
+    file = checkpoint / "train_state.pt"
+    with reading(file):
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+            params = optimizer.param_groups[0]["params"]
+            for p, entries in zip(params, saved, strict=True):
+                optimizer.state[p] = {key: placed(value, p) for key, value in entries.items()}
     return state
+
+
+def fill(file: Path, targets: dict[str, Tensor]) -> None:
+    """Each target gets its tensor of the file, laid out as the target is."""
+    tensors, _ = read_weights(file)
+    with reading(file):
+        for name, target in targets.items():
+            target.copy_(optim.reshard_like(tensors[name], target))
+
+
+def placed(value: Tensor, p: Tensor) -> Tensor:
+    """A moment lies as its parameter does; a counter of steps stays whole."""
+    return optim.reshard_like(value, p) if value.shape == p.shape else value
+
+
+def export(*runs: str, file: str) -> None:
+    """The averaged weights of a run as one bfloat16 file: what assets/ holds.
+
+    Of several runs, each an expert of --stage moe, the joined model.
+    """
+    found = [read_weights(run) for run in runs]
+    tensors, said = found[0]
+    if len(runs) > 1:
+        names = [words.get("expert", "none").removeprefix("high-") for _, words in found]
+        common = ("stage", "boundary", "encoding", "shift", "sink")
+        kinds = {tuple(words.get(key) for key in common) for _, words in found}
+        if len(set(names)) < len(runs) or len(kinds) > 1:
+            raise ValueError(
+                "joined runs must be different experts of one --stage moe with one boundary, got "
+                + ", ".join(names)
+            )
+        model = join(dict(zip(names, runs, strict=True)), said["boundary"])
+        tensors = model.state_dict()
+        said = said | {"config": asdict(model.config), "view": "both"}
+    write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
+    size = size_in_words(Path(file).stat().st_size)
+    print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {size}")

@@ -84,7 +84,7 @@ def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
             f"no VAE at {cli.shown(places[0])}; make one with: "
             f"python train.py --stage vae --preset {cfg.preset}"
         )
-    model = weights.vae_from_weights(*weights.read_weights(path))
+    model = weights.load_vae(path)
     return model.float().to(device).eval().requires_grad_(False)
 
 

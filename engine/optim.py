@@ -1,4 +1,15 @@
-"""One step of training: shards, precision, Muon, average."""
+"""One step of training: shards, precision, Muon, average.
+
+    low = low_precision_copy(model)       the network that computes; a step then reads
+    copy_weights_down(low, model)         float32 weights -> it
+    loss(low).backward()
+    copy_gradients_up(low, model)         its gradients -> the float32 weights
+    update(opts, model, ...)              clip, step, zero, average
+
+Weights are kept in float32, because a step changes one by less than bfloat16 can write down. On
+several ranks FSDP2 does all of that itself, and one process gives the same numbers.  Tests:
+test_optim.py
+"""
 
 import copy
 import math
@@ -19,12 +30,20 @@ from engine import weights
 
 def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, one unit per block; a single process keeps the plain model."""
-    if dist.is_initialized():
-        kind = next(model.parameters()).device.type
-        mesh = init_device_mesh("cpu" if kind == "meta" else kind, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32)
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+    if not dist.is_initialized():
+        return model
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh("cpu" if kind == "meta" else kind, (dist.get_world_size(),))
+
+    # weights are lowered, inputs are not: 987.65 would become timestep 988.28, and the modulation,
+    # the residual stream and the rotary angles would follow
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
 
@@ -36,23 +55,23 @@ def unshard(x: Tensor) -> Tensor:
 def reshard_like(full: Tensor, target: Tensor) -> Tensor:
     """A whole tensor laid out as the target is."""
     full = full.to(target.device)
-    return (
-        distribute_tensor(full, target.device_mesh, target.placements)
-        if isinstance(target, DTensor)
-        else full
-    )
+    if isinstance(target, DTensor):
+        return distribute_tensor(full, target.device_mesh, target.placements)
+    return full
 
 
 def low_precision_copy(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
-    """The model that computes: a copy in a lower precision, or the model itself (FSDP lowers it on its own).
-    recompute: its blocks keep only their inputs and run again in the backward pass (activation checkpointing)."""
-    low = (
-        model if dist.is_initialized() or dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-    )
-    for block in low.blocks if recompute else ():
-        block.forward = partial(
-            checkpoint, partial(type(block).forward, block), use_reentrant=False
-        )  # copies along with the block
+    """The model that computes: a copy in a lower precision, or the model itself.
+
+    recompute: its blocks keep only their inputs, and run again in the backward pass.
+    """
+    low = model
+    if dtype != torch.float32 and not dist.is_initialized():  # FSDP lowers it on its own
+        low = copy.deepcopy(model).to(dtype)
+    if recompute:
+        for block in low.blocks:
+            run = partial(type(block).forward, block)  # copies along with the block
+            block.forward = partial(checkpoint, run, use_reentrant=False)
     return low
 
 
@@ -86,17 +105,22 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Sequence[nn.Parameter],
+        weights: Sequence[nn.Parameter],  # kernels too: they are flattened to matrices
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,  # of the five iterations
     ):
+        self.weights = list(weights)
+        # matrices in the same memory
+        matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.weights]
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
+        for p, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
@@ -132,37 +156,39 @@ def optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     dtype: torch.dtype = torch.bfloat16,  # of Muon's iterations
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside DiT blocks and VAE coders (kernels flattened to matrices), AdamW on everything else."""
-    inside = {}
+    """Muon on the matrices inside DiT blocks and VAE coders, AdamW on everything else."""
+    inside = []
     others = []
     for name, p in model.named_parameters():
         in_a_block = "blocks." in name or "coder." in name
-        if muon and in_a_block and p.ndim > 1 and min(p.flatten(1).shape) > 16:
-            inside[name] = p
-        else:
-            others.append(p)
+        is_matrix = p.ndim > 1 and min(p.flatten(1).shape) > 16
+        chosen = inside if muon and in_a_block and is_matrix else others
+        chosen.append(p)
 
     found = [torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=decay)]
     if inside:
-        views = [nn.Parameter(p.detach().flatten(1)) for p in inside.values()]  # the same memory
-        found.append(Muon(views, muon, decay, dtype=dtype))
-        found[-1].viewed = list(inside.values())
+        found.append(Muon(inside, muon, decay, dtype=dtype))
     for optimizer in found:
-        optimizer.param_groups[0]["top"] = optimizer.param_groups[0]["lr"]
+        group = optimizer.param_groups[0]
+        group["initial_lr"] = group["lr"]  # of which update() takes a share
     return found
 
 
 def update(
-    opts: list, model: nn.Module, factor: float, clip: float, ema: list[Tensor], decay: float
+    opts: list[torch.optim.Optimizer],
+    model: nn.Module,
+    factor: float,  # on every learning rate
+    clip: float,  # of the gradient norm
+    ema: list[Tensor],  # empty: no average
+    decay: float,  # of the average
 ) -> float:
     """Clip, step, zero, average. Returns the gradient norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for o in opts:
-        for p, view in zip(getattr(o, "viewed", ()), o.param_groups[0]["params"], strict=False):
-            view.grad = None if p.grad is None else p.grad.flatten(1)
-        o.param_groups[0]["lr"] = o.param_groups[0]["top"] * factor
-        o.step()
-        o.zero_grad(set_to_none=True)
+    for optimizer in opts:
+        group = optimizer.param_groups[0]
+        group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     model.zero_grad(set_to_none=True)
     if ema:
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
@@ -172,9 +198,8 @@ def update(
 def lr_at(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to 5 %: a factor on every learning rate."""
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    return min(1.0, (step + 1) / max(1, warmup)) * (
-        0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-    )
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    return min(1.0, (step + 1) / max(1, warmup)) * cosine
 
 
 def average(model: nn.Module) -> list[Tensor]:
@@ -200,17 +225,12 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def check_finite(loss: Tensor, model: nn.Module, folder: Path, **batch: Tensor) -> None:
-    """A loss that is not a number ends the run, with the batch on disk and the first bad weight named."""
-    if (
-        not gathered(loss.detach()[None]).isfinite().all()
-    ):  # every rank stops, also for the loss of another
-        bad = next(
-            (n for n, p in model.named_parameters() if not torch.isfinite(unshard(p)).all()),
-            "none: activations overflowed",
-        )
-        weights.write_weights(
-            folder / "nan_dump.safetensors", {k: v.detach() for k, v in batch.items()}
-        )
-        raise ValueError(
-            f"loss is {loss.item()}; its batch is in {folder}/nan_dump.safetensors; first bad weight: {bad}"
-        )
+    """A loss that is no number ends the run: its batch on disk, the first bad weight named."""
+    losses = gathered(loss.detach()[None])  # every rank stops, also for the loss of another
+    if losses.isfinite().all():
+        return
+    bad = [name for name, p in model.named_parameters() if not unshard(p).isfinite().all()]
+    first = bad[0] if bad else "none: activations overflowed"
+    dump = folder / "nan_dump.safetensors"
+    weights.write_weights(dump, {name: t.detach() for name, t in batch.items()})
+    raise ValueError(f"loss is {loss.item()}; its batch is in {dump}; first bad weight: {first}")

@@ -200,7 +200,7 @@ def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
     for folder in folders:
         for file in names:
             if (folder / file).is_file():
-                return weights.vae_from_weights(*weights.read_weights(folder / file))
+                return weights.load_vae(folder / file)
     stage = "vae" if name == "full" else "lightvae"
     raise ValueError(
         f"no {name} decoder: looked for {' or '.join(names)} in {', '.join(map(str, folders))}; "
