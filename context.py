@@ -1,35 +1,43 @@
 """Memory, past, new: all that the network sees besides noise.
 
-What it does. A segment is made in one go: a few clean latents of the past, noise in the place of the new ones,
-five old latents that memory.py found, and for every latent the cameras and actions that belong to it. Training,
-distillation, play and evaluation build this context here and nowhere else.
+What it does. A segment is made in one go: a few clean latents of the past, noise in the place of
+the new ones, five old latents that memory.py found, and for every latent the cameras and actions
+that belong to it. Training, distillation, play and evaluation build this context here and nowhere
+else.
 
-Time. The first frame is alone in its latent, every later latent holds four (vae.py has the reason):
+Time. The first frame is alone in its latent, every later latent holds four (vae.py has the
+reason):
 
-    frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...            latent L >= 1 covers frames 4L − 3 .. 4L          (1)
+    frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...            latent L >= 1: frames 4L − 3 .. 4L     (1)
     latents    0 |    1    |    2    | 3 ...
 
-    segment 0  [0 | 1 ........... 14]                   the image is the past of 14 new latents: 57 frames
-    segment 1             [11 .. 14 | 15 ........ 24]   four latents of the past, ten new: 40 frames
-    segment 2                       [21 .. 24 | 25 ...  10, 5 or 2 at once: the fewer, the sooner a key acts
+    segment 0  [0 | 1 ........... 14]                   the image is the past of 14: 57 frames
+    segment 1             [11 .. 14 | 15 ........ 24]   four of the past, ten new: 40 frames
+    segment 2                       [21 .. 24 | 25 ...  or 5 or 2: the fewer, the sooner a key acts
 
-Sequence. [memory | past | new] is ONE sequence for attention. Memory and past enter clean, at t = 0, and carry
-no loss; only the new latents are noise. What tells an old latent from a new one is its time (a clock, see
-attention.py) and its camera (rays, see camera.py).
+Sequence. [memory | past | new] is ONE sequence for attention. Memory and past enter clean, at t =
+0, and carry no loss; only the new latents are noise. What tells an old latent from a new one is
+its time (a clock, see attention.py) and its camera (rays, see camera.py).
 
-Memory. Slot j was asked for by the new latent that lies j·new/5 before the newest: five questions, spread
-over the segment, for 10 new ones at −1 −3 −5 −7 −9.                                                      (2)
+Memory. Five questions are spread over the segment, so that what comes into view late is asked for
+too. For 10 new latents the newest asks, and those 2, 4, 6 and 8 before it:
 
-Actions. action[t] leads from frame t to t + 1. Latent L sees the twelve actions 4L − 12 .. 4L − 1: the four
-that made its frames and eight before, so that a start or stop is seen coming.                            (3)
+    slot j was asked for by the new latent ⌊j·new/5⌋ before the newest                         (2)
 
-Guidance subtracts what the network says without knowing: no memory, null actions (mouse +1, keyboard −1, as
-released; memory tokens carry them too), no text. Training mutes a share of its samples so that it can answer.
+Actions. action[t] leads from frame t to t + 1. A latent sees the four that made its frames and
+eight before, so that a start or stop is seen coming:
 
-What differs. The released windows slip by one frame after segment 0 and repeat the last action, which is not
-known yet; whoever plays released weights, or trains for that encoding, gets them (released_windows).
+    latent L sees actions 4L − 12 .. 4L − 1                                                    (3)
 
-Try it: python memory.py      Tests: pytest tests/test_context.py tests/test_memory.py
+Guidance subtracts what the network says without knowing: no memory, null actions (mouse +1,
+keyboard −1, as released; memory tokens carry them too), no text. Training mutes a share of its
+samples so that it can answer.
+
+What differs. The released windows slip by one frame after segment 0 and repeat the last action,
+which is not known yet; whoever plays released weights, or trains for that encoding, gets them
+(released_windows).
+
+Try it: python context.py      Tests: pytest tests/test_context.py tests/test_memory.py
 """
 
 from dataclasses import dataclass, fields, replace
@@ -46,11 +54,11 @@ ENCODINGS = ("anchored", "absolute", "none", "released")  # of rays
 LENGTHS = (10, 5, 2)  # new latents of a segment that our own models are trained for
 
 
-# ---- time --------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def query_offsets(new: int, memory: int) -> list[int]:
-    """Memory slot j asks this many latents before the newest: 0 2 4 6 8 for 10 new latents and 5 slots."""
+    """Memory slot j asks this many latents before the newest: 0 2 4 6 8 of 10 new ones."""
     return [slot * new // memory for slot in range(memory)]  # (2)
 
 
@@ -93,7 +101,10 @@ class Window:
 
 
 def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) -> Tensor:
-    """Frames 4L + step of x (B, F, ...) for each of n latents: (B, n, S, ...), clamped at frame 0, never past the end."""
+    """Frames 4L + step of x (B, F, ...) for each of n latents: (B, n, S, ...).
+
+    Frames before 0 are frame 0; frames past the end are refused.
+    """
     first = torch.as_tensor(first_latent, device=x.device).expand(len(x))
     latents = first[:, None] + torch.arange(n, device=x.device)  # (B, n)
     frames = Window.stride * latents[..., None] + steps.to(x.device)  # (B, n, S)
@@ -107,15 +118,16 @@ def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) ->
 
 
 def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, 4, 4) from frame 0, an int or (B,) -> (B, n, 4, 4, 4): the cameras of each latent's four frames.
+    """(B, F, 4, 4) from frame 0 -> (B, n, 4, 4, 4): the cameras of each latent's four frames.
 
-    The last of the four, [:, :, -1], is the latent's own pose. Latent 0 has frame 0 four times.
+    first_latent is an int or (B,). The last of the four, [:, :, -1], is the latent's own pose. Latent 0
+    has frame 0 four times.
     """
     return take_frames(c2w, first_latent, n, torch.arange(1 - Window.stride, 1))  # (1)
 
 
 def action_windows(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, A) from frame 0 -> (B, n, 12, A): what each latent sees of the actions, clamped at frame 0."""
+    """(B, F, A) from frame 0 -> (B, n, 12, A): what each latent sees of the actions."""
     return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))  # (3)
 
 
@@ -123,7 +135,8 @@ def released_windows(actions: Tensor) -> Tensor:  # (B, 57 | 56, A) -> (B, 15 | 
     """Of one segment: 12 copies of its own first action in front of 4k+1 frames, 8 in front of 4k."""
     frames = actions.shape[1]
     copies = ACTIONS_SEEN if frames % Window.stride == 1 else ACTIONS_SEEN - Window.stride
-    padded = torch.cat([actions[:, :1].expand(-1, copies, -1), actions], 1)
+    before = actions[:, :1].expand(-1, copies, -1)
+    padded = torch.cat([before, actions], 1)
     latents = (frames + 3) // Window.stride
     return padded.unfold(1, ACTIONS_SEEN, Window.stride)[:, :latents].mT
 
@@ -143,7 +156,7 @@ def released_actions(actions: Tensor, first_latent: int | Tensor, n: int) -> Ten
     return released_windows(actions[rows, frames])
 
 
-# ---- what goes into a context ------------------------------------------------------------------------------
+# ---- what goes into a context --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,7 +202,7 @@ class Context:
         return Context(**moved)
 
     def without(self, rows: int) -> "Context":
-        """Everything that belongs to the first latents of the sequence is gone, but for the latents themselves."""
+        """All that belongs to the first latents of the sequence is gone, but for them themselves."""
         return replace(
             self,
             times=self.times[:, rows:],
@@ -199,13 +212,14 @@ class Context:
         )
 
     def drop_memory(self) -> "Context":
-        return replace(self.without(self.memory.shape[2]), memory=self.memory[:, :, :0])
+        remembered = self.memory.shape[2]
+        return replace(self.without(remembered), memory=self.memory[:, :, :0])
 
     def alone(self) -> "Context":
         """The new latents and their cameras, without anything that came before, text or actions."""
-        clean = self.memory.shape[2] + self.past.shape[2]
-        bare = self.without(clean)
-        bare = replace(bare, memory=self.memory[:, :, :0], past=self.past[:, :, :0])
+        bare = self.drop_memory()
+        bare = bare.without(self.past.shape[2])
+        bare = replace(bare, past=self.past[:, :, :0])
         return bare.mute(torch.ones(len(self.past), dtype=torch.bool))
 
     def mute(self, where: Tensor) -> "Context":  # (B,) bool
@@ -220,7 +234,7 @@ class Context:
         )
 
     def null(self, text: Tensor | None = None) -> "Context":
-        """The branch guidance subtracts: no memory, null actions, the negative prompt (zeros if none)."""
+        """The branch guidance subtracts: no memory, null actions, the negative prompt or zeros."""
         bare = self.drop_memory().mute(torch.ones(len(self.past), dtype=torch.bool))
         return bare if text is None else replace(bare, text=text)
 
@@ -244,7 +258,7 @@ class Segment:
     @classmethod
     def cut(
         cls,
-        walk: object,  # c2w (B, F, 4, 4), keyboard (B, F, 6), mouse (B, F, 2) of every frame from frame 0
+        walk: object,  # from frame 0: c2w (B, F, 4, 4), keyboard (B, F, 6), mouse (B, F, 2)
         first: int | Tensor,  # its first latent, an int or (B,)
         n: int,  # how many latents
         encoding: str = "anchored",
@@ -275,7 +289,11 @@ class Segment:
         """The ONE place where a context is put together."""
         B, C, P, h, w = past.shape
         if memory is None:
-            memory = Memory(past[:, :, :0], self.times[:, :0], self.cameras[:, :0])
+            memory = Memory(
+                latents=past[:, :, :0],
+                times=self.times[:, :0],
+                cameras=self.cameras[:, :0],
+            )
         M = memory.latents.shape[2]
         camera.expect("times", self.times, (B, self.times.shape[1]))
         camera.expect("text", text, (B, *text.shape[-2:]))
@@ -304,9 +322,13 @@ class Segment:
         """(B, M+T, 4, 4, 4) -> (B, R, M+T, h, w) in the encoding that the network was trained for."""
         h, w = size
         T = self.times.shape[1]
-        if camera.choose("encoding", lens.encoding, ENCODINGS) == "released":
-            K = torch.tensor([w, h, w, h]) * lens.stride / 2 if lens.K is None else lens.K
-            return released_rays(cameras, cameras.shape[1] - T, T - P, K, (h, w, lens.stride))
+        camera.choose("encoding", lens.encoding, ENCODINGS)
+        if lens.encoding == "released":
+            K = lens.K
+            if K is None:
+                K = torch.tensor([w, h, w, h]) * lens.stride / 2
+            memories = cameras.shape[1] - T
+            return released_rays(cameras, memories, T - P, K, (h, w, lens.stride))
 
         anchor = self.cameras[:, P - 1, -1]  # the last past frame
         if lens.encoding == "absolute":
@@ -323,31 +345,32 @@ def released_rays(
     K: Tensor,  # (4,) pixels
     size: tuple[int, int, int],  # latent h, w and pixels per cell
 ) -> Tensor:  # (B, 6*stride², M+T, h, w) float32
-    """As released: every latent relative to the one before, memory relative to the view that asks for it."""
+    """As released: every latent relative to the one before, memory to the view that asks for it."""
     h, w, stride = size
     pose = camera.to_released(cameras[:, :, -1].double())
     T = cameras.shape[1] - M
 
-    # past and new:  g_i = c2w_{i−1}⁻¹ c2w_i,  g_0 = I;     memory:  g_j = c2w_query(j)⁻¹ c2w_j
+    # past and new: g_i = c2w_{i−1}⁻¹ c2w_i, g_0 = I; memory: g_j = c2w_query(j)⁻¹ c2w_j
     asked_by = [M + T - 1 - offset for offset in query_offsets(new, M)]
     before = [M, *range(M, M + T - 1)]
     g = camera.relative(pose[:, asked_by + before], pose)
 
-    # t / |t| of memory, t / max |t| of the segment; below 0.1 mm a direction would be rounding noise
+    # t / |t| of memory, t / max |t| of the segment; below 0.1 mm a direction would be noise
     length = g[..., :3, 3].norm(dim=-1)
     length[:, M:] = length[:, M:].amax(1, keepdim=True)
     g[..., :3, 3] /= torch.where(length > 1e-4, length, 1.0)[..., None]
 
-    return fold_cells(camera.rays(g.float(), K, h * stride, w * stride), stride).transpose(1, 2)
+    image = camera.rays(g.float(), K, h * stride, w * stride)
+    return fold_cells(image, stride).transpose(1, 2)
 
 
 def fold_cells(x: Tensor, stride: int) -> Tensor:
-    """(B, T, c, h s, w s) -> (B, T, c s², h, w): channel, row in the cell, column in the cell, as released weights expect."""
+    """(B, T, c, h s, w s) -> (B, T, c s², h, w): channel, row in the cell, column in the cell."""
     cells = x.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))  # (..., c, h, s, w, s)
     return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4)
 
 
-# ---- windows of whole clips --------------------------------------------------------------------------------
+# ---- windows of whole clips ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -369,12 +392,14 @@ class Clip:
         lens: Lens = Lens(),
     ) -> tuple[Tensor, Context]:  # x0 (B, C, N, h, w) and its context
         """Cut a window of training or evaluation out of the clips."""
+        # the window must lie inside the clip, its past included
         first = start.to(self.latents.device) - n_past
         n = n_past + n_new
-        if int(first.min()) < 0 or int(first.max()) + n > self.latents.shape[2]:
+        stored = self.latents.shape[2]
+        if int(first.min()) < 0 or int(first.max()) + n > stored:
             raise ValueError(
-                f"start must lie in {n_past} .. {self.latents.shape[2] - n_new} for {n_past} past and {n_new} "
-                f"new latents in a clip of {self.latents.shape[2]}, got {start.tolist()}"
+                f"start must lie in {n_past} .. {stored - n_new} for {n_past} past and {n_new} new "
+                f"latents in a clip of {stored}, got {start.tolist()}"
             )
         segment = Segment.cut(self, first, n, lens.encoding)
         latents = self.latents_at(segment.times)
@@ -393,3 +418,32 @@ class Clip:
         slots = index.to(self.c2w.device).unbind(1)
         cameras = torch.cat([segment_cameras(self.c2w, slot, 1) for slot in slots], 1)
         return Memory(self.latents_at(index), index, cameras)
+
+
+def main() -> None:
+    """Every frame is made once, however long the segments are; what each latent sees of the past."""
+    for new in LENGTHS:
+        window = Window(new=new)
+        made = [0] * window.frames(4)
+        for k in range(4):
+            first, end, past = window.segment(k)
+            fresh = range(first + past if k else first, end)
+            for latent in fresh:
+                for frame in window.frames_of(latent):
+                    made[frame] += 1
+        asking = window.queries(1)
+        print(
+            f"{new:2d} new: 4 segments are {len(made)} frames, each made {min(made)} to {max(made)} times;",
+            end="",
+        )
+        print(f" segment 1 is latents {window.segment(1)[:2]}, and {asking} ask for memory")
+
+    actions = torch.arange(200.0)[None, :, None]
+    ours = action_windows(actions, 15, 1)[0, 0, :, 0]
+    theirs = released_actions(actions, 11, 14)[0, 4, :, 0]
+    print(f"latent 15 sees actions {ours[0]:.0f} .. {ours[-1]:.0f}", end="")
+    print(f"; in the release, of segment 1, {theirs[0]:.0f} .. {theirs[-1]:.0f}")
+
+
+if __name__ == "__main__":
+    main()

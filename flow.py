@@ -1,20 +1,25 @@
 """Learn the velocity that carries noise to data, and walk along it.
 
-What it does. Four formulas of flow matching, the noise levels of training and sampling, three samplers.
-Paper: §3.1, Eq. 3; §3.3 (few steps).  Released: UniPC (Zhao et al. 2023, arXiv 2302.04867), shift 5.
+What it does. Four formulas of flow matching, the noise levels of training and sampling, three
+samplers.
+Paper: §3.1, Eq. 3; §3.3 (few steps).  Released: UniPC (Zhao et al. 2023, arXiv 2302.04867), shift
+5.
 
 Why it works. Draw a straight line from a clean latent x0 to noise ε ~ N(0, I):
 
-    x_σ = (1 − σ)·x0 + σ·ε,      σ from 0 (data) to 1 (noise)                                 (1)
+    x_σ = (1 − σ)·x0 + σ·ε,      σ from 0 (data) to 1 (noise)                                  (1)
 
-Moving along it, dx_σ/dσ = ε − x0 =: v.                                                       (2)
+Its direction is the same all along it:
+
+    v = dx_σ/dσ = ε − x0                                                                       (2)
+
 The network sees x_σ, not the two ends, so under squared error the best it can say is the mean
 velocity of all lines through that point, v̂(x, σ) = E[ε − x0 | x_σ = x], Eq. 3. That suffices:
 the flow dx/dσ = v̂(x, σ) carries the density of x_σ to that of x_σ' for every pair of levels.
 Start in pure noise, walk to σ = 0, arrive among data:
 
-    x_σ' = x_σ + (σ' − σ)·v̂                      one step of euler                           (3)
-    x̂0   = x_σ − σ·v̂ = E[x0 | x_σ]               what it believes the clean latent is       (4)
+    x_σ' = x_σ + (σ' − σ)·v̂                      one step of euler                            (3)
+    x̂0   = x_σ − σ·v̂ = E[x0 | x_σ]               what it believes the clean latent is        (4)
 
 (4) is why everything else here can speak of x̂0: the error buffer stores x̂0 − x0, distillation
 compares two x̂0, and the few-step student jumps to x̂0 and adds fresh noise (renoise).
@@ -22,26 +27,32 @@ compares two x̂0, and the few-step student jumps to x̂0 and adds fresh noise (
 Shift. A large picture survives more noise than a small one, so more steps are spent where its
 layout is decided, at high σ. The shift multiplies the odds of noise by s:
 
-    σ'/(1 − σ') = s·σ/(1 − σ)      ⇔      σ' = s·σ / (1 + (s − 1)·σ)                          (5)
+    σ'/(1 − σ') = s·σ/(1 − σ)      ⇔      σ' = s·σ / (1 + (s − 1)·σ)                           (5)
 
-UniPC. In λ = ln((1 − σ)/σ) the flow is linear but for x̂0:                                        (6)
+UniPC. On the right clock the flow is linear but for x̂0, and a linear flow has an exact solution:
 
-    x(λ') = σ'/σ·x(λ) + (1 − σ')·∫ e^(λ̃ − λ') x̂0(λ̃) dλ̃                                    (7)
+    λ = ln((1 − σ)/σ)                                                                          (6)
+    x(λ') = σ'/σ·x(λ) + (1 − σ')·∫ e^(λ̃ − λ') x̂0(λ̃) dλ̃                                     (7)
 
-With x̂0 constant this is one exact step, and its weight is −(e^(−h) − 1), h = λ' − λ.             (8)
-A line through the last two x̂0 makes it second order (predictor); once the network has spoken at
-the new place, the step that led there is taken again with what it said (corrector). No more calls.
+While x̂0 stays what it is, the integral is x̂0 times
 
-What differs. Nothing is computed otherwise than released. Noise is drawn where its generator lives,
-so that a CPU generator gives the same noise on every device.
+    −(e^(−h) − 1),    h = λ' − λ                                                               (8)
+
+and the step is exact. A line through the last two x̂0 makes it second order (predictor); once the
+network has spoken at the new place, the step that led there is taken again with what it said
+(corrector). No more calls.
+
+What differs. Nothing is computed otherwise than released. Noise is drawn where its generator
+lives, so that a CPU generator gives the same noise on every device.
 
 Try it: python flow.py      Tests: pytest tests/test_flow.py
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -115,62 +126,71 @@ def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[
             x = (1 - after) * x0 + after * fresh(x0, generator)  # (1)
 
 
+class Belief(NamedTuple):
+    """What the network believed the clean latent to be, and where on the way."""
+
+    sigma: float
+    lam: float
+    x0: Tensor
+
+
+def log_odds(sigma: float) -> float:
+    if sigma == 0:
+        return math.inf
+    return math.log1p(-sigma) - math.log(sigma)  # (6)
+
+
 def unipc(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
     """UniPC of order 2 on x̂0: correct the latent just reached, then predict the next."""
-    sigma = sigmas.tolist()
-    lam = [math.log1p(-s) - math.log(s) if s else math.inf for s in sigma]  # (6)
-    last = len(sigma) - 2
+    steps = len(sigmas) - 1
+    beliefs = deque(maxlen=3)
     came_from = x  # the corrected latent that the last step began at
-    x0_before = x0_last = None  # x̂0 of two steps and of one step ago
-    order = 0
-    for i in range(last + 1):
-        x0 = x - sigma[i] * v(x, sigma[i])  # (4)
+    order = 0  # of the last step
+    for i, (now, after) in enumerate(pairwise(sigmas.tolist())):
+        x0 = x - now * v(x, now)  # (4)
+        beliefs.append(Belief(now, log_odds(now), x0))
         if i > 0:
-            x = correct(came_from, x0_before, x0_last, x0, sigma, lam, i, order)
+            x = correct(came_from, beliefs, order)
         came_from = x
-        order = min(2, last + 1 - i, i + 1)
-        x = predict(came_from, x0_last, x0, sigma, lam, i, order)
-        x0_before, x0_last = x0_last, x0
+        order = min(2, i + 1, steps - i)
+        x = predict(came_from, beliefs, after, order)
         yield x
 
 
-def predict(
-    start: Tensor, x0_last: Tensor | None, x0: Tensor, sigma: list, lam: list, i: int, order: int
-) -> Tensor:
-    """From level i to level i + 1, by x̂0 or by the line through the last two."""
-    weight = math.expm1(lam[i] - lam[i + 1])  # (8): e^−h − 1; −1 where σ' = 0
+def predict(start: Tensor, beliefs: Sequence[Belief], sigma: float, order: int) -> Tensor:
+    """On to level sigma, by x̂0 or by the line through the last two."""
+    now = beliefs[-1]
+    lam = log_odds(sigma)
+    weight = math.expm1(now.lam - lam)  # (8); −1 where σ' = 0
     trend = 0
     if order == 2:
-        slope = 0.5 * (x0_last - x0) / (lam[i - 1] - lam[i])
-        trend = slope * (lam[i + 1] - lam[i])
-    return sigma[i + 1] / sigma[i] * start - (1 - sigma[i + 1]) * weight * (x0 + trend)  # (7)
+        before = beliefs[-2]
+        slope = 0.5 * (before.x0 - now.x0) / (before.lam - now.lam)
+        trend = slope * (lam - now.lam)
+    data = (1 - sigma) * weight * (now.x0 + trend)
+    return sigma / now.sigma * start - data  # (7)
 
 
-def correct(
-    start: Tensor,
-    x0_before: Tensor | None,
-    x0_last: Tensor,
-    x0: Tensor,
-    sigma: list,
-    lam: list,
-    i: int,
-    order: int,
-) -> Tensor:
-    """The step from level i − 1 to level i again, now that x̂0 at level i is known."""
-    h = lam[i] - lam[i - 1]
+def correct(start: Tensor, beliefs: Sequence[Belief], order: int) -> Tensor:
+    """The step to where we are once more, now that x̂0 is known here."""
+    now = beliefs[-1]
+    last = beliefs[-2]
+    h = now.lam - last.lam
     weight = math.expm1(-h)  # (8)
     if order == 1:
-        trend = 0.5 * (x0 - x0_last)
+        trend = 0.5 * (now.x0 - last.x0)
     else:
         # two differences of x̂0, weighted so that the integral in (7) is exact for parabolas:
         # [[1, 1], [r, 1]]·ρ = [φ1, 2·φ2] / weight
-        r = (lam[i - 2] - lam[i - 1]) / h
+        before = beliefs[-3]
+        r = (before.lam - last.lam) / h
         phi1 = -weight / h - 1
         phi2 = (weight / h + 1) / h - 0.5
         rho_before = (phi1 / weight - 2 * phi2 / weight) / (1 - r)
         rho_now = phi1 / weight - rho_before
-        trend = rho_before * (x0_before - x0_last) / r + rho_now * (x0 - x0_last)
-    return sigma[i] / sigma[i - 1] * start - (1 - sigma[i]) * weight * (x0_last + trend)  # (7)
+        trend = rho_before * (before.x0 - last.x0) / r + rho_now * (now.x0 - last.x0)
+    data = (1 - now.sigma) * weight * (last.x0 + trend)
+    return now.sigma / last.sigma * start - data  # (7)
 
 
 def last_of(steps: Iterator[Tensor]) -> Tensor:
