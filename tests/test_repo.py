@@ -1,12 +1,15 @@
-"""The promises of the repository: its rooms, its arrows, its demos, its README."""
+"""The promises of the repository: its rooms, its arrows, its pages, its demos, its README."""
 
 import ast
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
+import law
 import numpy as np
 import pytest
 
@@ -96,17 +99,25 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports: those of the house with their folder, others by their first name."""
+    """Every module that a file imports: of the house with its folder, others by their first name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in getattr(node, "names", [])]
         if isinstance(node, ast.Import):
-            found |= {
-                name.name if name.name in HOUSE else name.name.split(".")[0] for name in node.names
-            }
+            found |= {name if name in HOUSE else name.split(".")[0] for name in names}
         elif isinstance(node, ast.ImportFrom):
-            inside = {f"{node.module}.{name.name}" for name in node.names} & set(HOUSE)
-            found |= inside or {node.module if node.module in HOUSE else node.module.split(".")[0]}
+            inside = {f"{node.module}.{name}" for name in names} & set(HOUSE)
+            module = node.module if node.module in HOUSE else node.module.split(".")[0]
+            found |= inside or {module}
     return found
+
+
+def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+# ---- the house ---------------------------------------------------------------------------------
 
 
 def test_there_is_no_file_outside_the_list() -> None:
@@ -114,9 +125,8 @@ def test_there_is_no_file_outside_the_list() -> None:
     for room, names in ROOMS.items():
         found = {path.stem for path in (ROOT / room).glob("*.py")}
         assert found <= names | {"__init__"}, room
-        assert not [
-            path for path in (ROOT / room).iterdir() if path.is_dir() and path.name != "__pycache__"
-        ]
+        folders = {path.name for path in (ROOT / room).iterdir() if path.is_dir()}
+        assert folders <= {"__pycache__"}, f"a folder within {room}/"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -126,11 +136,11 @@ def test_imports_point_one_way(path: Path) -> None:
     for other in found & set(HOUSE):
         allowed = other in ARROWS[room] or other.split(".")[0] in ARROWS[room]
         assert allowed, f"{name_of(path)} imports {other}"
+    assert not found & PROGRAMS, "a program is run, never imported"
     assert not found & FORBIDDEN
     if path.parent == ROOT and path.stem in TORCH_ONLY:
-        assert not found & {"numpy", "safetensors", "imageio", "PIL"}, (
-            "model files import torch only"
-        )
+        others = found & {"numpy", "safetensors", "imageio", "PIL"}
+        assert not others, "model files import torch only"
     if room == "game":
         assert "torch" not in found, "the game never meets a network"
 
@@ -145,33 +155,83 @@ def test_nothing_imports_in_a_circle() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_begins_with_its_one_sentence(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree)
+    first, *rest = ast.get_docstring(tree).splitlines()
+    assert first.endswith(".") and len(first) <= 100
     if path.name == "__init__.py":
-        assert len(tree.body) == 1, "a folder says what it is for, and defines nothing"
+        assert not rest and len(tree.body) == 1, "a folder says what it is for, and defines nothing"
+
+
+# ---- its pages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", law.tracked(), ids=name_of)
+def test_a_page_keeps_the_law(path: Path) -> None:
+    broken = law.breaches(path)
+    if name_of(path) in law.excused():
+        assert broken, "it is clean now and needs no excuse: python tests/law.py --excuse"
+    else:
+        assert not broken, "\n".join(broken)
+
+
+def promised_lines(path: Path) -> set[str]:
+    """The n of the lines `formula (n)` or `(n) formula` in a file's docstring."""
+    numbers = set()
+    for line in ast.get_docstring(ast.parse(path.read_text())).splitlines():
+        found = re.search(r"^\s+\((\d{1,2})\)\s|\s\((\d{1,2})\)$", line)
+        if found:
+            numbers.add(found[1] or found[2])
+    return numbers
+
+
+def computed_lines(path: Path) -> set[str]:
+    """The n of the comments `# (n)`; one may name several."""
+    numbers = set()
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.COMMENT and re.match(r"# \(\d", token.string):
+            numbers |= set(re.findall(r"\((\d{1,2})\)", token.string))
+    return numbers
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_numbered_lines_stand_beside_the_code_that_computes_them(path: Path) -> None:
+    promised = promised_lines(path)
+    computed = computed_lines(path)
+    assert promised == computed, "a formula without code, or code without its formula"
+
+
+@pytest.mark.parametrize("path", [ROOT / f"{name}.py" for name in sorted(PAPER)], ids=name_of)
+def test_a_chapter_s_docstring_is_a_page(path: Path) -> None:
+    if name_of(path) in law.excused():
+        pytest.skip("excused, until its page is clean")
+    lines = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 105
+    assert "tests/test_" in "".join(lines), "where are its tests?"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_stub_is_left(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = [
-                n
-                for n in node.body
-                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-            ]
-            assert body and not all(isinstance(n, ast.Pass) for n in body), (
-                f"{path.name}:{node.lineno} {node.name} is empty"
-            )
+            statements = [child for child in node.body if not is_text(child)]
+            empty = all(isinstance(child, ast.Pass) for child in statements)
+            assert not empty, f"{where} {node.name} is empty"
         if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{path.name}:{node.lineno} bare except"
+            assert node.type is not None, f"{where} bare except"
     assert not re.search(r"TODO|FIXME|NotImplementedError", path.read_text())
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+# ---- what runs ---------------------------------------------------------------------------------
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(HOUSE)}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not list(tmp_path.iterdir())
 
@@ -180,35 +240,24 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
 def test_every_demo_runs(name: str, tmp_path: Path) -> None:
     if 'if __name__ == "__main__"' not in (ROOT / name).read_text():
         pytest.skip("no demo of its own")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / name)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(ROOT / name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert any(character.isdigit() for character in done.stdout), (
-        "a demo prints its claim as numbers"
-    )
+    assert re.search(r"\d", done.stdout), "a demo prints its claim as numbers"
     assert not list(tmp_path.iterdir()), "a demo writes no file"
 
 
 def test_the_bench_runs_from_any_folder(tmp_path: Path) -> None:
-    words = ["--suite", "model", "--preset", "5b", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "lab/bench.py"), *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["--suite", "model", "--preset", "5b", "--out", tmp_path]
+    done = run(ROOT / "lab/bench.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| what | paper |" in done.stdout
 
 
+# ---- what is written about it ------------------------------------------------------------------
+
+
 def test_the_map_in_the_readme_is_true() -> None:
-    """Every top-level file and every folder, with the sentence that it begins with; the chapters are numbered."""
+    """Every top-level file and every folder, with its first sentence; the chapters are numbered."""
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| *(\d*) *\| `([\w.]+)/?` \|[^|]*\|([^|]*)\|$", readme, flags=re.M)
     assert {name for _, name, _ in rows} == {path.name for path in TOP} | set(ROOMS)
@@ -240,9 +289,7 @@ def test_the_readme_s_own_data_becomes_an_episode(
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert (names["keys"].keyboard[:8, 0] == 1).all(), "walking straight on is W"
-    command = [sys.executable, str(ROOT / "data.py"), "view"]
-    folder = "datasets/mine/train/garden_000000"
-    done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=120)
+    done = run(ROOT / "data.py", "view", "datasets/mine/train/garden_000000", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
