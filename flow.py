@@ -102,8 +102,13 @@ def sigma_grid(steps: int, s: float = 5.0) -> Tensor:
     return F.pad(shift(even, s), (0, 1)).float()
 
 
-def fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise in the shape and place of a tensor, drawn where the generator lives."""
+def fresh(like: Tensor, generator: torch.Generator | Callable | None) -> Tensor:
+    """Noise in the shape and place of a tensor, drawn where the generator lives.
+
+    A function of a shape may stand for the generator: noise that was drawn elsewhere.
+    """
+    if callable(generator):
+        return generator(like.shape).to(like)
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device).to(like)
 

@@ -50,6 +50,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "parts",
         "actors",
         "sizes",
+        "exported",
     },
     "game": {"scene", "paint", "render", "figure", "explore", "walks"},
     "dataset": {"episode", "wsad", "readers", "recorder", "prompt"},

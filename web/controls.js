@@ -1,0 +1,169 @@
+// Keyboard, mouse, touch and gamepad: whatever is used, it ends as the eight keys w a s d i j k l. A
+// walk is then a list of chords, which a link can hold and anybody can play again.
+
+import { chordOf, LATENT } from "./walk.js";
+
+const CODES = {
+  ...{ KeyW: "w", KeyA: "a", KeyS: "s", KeyD: "d", KeyI: "i", KeyJ: "j", KeyK: "k", KeyL: "l" },
+  ...{ ArrowUp: "i", ArrowLeft: "j", ArrowDown: "k", ArrowRight: "l" },
+};
+const DEGREES_PER_FRAME = 1.5; // of a look key
+const DEGREES_PER_WIDTH = 120; // dragged across the whole picture
+const DEAD = 0.35; // of a stick: smaller deflections are rest
+
+/** What is held, tapped and dragged since the last decision. State, not events: nothing queues up. */
+export class Controls {
+  held = new Map(); // source -> Set of keys; sources are independent of each other
+  taps = new Set(); // went down and up again since the last decision
+  drag = [0, 0]; // degrees to the right and up that are still to be turned
+  pressed = new Map(); // key -> when it went down, until a picture shows it
+  onCommand = () => {};
+  onChange = () => {};
+
+  set(source, keys) {
+    const before = this.keys();
+    this.held.set(source, new Set(keys));
+    const after = this.keys();
+    for (const key of after) {
+      this.taps.add(key);
+      if (!before.has(key) && !this.pressed.has(key)) this.pressed.set(key, performance.now());
+    }
+    this.onChange(after);
+  }
+
+  keys() {
+    return new Set([...this.held.values()].flatMap((keys) => [...keys]));
+  }
+
+  release() {
+    this.held.clear();
+    this.drag = [0, 0];
+    this.onChange(this.keys());
+  }
+
+  /** The next n chords: held keys act throughout, taps and drags for the latents they last. */
+  decide(n) {
+    this.readGamepad();
+    const held = this.keys();
+    const turns = this.drag.map((degrees) => {
+      const latents = Math.round(Math.abs(degrees) / DEGREES_PER_FRAME / LATENT);
+      return Math.min(LATENT * latents, n);
+    });
+    const [right, up] = this.drag;
+    const chords = Array.from({ length: n }, (_, frame) => {
+      const keys = [...held];
+      if (frame < LATENT) keys.push(...this.taps);
+      if (frame < turns[0]) keys.push(right > 0 ? "l" : "j");
+      if (frame < turns[1]) keys.push(up > 0 ? "i" : "k");
+      return chordOf(keys);
+    });
+    // what was too small to turn a latent's worth waits for more of its kind
+    this.drag = this.drag.map((degrees, axis) => (turns[axis] ? 0 : degrees));
+    this.taps = new Set();
+    return chords;
+  }
+
+  readGamepad() {
+    const [pad] = (navigator.getGamepads?.() ?? []).filter(Boolean);
+    if (!pad) return;
+    const [x, y, lookX = 0, lookY = 0] = pad.axes;
+    const keys = [...stickKeys(x, y, "wasd"), ...stickKeys(lookX, lookY, "ijkl")];
+    this.set("gamepad", keys);
+  }
+}
+
+/** A stick's deflection, y down, as keys: `names` are up, left, down, right. */
+export function stickKeys(x, y, [up, left, down, right]) {
+  const keys = [];
+  if (y < -DEAD) keys.push(up);
+  if (y > DEAD) keys.push(down);
+  if (x < -DEAD) keys.push(left);
+  if (x > DEAD) keys.push(right);
+  return keys;
+}
+
+// ---- devices -------------------------------------------------------------------------------------
+
+export function listen(controls, { screen, thumb, keys }) {
+  listenKeyboard(controls);
+  listenDrag(controls, screen);
+  listenThumb(controls, thumb);
+  for (const key of keys) listenButton(controls, key);
+  addEventListener("blur", () => controls.release());
+  document.addEventListener("visibilitychange", () => document.hidden && controls.release());
+}
+
+function listenKeyboard(controls) {
+  const down = new Set();
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const key = CODES[event.code];
+    // a focused button keeps the keys that press it
+    if (!key && event.target.tagName === "BUTTON") return;
+    if (key) {
+      event.preventDefault();
+      down.add(key);
+      controls.set("keyboard", down);
+    } else if (!event.repeat) {
+      controls.onCommand(event.code, event);
+    }
+  });
+  addEventListener("keyup", (event) => {
+    if (down.delete(CODES[event.code])) controls.set("keyboard", down);
+  });
+  addEventListener("blur", () => down.clear());
+}
+
+/** Drag on the picture to look: mouse or finger. */
+function listenDrag(controls, screen) {
+  let last = null;
+  screen.addEventListener("pointerdown", (event) => {
+    last = event;
+    screen.setPointerCapture(event.pointerId);
+  });
+  screen.addEventListener("pointermove", (event) => {
+    if (event.pointerId !== last?.pointerId) return;
+    const scale = DEGREES_PER_WIDTH / screen.clientWidth;
+    controls.drag[0] += scale * (event.clientX - last.clientX);
+    controls.drag[1] -= scale * (event.clientY - last.clientY);
+    last = event;
+  });
+  for (const end of ["pointerup", "pointercancel"]) {
+    screen.addEventListener(end, () => (last = null));
+  }
+}
+
+/** A pad under the left thumb: its direction is a chord of w a s d. */
+function listenThumb(controls, thumb) {
+  const knob = thumb.firstElementChild;
+  const move = (event) => {
+    const box = thumb.getBoundingClientRect();
+    const x = (2 * (event.clientX - box.left)) / box.width - 1;
+    const y = (2 * (event.clientY - box.top)) / box.height - 1;
+    const far = Math.max(1, Math.hypot(x, y));
+    knob.style.translate = `${(40 * x) / far}px ${(40 * y) / far}px`;
+    controls.set("thumb", stickKeys(x, y, "wasd"));
+  };
+  thumb.addEventListener("pointerdown", (event) => {
+    thumb.setPointerCapture(event.pointerId);
+    move(event);
+  });
+  thumb.addEventListener("pointermove", (event) => {
+    if (thumb.hasPointerCapture(event.pointerId)) move(event);
+  });
+  thumb.addEventListener("lostpointercapture", () => {
+    knob.style.translate = "";
+    controls.set("thumb", []);
+  });
+}
+
+function listenButton(controls, element) {
+  const { key } = element.dataset;
+  element.addEventListener("pointerdown", (event) => {
+    event.preventDefault();
+    controls.set(element, [key]);
+  });
+  for (const end of ["pointerup", "pointerleave", "pointercancel"]) {
+    element.addEventListener(end, () => controls.set(element, []));
+  }
+}

@@ -1,0 +1,122 @@
+// The networks that export.py wrote, as functions of typed arrays. The only file that knows ONNX.
+
+export const FORMAT = 1; // of model/facts.json; export.py writes the same number
+const EXPORT = "python export.py --web web";
+const INSTALL = "npm ci --prefix web";
+
+/** What went wrong in one sentence, and what to type; shown as it is. */
+export class Trouble extends Error {}
+
+// ---- files ---------------------------------------------------------------------------------------
+
+/** The bytes of a file that was packed with gzip, or a Trouble that says which command makes it. */
+async function unzip(url, command) {
+  const reply = await fetch(url).catch(() => null);
+  if (!reply?.ok) throw new Trouble(`${url.pathname} is missing. Make it with: ${command}`);
+  const stream = reply.body.pipeThrough(new DecompressionStream("gzip"));
+  try {
+    return await new Response(stream).arrayBuffer();
+  } catch {
+    throw new Trouble(`${url.pathname} is damaged. Make it again with: ${command}`);
+  }
+}
+
+/** What the exported model is: sizes, lengths of segments, start pictures. */
+export async function readFacts(folder) {
+  const reply = await fetch(new URL("facts.json", folder)).catch(() => null);
+  if (!reply?.ok) throw new Trouble(`There is no model here yet. Make one with: ${EXPORT}`);
+  const facts = await reply.json().catch(() => ({}));
+  if (facts.format !== FORMAT) {
+    throw new Trouble(
+      `These model files have format ${facts.format ?? "unknown"}, this page reads ${FORMAT}. ` +
+        `Make them again with: ${EXPORT}`,
+    );
+  }
+  return facts;
+}
+
+// ---- runtime -------------------------------------------------------------------------------------
+
+/** A graphics card that a browser lends us; software in its place would be slower than wasm. */
+async function hasGraphicsCard() {
+  const adapter = await globalThis.navigator?.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
+
+/** onnxruntime-web, from beside this page and from nowhere else. */
+async function openRuntime(base) {
+  if (typeof WebAssembly !== "object") {
+    throw new Trouble("This browser has no WebAssembly, which the world model needs to run in it.");
+  }
+  const graphics = await hasGraphicsCard();
+  const backend = graphics ? "webgpu" : "wasm";
+  const binary = `ort-wasm-simd-threaded${graphics ? ".asyncify" : ""}.wasm.gz`;
+  const script = new URL(`runtime/ort.${backend}.bundle.min.mjs`, base);
+  const runtime = await import(script).catch(() => {
+    throw new Trouble(`${script.pathname} is missing. Fetch it with: ${INSTALL}`);
+  });
+  runtime.env.wasm.wasmBinary = await unzip(new URL(`runtime/${binary}`, base), INSTALL);
+  // several threads need a page that is isolated by its headers, which few static hosts send
+  const cores = globalThis.navigator?.hardwareConcurrency ?? 1;
+  runtime.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, cores) : 1;
+  return { runtime, backend };
+}
+
+/** A function of named tensors out of one file. */
+async function openNetwork({ runtime, backend }, url) {
+  const bytes = await unzip(url, EXPORT);
+  const options = { executionProviders: backend === "webgpu" ? ["webgpu", "wasm"] : ["wasm"] };
+  const network = await runtime.InferenceSession.create(bytes, options).catch((error) => {
+    const memory = /memory|allocat/i.test(error.message);
+    const reason = memory ? "this device has too little memory for it" : error.message;
+    throw new Trouble(`The world model did not start: ${reason}`);
+  });
+  return (inputs) => network.run(inputs);
+}
+
+// ---- the three functions of session.js -----------------------------------------------------------
+
+export async function openNetworks(base, facts, progress = () => {}) {
+  const folder = new URL("model/", base);
+  const place = await openRuntime(base);
+  progress("unpacking the network");
+  const network = await openNetwork(place, new URL("network.onnx.gz", folder));
+  const first = await openNetwork(place, new URL("decoder_first.onnx.gz", folder));
+  const next = await openNetwork(place, new URL("decoder_next.onnx.gz", folder));
+
+  const [C, h, w] = facts.latent;
+  const { Tensor } = place.runtime;
+  const floats = (data, shape) => new Tensor("float32", data, shape);
+  const integers = (data) => new Tensor("int32", data, [data.length]);
+  const latents = (data, n) => floats(data, [n, C, h, w]);
+  const split = ({ frames, ...state }) => ({ frames: frames.data, state: renamed(state) });
+
+  return {
+    backend: place.backend,
+    /** What the network says at (x, σ): the velocity of the new latents, (n, C, h, w). */
+    async velocity(x, sigma, context, fresh) {
+      const T = context.times.length;
+      const inputs = {
+        noisy: latents(x, fresh),
+        sigma: floats(Float32Array.of(sigma), [1]),
+        clean: latents(context.clean, T - fresh),
+        rays: floats(context.rays, [1, context.rays.length / (T * h * w), T, h, w]),
+        mouse: floats(context.mouse, [1, T, 12, 2]),
+        keyboard: floats(context.keyboard, [1, T, 12, 6]),
+        times: integers(context.times),
+        clock: integers(context.clock),
+      };
+      return (await network(inputs)).velocity.data;
+    },
+    /** A latent -> one frame of a new video, RGBA, and what the decoder remembers. */
+    decodeFirst: async (latent) => split(await first({ latents: latents(latent, 1) })),
+    /** The next n latents of the video -> four frames each. */
+    decodeNext: async (z, n, state) => split(await next({ latents: latents(z, n), ...state })),
+  };
+}
+
+/** What one call returns as `next_3` is what the next one takes as `past_3`. */
+function renamed(state) {
+  const pairs = Object.entries(state);
+  return Object.fromEntries(pairs.map(([name, x]) => [name.replace("next", "past"), x]));
+}
