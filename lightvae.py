@@ -1,10 +1,44 @@
 """A decoder a quarter as wide for the same latents.
 
-What it does. The losses of the VAE and of its thin decoders (train.py --stage vae, lightvae). A thin decoder
-learns from the full one: its pictures, and its features at two depths through projections, so that the
-latents, and every model trained on them, stay what they are.
+What it does. The losses with which train.py makes a VAE (--stage vae) and its thin decoders (--stage
+lightvae). A thin decoder learns from the full one, its pictures and its features, so that latents, and
+every model trained on them, stay what they are.
 Paper: §3.4, Table 2 (50 and 75 % of the channels removed).  Released: two decoders, no training.
-Tests: pytest tests/test_lightvae.py
+
+Why it works. A convolution from C to C' channels multiplies 27·C·C' numbers per place. Keep a
+share 1 − rate of every width, and both factors shrink; only the first layer, whose input is the
+latent, and the last, whose output is pixels, shrink by one:
+
+    (1 − rate)²  <=  cost(rate) / cost(0)  <=  1 − rate                                          (1)
+
+with the lower end nearly reached: half as wide is four times cheaper, a quarter is sixteen times.
+What it loses is not what a picture shows, but how many ways of showing it there are.
+
+Pictures are compared twice. L1 alone is kind to blur: where an edge may lie here or there, grey in
+between costs no more than either. Its gradient does, so these are compared too, at three sizes:
+
+    structure = mean |∇x̂ − ∇x|  at full, half and quarter size                                   (2)
+    picture   = mean |x̂ − x| + w·structure                                                       (3)
+
+A student that sees pictures alone must find the way from latents to pixels again. The teacher's
+features f, after the middle and after the first stage, say what stands half way; small heads P,
+thrown away afterwards, take the student's few channels to the teacher's many:
+
+    light = picture + 0.1·Σ mean |P(f_student) − f_teacher|² / var(f_teacher)                    (4)
+
+Latents need unit variance (vae.py). In training they are whitened by the batch itself, which moves
+while the encoder learns, and keeps it from making latents large to drown the noise:
+
+    z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
+
+At the end mean and std move into the VAE. The decoder was trained on (5) as it stands, with conv2
+reading W·(z·s0 + m0) + b; it will be given z·std + mean instead, and must not notice:
+
+    W' = W·s0/std,     b' = b + W·m0 − W'·mean                                                   (6)
+
+What differs. No pretrained perceptual network: where the literature takes LPIPS we take (2), which
+needs no download. Neither weights of the losses nor projections are published; ours.
+Try it: python lightvae.py      Tests: pytest tests/test_lightvae.py
 """
 
 import torch
@@ -12,11 +46,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import vae
+from vae import PRESETS, VAE, VAEConfig, pruned
+from vae_blocks import Stream, unpatchify
+
+MATCH = 0.1  # weight of the features, beside a picture loss of about 0.1
+Parts = dict[str, Tensor]  # what a loss is made of, for the log
+
+
+# ---- latents of unit variance ------------------------------------------------------------------------------
 
 
 class LatentNorm(nn.Module):
-    """Unit variance in training: batch norm without gain or bias. eval() it for the last steps, then `fold` it."""
+    """Batch norm without gain or bias. eval() it for the last steps, then `fold` it."""
 
     def __init__(self, channels: int, momentum: float = 0.02):
         super().__init__()
@@ -28,89 +69,142 @@ class LatentNorm(nn.Module):
     def forward(self, mu: Tensor) -> Tensor:  # (B, C, T, h, w) -> same, float32
         mu = mu.float()
         if not self.training:
-            return (mu - self.mean.view(-1, 1, 1, 1)) * torch.rsqrt(self.var + 1e-5).view(
-                -1, 1, 1, 1
-            )
+            inv_std = torch.rsqrt(self.var + 1e-5)
+            return (mu - self.mean.view(-1, 1, 1, 1)) * inv_std.view(-1, 1, 1, 1)  # (5)
         self.steps += 1  # a plain average first, then a moving one
-        return F.batch_norm(
-            mu, self.mean, self.var, training=True, momentum=max(self.momentum, 1 / int(self.steps))
-        )
+        momentum = max(self.momentum, 1 / int(self.steps))
+        return F.batch_norm(mu, self.mean, self.var, training=True, momentum=momentum)
 
     @torch.no_grad()
-    def fold(self, vae: vae.VAE) -> None:
-        """Mean and std go into the VAE, conv2 undoes them: encode becomes norm(mu), decode stays as trained."""
-        std, w, b = torch.sqrt(self.var + 1e-5), vae.conv2.weight, vae.conv2.bias
-        b.add_(w.flatten(1) @ vae.latent_mean)  # W·(z·s₀ + m₀) + b = W′·(z·s + m) + b′, W′ = W·s₀/s
-        w.mul_((vae.latent_std / std).view(1, -1, 1, 1, 1))
-        b.sub_(w.flatten(1) @ self.mean)
-        vae.set_statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
+    def fold(self, model: VAE) -> None:
+        """encode becomes norm(mu), decode stays as trained."""
+        std = torch.sqrt(self.var + 1e-5)
+        W = model.conv2.weight
+        b = model.conv2.bias
+        b.add_(W.flatten(1) @ model.latent_mean)
+        W.mul_((model.latent_std / std).view(1, -1, 1, 1, 1))
+        b.sub_(W.flatten(1) @ self.mean)  # (6)
+        model.set_statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
+
+
+# ---- what a picture is worth -------------------------------------------------------------------------------
 
 
 def structure(a: Tensor, b: Tensor) -> Tensor:
-    """Mean |∇a − ∇b| at full, half and quarter size: edges must be where they are, and as sharp."""
-    d, total = (a - b).float().flatten(1, 2), 0.0  # colours and frames as channels
+    """Edges must be where they are, and as sharp: a, b (B, 3, F, H, W) -> a number."""
+    d = (a - b).float().flatten(1, 2)  # colours and frames as channels
+    total = 0.0
     for level in range(3):
         d = F.avg_pool2d(d, 2) if level else d
         total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-    return total / 3
+    return total / 3  # (2)
 
 
-def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, Parts]:
     error = (x_hat - video).float()
-    l1, edges = error.abs().mean(), structure(x_hat, video)
+    l1 = error.abs().mean()
+    edges = structure(x_hat, video)
     psnr = -10 * (error.detach().square().mean() / 4).log10()  # the range of a pixel is 2
-    return l1 + weight * edges, {"l1": l1.detach(), "structure": edges.detach(), "psnr": psnr}
+    parts = {"l1": l1.detach(), "structure": edges.detach(), "psnr": psnr}
+    return l1 + weight * edges, parts  # (3)
+
+
+# ---- the two losses ----------------------------------------------------------------------------------------
 
 
 def vae_loss(
-    vae: vae.VAE,
-    video: Tensor,
+    model: VAE,
+    video: Tensor,  # (B, 3, F, H, W)
     norm: LatentNorm,
     generator: torch.Generator | None = None,
     noise: float = 0.05,
-    weight: float = 0.5,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Encoder and decoder together on video (B, 3, F, H, W) -> L1 + weight · structure, its parts."""
-    vae.check_video(video)
-    z = norm(vae.moments(video))  # whitened by the batch's own statistics
-    z = z + noise * torch.randn(z.shape, generator=generator).to(
-        z.device
-    )  # neighbours of z mean the same picture
-    return picture_loss(vae.decode(z.to(video.dtype)), video, weight)
+    weight: float = 0.5,  # of structure
+) -> tuple[Tensor, Parts]:
+    """Encoder and decoder together."""
+    model.check_video(video)
+    z = norm(model.moments(video))
+    fresh = torch.randn(z.shape, generator=generator)
+    z = z + noise * fresh.to(z.device)
+    return picture_loss(model.decode(z.to(video.dtype)), video, weight)
 
 
 class Projections(nn.Module):
-    """Student features -> teacher widths, two 1×1×1 convolutions per level; thrown away after training."""
+    """Student features -> teacher widths, two 1x1x1 convolutions per level."""
 
-    def __init__(self, student: vae.VAEConfig, teacher: vae.VAEConfig):
+    def __init__(self, student: VAEConfig, teacher: VAEConfig):
         super().__init__()
-        s, t = student.dec_dim * student.dim_mult[-1], teacher.dec_dim * teacher.dim_mult[-1]
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(s, t, 1), nn.SiLU(), nn.Conv3d(t, t, 1)) for _ in range(2)
-        )
+        narrow = student.dec_dim * student.dim_mult[-1]
+        wide = teacher.dec_dim * teacher.dim_mult[-1]
+        heads = []
+        for _ in range(2):
+            first = nn.Conv3d(narrow, wide, 1)
+            heads.append(nn.Sequential(first, nn.SiLU(), nn.Conv3d(wide, wide, 1)))
+        self.heads = nn.ModuleList(heads)
+
+    def mismatch(self, features: list[Tensor], target: list[Tensor]) -> Tensor:
+        total = 0
+        for head, f, t in zip(self.heads, features, target, strict=True):
+            error = (head(f) - t).float().square().mean()
+            total = total + error / t.float().var()
+        return total
 
 
 def light_loss(
-    student: vae.VAE,
-    teacher: vae.VAE,
+    student: VAE,
+    teacher: VAE,
     projections: Projections,
-    video: Tensor,
-    z: Tensor | None = None,
-    weight: float = 0.5,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The pruned decoder redraws video (B, 3, F, H, W) from the full encoder's latents (z, or encoded here).
-
-    Features after the middle and the first up block must project onto the full decoder's (error over variance).
-    """
+    video: Tensor,  # (B, 3, F, H, W)
+    z: Tensor | None = None,  # the full encoder's latents; None: encoded here
+    weight: float = 0.5,  # of structure
+) -> tuple[Tensor, Parts]:
+    """The thin decoder redraws the video from the full encoder's latents."""
     with torch.no_grad():
         z = teacher.encode(video) if z is None else z
-        target = teacher.decoder.features(teacher.unwhiten(z), vae.Stream())
-    stream = vae.Stream()
+        target = teacher.decoder.features(teacher.unwhiten(z), Stream())
+
+    stream = Stream()
     features = student.decoder.features(student.unwhiten(z), stream)
-    x_hat = vae.unpatchify(student.decoder.finish(features[-1], stream), student.cfg.patch)
-    match = sum(
-        (head(f) - t).float().square().mean() / t.float().var()
-        for head, f, t in zip(projections.heads, features, target, strict=True)
-    )
+    pixels = student.decoder.finish(features[-1], stream)
+    x_hat = unpatchify(pixels, student.cfg.patch)
+
+    match = projections.mismatch(features, target)
     loss, parts = picture_loss(x_hat, video, weight)
-    return loss + 0.1 * match, parts | {"features": match.detach()}
+    return loss + MATCH * match, parts | {"features": match.detach()}  # (4)
+
+
+# ---- demo --------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(model: VAE, latents: int = 3) -> int:
+    """Of the decoder's convolutions, for latents of 4 x 4 places: counted while they run."""
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += layer.weight[0].numel() * output.numel()
+
+    convolutions = (nn.Conv2d, nn.Conv3d)
+    layers = [layer for layer in model.decoder.modules() if isinstance(layer, convolutions)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        model.decode(torch.zeros(1, model.cfg.z_dim, latents, 4, 4))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def demo() -> None:
+    full = PRESETS["tiny"]
+    whole = multiply_adds(VAE(full))
+    print(f"full decoder, width {full.dec_dim}: {whole / 1e6:.0f} million multiply-adds")
+    for rate in (0.5, 0.75):
+        thin = pruned(full, rate)
+        share = multiply_adds(VAE(thin)) / whole  # (1)
+        print(
+            f"{rate:.0%} pruned, width {thin.dec_dim}: {share:.1%} of them; "
+            f"(1 - rate)^2 = {(1 - rate) ** 2:.1%}, 1 - rate = {1 - rate:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    demo()

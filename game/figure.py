@@ -1,11 +1,11 @@
 """Characters from a number, and how they are drawn.
 
-A character is seven boxes, torso, head, hat, two legs, two arms, each with three bands of colour. Its
-number is read digit by digit in mixed radix, one digit per choice, so every number is a character and
-every character one number: more than 10¹⁰ of them.
+A character is seven boxes, torso, head, hat, two legs, two arms, each with three bands of colour.
+Its number is read digit by digit in mixed radix, one digit per choice, so every number is a
+character and every character one number: more than 10¹⁰ of them.
 
-A ray o + λ·d meets a box of half sizes h between two planes per axis, at λ = (±h − o)/d. It is inside
-of the box where it is inside of all three slabs:
+A ray o + λ·d meets a box of half sizes h between two planes per axis, at λ = (±h − o)/d. It is
+inside of the box where it is inside of all three slabs:
 
     enter = max over axes of the smaller λ,  leave = min of the larger;  hit if enter < leave     (1)
 

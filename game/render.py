@@ -1,13 +1,15 @@
 """What a camera sees in a scene: pictures and depth, exact in every pixel.
 
-Walls stand upright on the lines of a grid, floors are level, cameras do not roll. Then a picture is
-two problems in the plane. A pixel at u right and v below the middle, in focal lengths, of a camera
-that looks up by p, has a ray whose forward part is a = cos p + v·sin p and whose upward part is
-b = sin p − v·cos p. Seen from above it runs along a heading made of the camera's forward F and right R:
+Walls stand upright on the lines of a grid, floors are level, cameras do not roll. Then a picture
+is two problems in the plane. A pixel at u right and v below the middle, in focal lengths, of a
+camera that looks up by p, has a ray whose forward part is a = cos p + v·sin p and whose upward
+part is b = sin p − v·cos p. Seen from above it runs along a heading made of the camera's forward F
+and right R:
 
     d = F + τ·R,   τ = u/a                                                                       (1)
 
-Let t be the length of F walked: the ray is then above (x, z) = eye + t·d, at height eye + t·b/a, and
+Let t be the length of F walked: the ray is then above (x, z) = eye + t·d, at height eye + t·b/a,
+and
 
     z-depth = t/a                                                                                (2)
 
@@ -17,14 +19,14 @@ A wall at w on axis k is met where t·d_k = w − eye_k; o is the other axis:
     along = eye_o + t·d_o = C + t·(D + E·τ)  where on the wall: its column                       (4)
     height = eye_y + t·b/a                   its row                                             (5)
 
-This is perspective-correct texturing: neither t nor the place on a wall is linear across the picture,
-1/t is. Floor or ceiling at height h, and what hides what:
+This is perspective-correct texturing: neither t nor the place on a wall is linear across the
+picture, 1/t is. Floor or ceiling at height h, and what hides what:
 
     1/t = (b/a) / (h − eye_y)                no τ: the same along a row                          (6)
     seen = the largest 1/t                   the nearest                                         (7)
 
-A texel is chosen by where it lies, its size by how many fall on a pixel, TEXELS·t/focal. Fog takes a
-share of the light by the true distance r = t·|d| = t·√(1 + τ²):
+A texel is chosen by where it lies, its size by how many fall on a pixel, TEXELS·t/focal. Fog takes
+a share of the light by the true distance r = t·|d| = t·√(1 + τ²):
 
     clear = 1 / (1 + (r/FOG)²)                                                                   (8)
 

@@ -1,10 +1,11 @@
 """How a player walks: keys and turns, tick by tick, that end where they should.
 
-A walk is a generator: it looks at the player, yields the action of this tick, and is asked again when
-the player has moved. The paper's explorer (§4) wants coverage; a memory wants places seen again. So
-most walks come back, and some come back exactly. A step turns by Δ and moves along the heading half
-way, yaw + Δ/2 (camera.py). The inverse action, opposite keys and −Δ, taken at the new pose, moves
-along (yaw + Δ) − Δ/2: the same line. So it undoes the step, and undone from the last to the first
+A walk is a generator: it looks at the player, yields the action of this tick, and is asked again
+when the player has moved. The paper's explorer (§4) wants coverage; a memory wants places seen
+again. So most walks come back, and some come back exactly. A step turns by Δ and moves along the
+heading half way, yaw + Δ/2 (camera.py). The inverse action, opposite keys and −Δ, taken at the new
+pose, moves along (yaw + Δ) − Δ/2: the same line. So it undoes the step, and undone from the last
+to the first
 
     undo(a_1, ..., a_n) = a_n⁻¹, ..., a_1⁻¹                                                        (1)
 
