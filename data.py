@@ -1,25 +1,28 @@
 """Keep video, pose, action and prompt together, recorded in the game or read from real footage.
 
-Paper: §4, the data engine; nothing of it is released. An episode is its quadruplet, T = 4k+1 frames, a folder in ViPE's layout:
-    video[t]; c2w[t] = [Ry(yaw) Rx(pitch) | p], x right, y DOWN, z forward, metres; K[t] = (fx, fy, cx, cy) pixels, centres at +.5
-    keyboard[t], mouse[t]: what was done between frame t and t+1 (valid[t]: known);  prompt: four levels of words, `text` is the model's
+Paper: §4, the data engine; nothing of it is released. An episode is its quadruplet, T = 4k+1 frames,
+a folder in ViPE's layout (dataset/episode.py):
 
-Keys from positions (§4, games that log no keys), heading y, position P on the ground:
-    y' = y_t + wrap(y_{t+1} − y_t)/2        mid yaw: immune to the seam at ±180°
-    d  = P_{t+1} − P_t ;  f = d·forward(y') ;  r = d·right(y') ;  s = hypot(f, r)
-    W, S, A, D = the 45° sector of (f, r) if s > 0.35 v0 ;  valid = the step is as long and as straight as a walk
-A label means effective motion: who pushes head-on against a wall cannot be told from one who presses nothing.
+    video[t]     a frame
+    c2w[t]       [Ry(yaw) Rx(pitch) | p], x right, y DOWN, z forward, metres
+    K[t]         (fx, fy, cx, cy) in pixels, centres at +.5
+    keyboard[t], mouse[t]   what was done between frame t and t+1; known where valid[t]
+    prompt       four levels of words; `text` is the model's
 
-Ours: caption levels, filter thresholds, the recorder's clocks, an own umT5 (only its tokeniser is optional). Frames are a memory-mapped
-.npy (H.264 leaves 22 dB at 64×64). Depth is not stored: `true_views` renders it for any camera.
+A dataset is made of independent episodes. Each is a function of its split and number alone, drawn by
+any process in any order, written whole or not at all: so a run that was killed at any moment goes on
+where it was, to the same bits. No scene is in two splits, which is what makes `test` a test.
 
-    python data.py make --preset tiny               render the default dataset; run again to continue after a stop
-    python data.py record --out DIR                 an agent plays the running game, four layers record it
+Depth is not stored: `world.true_views` renders it for any camera. Ours where the paper is silent: the
+levels of captions, the thresholds of the filters, the recorder's clocks, an own umT5.
+
+    python data.py make --preset tiny               render the default dataset; run again to continue
+    python data.py record --out DIR                 an agent plays the game, four layers record it
     python data.py ingest --format re10k FILES      read a public dataset
     python data.py explore                          compare the explorers on held-out scenes
     python data.py check DIR                        name every bad clip; exit code 2 if there is one
     python data.py view DIR                         view.mp4: frames, keys, map, depth
-Demo: python data.py      Tests: pytest tests/test_data.py
+Try it: python data.py      Tests: pytest tests/test_data.py
 """
 
 import argparse
@@ -48,8 +51,9 @@ from dataset.episode import (
     picture_stats,
     read_episode,
     write_episode,
-    write_mp4,
 )
+from dataset.film import write_mp4
+from engine import cli
 
 
 @dataclass(frozen=True)
@@ -68,23 +72,34 @@ PRESETS = {
     "tiny": DataConfig(),
     "small": DataConfig(size=128),
 }
-FIRST_SCENE = {split: world.SPLITS[split].start for split in ("train", "tune", "test")} | {
-    "third": 50_000
-}  # no scene in two splits
-_place = lambda root, split, index: root / split / f"{FIRST_SCENE[split] + index:06d}_{index:06d}"
+FIRST_SCENE = {  # no scene in two splits
+    "train": world.SPLITS["train"].start,
+    "tune": world.SPLITS["tune"].start,
+    "test": world.SPLITS["test"].start,
+    "third": 50_000,
+}
+TRIES = 3  # a worker may die, of too little memory for instance
 
-# --------------------------------------------------------------------------------------------- rendering a dataset (§4.1)
+
+# ---- rendering a dataset (§4.1) ----------------------------------------------------------------------------
+
+
+def place_of(root: Path, split: str, index: int) -> Path:
+    return root / split / f"{FIRST_SCENE[split] + index:06d}_{index:06d}"
+
+
+def seed_of(cfg: DataConfig, split: str, index: int) -> int:
+    """Of behaviour and character: a hash, so that neighbours have nothing in common."""
+    digest = hashlib.sha256(f"{cfg.seed} {split} {index}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def render_episode(cfg: DataConfig, split: str, index: int) -> Episode:
-    """Episode number `index` of a split: a function of its arguments alone, so that any process may make it, in any order."""
-    seed = int.from_bytes(
-        hashlib.sha256(f"{cfg.seed} {split} {index}".encode()).digest()[:6], "big"
-    )
-    view, scene = (
-        "third" if split == "third" else "first",
-        world.scene_of(FIRST_SCENE[split] + index),
-    )
+    """Episode number `index` of a split: a function of its arguments alone."""
+    # what happens: no picture is needed to know it
+    seed = seed_of(cfg, split, index)
+    view = "third" if split == "third" else "first"
+    scene = world.scene_of(FIRST_SCENE[split] + index)
     run = world.simulate(scene, seed, cfg.frames, view=view)
     meta = {
         "source": "world",
@@ -97,290 +112,334 @@ def render_episode(cfg: DataConfig, split: str, index: int) -> Episode:
         "action_source": "engine",
         "fps": 16,
     }
-    c2w, player = (
-        run["c2w"].astype(np.float32),
-        run["player"].astype(np.float32),
-    )  # rounded first: what is stored is what is drawn
-    video, K = (
-        world.true_frames(meta, c2w, cfg.size, cfg.size, player),
-        camera.intrinsics(cfg.size, cfg.size).numpy(),
-    )
-    words = prompt.caption(
-        world.scene_caption(scene), run["keyboard"], run["mouse"], player, scene.kind
-    )
+
+    # rounded first: what is stored is what is drawn
+    c2w = run["c2w"].astype(np.float32)
+    player = run["player"].astype(np.float32)
+    K = camera.intrinsics(cfg.size, cfg.size).numpy()
+    words = world.scene_caption(scene)
     episode = Episode(
-        video,
-        c2w,
-        np.tile(K, (cfg.frames, 1)),
-        run["keyboard"],
-        run["mouse"],
-        np.arange(cfg.frames) < cfg.frames - 1,
-        run["contact"],
-        player,
-        words,
-        meta,
+        video=world.true_frames(meta, c2w, cfg.size, cfg.size, player),
+        c2w=c2w,
+        K=np.tile(K, (cfg.frames, 1)),
+        keyboard=run["keyboard"],
+        mouse=run["mouse"],
+        valid=np.arange(cfg.frames) < cfg.frames - 1,
+        contact=run["contact"],
+        player=player,
+        prompt=prompt.caption(words, run["keyboard"], run["mouse"], player, scene.kind),
+        meta=meta,
     )
-    meta["stats"] = (see := picture_stats(video)) | {
-        "contact": float(run["contact"].mean()),
-        "filters": filters(episode, see),
-    }
+
+    # why a clip might be left out is found once, and stored with it
+    see = picture_stats(episode.video)
+    touched = float(run["contact"].mean())
+    meta["stats"] = see | {"contact": touched, "filters": filters(episode, see)}
     return episode
 
 
-def _job(root: Path, cfg: DataConfig, split: str, index: int) -> None:
-    write_episode(_place(root, split, index), render_episode(cfg, split, index))
+def make_episode(root: Path, cfg: DataConfig, split: str, index: int) -> None:
+    write_episode(place_of(root, split, index), render_episode(cfg, split, index))
 
 
-def _worker() -> None:
+def start_worker() -> None:
     """A pool process: one thread, and it ends when its parent is killed instead of waiting for ever."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def missing_episodes(root: Path, cfg: DataConfig) -> list[tuple[str, int]]:
+    every = [(split, i) for split in FIRST_SCENE for i in range(getattr(cfg, split))]
+    return [(split, i) for split, i in every if not (place_of(root, split, i) / "_DONE").exists()]
 
 
 def make_dataset(
     root: Path | str,
     preset: str = "tiny",
-    workers: int | None = None,
+    workers: int | None = None,  # processes; None: one per core, at most 8
     cfg: DataConfig | None = None,
 ) -> Path:
-    """Render every missing episode of a preset. Killed at any moment, it continues where it was, to the same bits."""
-    root, cfg, failed = Path(root), cfg or PRESETS[preset], []
+    """Render every missing episode. Killed at any moment, it continues to the same bits."""
+    root = Path(root)
+    cfg = cfg or PRESETS[preset]
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # for the children's BLAS: this process has read it long ago
-    for _ in range(3):  # what fails, or sits in a pool whose worker died, gets two more tries
-        jobs = [
-            (split, i)
-            for split in FIRST_SCENE
-            for i in range(getattr(cfg, split))
-            if not (_place(root, split, i) / "_DONE").exists()
-        ]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children's; this process read it long ago
+    failed: list = []
+    for _ in range(TRIES):
+        jobs = missing_episodes(root, cfg)
         if not jobs:
             return root
-        pool = (
-            futures.ThreadPoolExecutor(1)
-            if workers <= 1
-            else futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _worker)
-        )
-        with pool:
-            running = {pool.submit(_job, root, cfg, *job): job for job in jobs}
-            bar = tqdm(
-                futures.as_completed(running),
-                f"rendering {root}",
-                len(jobs),
-                unit="episode",
-                mininterval=0.1 if os.isatty(2) else 10,
-            )
-            failed = [(*running[done], done.exception()) for done in bar if done.exception()]
+        failed = render_all(root, cfg, jobs, workers)
     if failed:
+        others = f"the others are in {root}"
         raise ValueError(
-            f"{len(failed)} episodes failed three times, the others are in {root}; the first: {failed[0]}"
+            f"{len(failed)} episodes failed {TRIES} times, {others}; the first: {failed[0]}"
         )
     return root
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tuple]:
+    """Split, number and error of every episode that failed. A full disk fails all: it ends at once."""
+    pool = futures.ThreadPoolExecutor(1)
+    if workers > 1:
+        spawn = multiprocessing.get_context("spawn")
+        pool = futures.ProcessPoolExecutor(workers, spawn, start_worker)
+
+    failed = []
+    with pool:
+        running = {pool.submit(make_episode, root, cfg, *job): job for job in jobs}
+        seconds = 0.1 if os.isatty(2) else 10
+        done = futures.as_completed(running)
+        title = f"rendering {root}"
+        for job in tqdm(done, title, len(jobs), unit="episode", mininterval=seconds):
+            error = job.exception()
+            if isinstance(error, OSError):  # no further try would end otherwise
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
+            if error:
+                failed.append((*running[job], error))
+    return failed
+
+
+# ---- a film of an episode ----------------------------------------------------------------------------------
+
+
+def enlarge(picture: np.ndarray, size: int) -> Image.Image:
+    image = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
+    return image.convert("RGB")
 
 
 def view(e: Episode, path: Path, size: int = 256) -> None:
-    """An mp4 of one episode: the frame with its keys, the map from above, the depth (the last two if the world is known)."""
-    scene = world.scene_of(**e.meta["scene"]) if "scene" in e.meta else None
-    depth, ground = (
-        world.true_views(e.meta, e.c2w, *e.video.shape[1:3], e.player)[1]
-        if scene
-        else np.ones(e.video.shape[:3]),
-        e.player[:, [0, 2]],
-    )
-    low, span = (
-        (0, len(scene.solid)) if scene else (ground.min(0) - 1, np.ptp(ground, axis=0).max() + 2)
-    )
-    dots = [tuple(dot) for dot in ((ground - low) / span * [1, -1] + [0, 1]) * size]
-    big = lambda x: Image.fromarray(x).resize((size, size), Image.Resampling.NEAREST).convert("RGB")
-    plan, frames = (
-        big(
-            np.where(scene.solid.T[::-1], 96, 40).astype(np.uint8)
-            if scene
-            else np.full((1, 1), 40, np.uint8)
-        ),
-        [],
-    )
-    for t, dot in enumerate(dots):
-        image, chart, yaw = big(np.asarray(e.video[t])), plan.copy(), math.radians(e.player[t, 4])
-        (pen := ImageDraw.Draw(chart)).line(dots[: t + 1] + [dot], fill=(90, 170, 255), width=2)
-        for side in (-math.pi / 4, math.pi / 4):  # the borders of 90° of view
-            pen.line(
-                [dot, (dot[0] + 24 * math.sin(yaw + side), dot[1] - 24 * math.cos(yaw + side))],
-                fill=(255, 210, 80),
-            )
-        words = f"{t:4d}  {camera.keys_from_action(e.keyboard[t], e.mouse[t])}{'  wall' * int(e.contact[t])}"
-        ImageDraw.Draw(image).text(
-            (6, 5), words, fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0)
-        )
-        frames.append(
-            np.concatenate(
-                [
-                    np.asarray(panel)
-                    for panel in (image, chart, big((255 * np.exp(-depth[t] / 6)).astype(np.uint8)))
-                ],
-                1,
-            )
-        )
+    """An mp4: the frame with its keys, the map from above, the depth (the last two of known worlds)."""
+    known = "scene" in e.meta
+    depth = np.ones(e.video.shape[:3])
+    if known:  # rendered again: no clip stores it
+        _, depth = world.true_views(e.meta, e.c2w, *e.video.shape[1:3], e.player)
+    plan, dots = plan_of(e, size)
+    frames = []
+    for t in range(len(e.video)):
+        # bright is near
+        near = (255 * np.exp(-depth[t] / 6)).astype(np.uint8)
+        panels = (frame_with_keys(e, t, size), map_with_way(e, t, plan, dots), enlarge(near, size))
+        frames.append(np.concatenate([np.asarray(panel) for panel in panels], 1))
     write_mp4(path, np.stack(frames), e.meta["fps"])
+
+
+def plan_of(e: Episode, size: int) -> tuple[Image.Image, list[tuple]]:
+    """The map, z upwards, and where the player is on it in every frame."""
+    ground = e.player[:, [0, 2]]
+    if "scene" in e.meta:
+        solid = world.scene_of(**e.meta["scene"]).solid
+        low = 0
+        span = len(solid)
+        picture = np.where(solid.T[::-1], 96, 40).astype(np.uint8)
+    else:
+        low = ground.min(0) - 1
+        span = np.ptp(ground, axis=0).max() + 2
+        picture = np.full((1, 1), 40, np.uint8)
+
+    # from metres to pixels of the map, whose rows count downwards
+    share = (ground - low) / span
+    dots = (share * [1, -1] + [0, 1]) * size
+    return enlarge(picture, size), [tuple(dot) for dot in dots]
+
+
+def map_with_way(e: Episode, t: int, plan: Image.Image, dots: list[tuple]) -> Image.Image:
+    """The way so far, and the borders of 90 degrees of view."""
+    chart = plan.copy()
+    pen = ImageDraw.Draw(chart)
+    x, y = dots[t]
+    pen.line([*dots[: t + 1], dots[t]], fill=(90, 170, 255), width=2)
+    for side in (-45, 45):
+        angle = math.radians(e.player[t, 4]) + math.radians(side)
+        end = x + 24 * math.sin(angle), y - 24 * math.cos(angle)
+        pen.line([dots[t], end], fill=(255, 210, 80))
+    return chart
+
+
+def frame_with_keys(e: Episode, t: int, size: int) -> Image.Image:
+    image = enlarge(np.asarray(e.video[t]), size)
+    keys = camera.keys_from_action(e.keyboard[t], e.mouse[t])
+    wall = "  wall" if e.contact[t] else ""
+    pen = ImageDraw.Draw(image)
+    pen.text((6, 5), f"{t:4d}  {keys}{wall}", fill="white", stroke_width=1, stroke_fill="black")
+    return image
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+def clips_below(root: Path) -> list[Path]:
+    """Everything that is, or was meant to be, an episode."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        for name in ("meta.json", "rgb"):
+            found += [path.parent for path in root.glob(depth + name)]
+    return sorted({path for path in found if not path.name.startswith(".")}) or [root]
 
 
 def check(root: Path) -> int:
     """One line per clip; returns the number of bad ones."""
-    found = [
-        p.parent
-        for pattern in ("", "*/", "*/*/")
-        for name in ("meta.json", "rgb")
-        for p in root.glob(pattern + name)
-    ]
-    bad, clips = 0, sorted({p for p in found if not p.name.startswith(".")}) or [root]
+    # hashes too: a clip that was changed after writing is no longer the one that was recorded
+    bad = 0
+    clips = clips_below(root)
     for path in clips:
         e, wrong = inspect(path, hashes=True)
-        wrong, shape = (
-            wrong or [f"filter: {reason}" for reason in filters(e)],
-            "x".join(map(str, e.video.shape[:3])) if e else "-",
-        )
+        if not wrong:
+            wrong = [f"filter: {reason}" for reason in filters(e)]
+        shape = "x".join(map(str, e.video.shape[:3])) if e else "-"
+        source = str(e.meta.get("source", "?")) if e else "-"
         bad += bool(wrong)
-        print(
-            f"{str(path.relative_to(root)):30} {shape:>12} {e.meta.get('source', '?') if e else '-':>9}  {'; '.join(wrong) or 'good'}"
-        )
+        name = str(path.relative_to(root))
+        print(f"{name:30} {shape:>12} {source:>9}  {'; '.join(wrong) or 'good'}")
     print(f"{len(clips)} clips, {bad} bad" if bad else f"all {len(clips)} clips are good")
     return bad
 
 
+def ingest(format: str, paths: list[Path], out: Path, size: int) -> None:
+    for path in tqdm(paths, disable=None):  # None: no bar where nobody watches
+        episode = readers.read(format, path, (size, size))
+        tqdm.write(str(write_episode(out / path.stem, episode)))
+
+
+def explore(count: int) -> None:
+    """How much of unseen scenes three explorers cover."""
+    explorers = {
+        "random walk": None,
+        "random waypoints": np.zeros(4),
+        "learned waypoints": world.POLICY,
+    }
+    for name, weights in explorers.items():
+        share = []
+        for i in range(count):
+            scene = world.scene_of(FIRST_SCENE["test"] + i)
+            covered, _ = world.explore(scene, weights, np.random.default_rng(i))
+            share.append(covered)
+        interval = 1.96 * np.std(share) / len(share) ** 0.5
+        scenes = "of unseen scenes in 120 steps"
+        print(f"{name:18} cover {np.mean(share):.3f} ± {interval:.3f} {scenes}")
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="data.py",
-        description="Make, record, import, check and look at training clips.",
-        allow_abbrev=False,
+    p = cli.Parser(
+        "data.py",
+        "Make, record, import, check and look at training clips.",
         epilog=__doc__.split("\n\n")[-1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "command",
-        nargs="?",
-        choices=("make", "explore", "record", "ingest", "check", "view"),
-        help="see below; none: a demo",
-    )
-    p.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        help="check, view: a dataset or an episode; ingest: pose files or scene folders",
-    )
-    p.add_argument(
-        "--preset",
-        default="tiny",
-        choices=[*PRESETS],
-        help="make: frame size and number of episodes (default tiny)",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        help="where to write (default datasets/PRESET, datasets/recorded, datasets/FORMAT, view.mp4)",
-    )
-    p.add_argument("--workers", type=int, help="make: processes (default: one per core)")
-    p.add_argument("--format", help=f"ingest: whose layout, {', '.join(readers.READERS)}")
-    p.add_argument(
-        "--size",
-        type=int,
-        default=64,
-        help="ingest: stored height and width in pixels (default 64)",
-    )
-    p.add_argument(
-        "--count",
-        type=int,
-        help="record: segments (default 2); explore: held-out scenes (default 40)",
-    )
-    p.add_argument("--seed", type=int, default=7, help="record: number of the scene (default 7)")
+    commands = ("make", "explore", "record", "ingest", "check", "view")
+    paths = "check, view: a dataset or an episode; ingest: pose files or scene folders"
+    out = "where to write (default datasets/PRESET, datasets/recorded, datasets/FORMAT, view.mp4)"
+    count = "record: segments (default 2); explore: held-out scenes (default 40)"
+    preset = "make: frame size and number of episodes (default tiny)"
+
+    add = p.add_argument
+    add("command", nargs="?", choices=commands, help="see below; none: a demo")
+    add("paths", nargs="*", type=Path, help=paths)
+    add("--preset", default="tiny", choices=[*PRESETS], help=preset)
+    add("--out", type=Path, help=out)
+    add("--workers", type=int, help="make: processes (default: one per core)")
+    add("--format", help=f"ingest: whose layout, {', '.join(readers.READERS)}")
+    add("--size", type=int, default=64, help="ingest: stored height and width (default 64)")
+    add("--count", type=int, help=count)
+    add("--seed", type=int, default=7, help="record: number of the scene (default 7)")
     return p
 
 
-def run(args: argparse.Namespace) -> int | None:
+def check_arguments(args: argparse.Namespace) -> None:
+    # the name of a set
     if args.format and args.format not in readers.READERS:
-        raise ValueError(
-            f"--format must be one of {', '.join(readers.READERS)}, got {args.format!r}; another set comes in "
+        allowed = ", ".join(readers.READERS)
+        hint = cli.did_you_mean(args.format, readers.READERS)
+        other = (
             "as ViPE poses (--format vipe) or as a plain folder of frames (README: Your own data)"
         )
-    if args.command in ("check", "view", "ingest") and (
-        not args.paths or (args.command == "ingest" and not args.format)
-    ):
         raise ValueError(
-            f"{args.command} needs a path{' and --format' * (args.command == 'ingest')}; see: python data.py --help"
+            f"--format must be one of {allowed}, got {args.format!r}{hint}; another set comes in {other}"
         )
+
+    # what a command cannot do without
+    if args.command == "ingest" and not (args.paths and args.format):
+        raise ValueError("ingest needs a path and --format; see: python data.py --help")
+    if args.command in ("check", "view") and not args.paths:
+        raise ValueError(f"{args.command} needs a path; see: python data.py --help")
+
+    # numbers
+    for name in ("workers", "size", "count"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {args.seed}")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """One command; the exit status."""
+    check_arguments(args)
     if args.command == "make":
-        print(
-            f"{len(list_episodes(make_dataset(args.out or f'datasets/{args.preset}', args.preset, args.workers)))} episodes"
-        )
+        root = args.out or cli.beside("datasets", args.preset)
+        make_dataset(root, args.preset, args.workers)
+        print(f"{len(list_episodes(root))} episodes in {cli.shown(root)}")
     elif args.command == "explore":
-        for name, weights in (
-            ("random walk", None),
-            ("random waypoints", np.zeros(4)),
-            ("learned waypoints", world.POLICY),
-        ):
-            share = [
-                world.explore(
-                    world.scene_of(FIRST_SCENE["test"] + i), weights, np.random.default_rng(i)
-                )[0]
-                for i in range(args.count or 40)
-            ]
-            print(
-                f"{name:18} cover {np.mean(share):.3f} ± {1.96 * np.std(share) / len(share) ** 0.5:.3f} of unseen scenes in 120 steps"
-            )
+        explore(args.count or 40)
     elif args.command == "record":
-        print(
-            *recorder.record(args.out or Path("datasets/recorded"), args.seed, args.count or 2),
-            sep="\n",
-        )
+        root = args.out or cli.beside("datasets", "recorded")
+        print(*recorder.record(root, args.seed, args.count or 2), sep="\n")
     elif args.command == "ingest":
-        for path in tqdm(args.paths):
-            out = (args.out or Path("datasets") / args.format) / path.stem
-            tqdm.write(
-                str(write_episode(out, readers.READERS[args.format](path, (args.size, args.size))))
-            )
+        root = args.out or cli.beside("datasets", args.format)
+        ingest(args.format, args.paths, root, args.size)
     elif args.command == "check":
-        return 2 if sum(check(root) for root in args.paths) else None
-    else:
-        view(
-            episode := read_episode(list_episodes(args.paths[0])[0]),
-            out := args.out or Path("view.mp4"),
-        )
+        bad = sum(check(root) for root in args.paths)
+        return 2 if bad else None
+    elif args.command == "view":
+        episode = read_episode(list_episodes(args.paths[0])[0])
+        out = args.out or Path("view.mp4")
+        view(episode, out)
         print(f"{out}: {episode.path}, {episode.prompt['simple']['full']}")
+    else:
+        demo()
+    return None
+
+
+# ---- demo --------------------------------------------------------------------------------------------------
+
+
+def keys_by_threshold(position: np.ndarray, yaw: np.ndarray) -> np.ndarray:
+    """What one would try first: the step along each axis of the heading it began with."""
+    f, r = wsad.project(np.diff(position[:, [0, 2]], axis=0), yaw[:-1])
+    return np.stack([f, -f, -r, r], 1) > 0.2 * camera.STEP
 
 
 def demo() -> None:
-    """Rendered walks, the keys read off their positions, and how many a threshold per axis at the start yaw gets right."""
+    """Rendered walks, the keys read off their positions, and how many a threshold gets right."""
     walks = [render_episode(DataConfig(frames=121), "test", i) for i in range(4)]
-    print(f"{len(walks)} walks of 121 frames; the first: {walks[0].prompt['simple']['full']}")
+    words = walks[0].prompt["simple"]["full"]
+    print(f"{len(walks)} walks of 121 frames; the first: {words}")
+    print("keys read off positions:   dataset/wsad.py   a threshold per axis")
     for noise in (0.0, 0.01, 0.02):
-        right = []
+        ours = []
+        naive = []
         for e in walks:
-            position = e.player[:, :3] + noise * np.random.default_rng(0).standard_normal((121, 3))
-            f, r = wsad.project(np.diff(position[:, [0, 2]], axis=0), e.player[:-1, 4])
-            naive = (np.stack([f, -f, -r, r], 1) > 0.2 * camera.STEP) == e.keyboard[:-1, :4]
-            labels = wsad.infer_wsad(position, e.player[:, 4], e.player[:, 3], camera.STEP)
-            right.append(
-                (
-                    wsad.wsad_report(labels, e.keyboard, e.contact)["free"],
-                    naive.all(1)[~e.contact[:-1]].mean(),
-                )
-            )
-        print(
-            "position noise {:.0f} cm: {:.1%} of the keys right, a naive threshold {:.1%}".format(
-                noise * 100, *np.mean(right, 0)
-            )
-        )
+            jitter = np.random.default_rng(0).standard_normal((121, 3))
+            position = e.player[:, :3] + noise * jitter
+            yaw = e.player[:, 4]
+            labels = wsad.infer_wsad(position, yaw, e.player[:, 3], camera.STEP)
+            ours.append(wsad.wsad_report(labels, e.keyboard, e.contact)["free"])
+            hit = (keys_by_threshold(position, yaw) == e.keyboard[:-1, :4]).all(1)
+            naive.append(hit[~e.contact[:-1]].mean())
+        right = f"{np.mean(ours):>16.1%} {np.mean(naive):>22.1%}"
+        print(f"  position noise {noise * 100:.0f} cm    {right}")
+
+
+def main(words: list[str]) -> int | None:
+    return run(parser().parse_intermixed_args(words))
 
 
 if __name__ == "__main__":
-    commands = parser()
-    arguments = commands.parse_intermixed_args()
-    try:
-        commands.exit(run(arguments) if arguments.command else demo())
-    except ValueError as wrong:
-        commands.exit(2, f"data.py: {wrong}\n")
+    cli.run(main)

@@ -52,6 +52,7 @@ from game.explore import POLICY, NavMesh, explore
 from game.figure import N_CHARACTERS as N_CHARACTERS
 from game.render import MAX_PITCH, bake, render
 from game.scene import CEILING, EYE, RADIUS, SPLITS, Scene, make_scene
+from game.scene import KINDS as KINDS
 from game.scene import scene_caption as scene_caption
 from game.walks import MIXTURE, W, plan
 

@@ -1,24 +1,40 @@
-"""One clip on disk: video, poses, actions, words; and films."""
+"""One clip on disk: video, poses, actions, words; and films.
+
+    CLIP/meta.json                  where it comes from, its size, a hash of every other file
+    CLIP/rgb/video.npy              (T, H, W, 3) uint8, memory-mapped: H.264 leaves 22 dB at 64x64
+    CLIP/pose/video.npz             c2w, as ViPE's tools read it; so is the next
+    CLIP/intrinsics/video.npz       K, in pixels of the stored size
+    CLIP/player/video.npz           the pose of the player
+    CLIP/action/video.npz           keyboard, mouse, valid, contact
+    CLIP/prompt/video.json          words
+    CLIP/_DONE                      a hash of meta.json, written last: without it there is no episode
+
+A folder may come from anybody. Whatever is in it, reading it ends in an episode or in words about what
+is wrong with which file (`inspect`), and no file outside of it is opened.
+Tests: pytest tests/test_episode.py tests/test_data.py
+"""
 
 import hashlib
 import json
+import math
 import os
 import shutil
-import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 import camera
+import world
 from dataset import wsad
+from dataset.film import in_unit_range as in_unit_range
+from dataset.film import psnr as psnr
+from dataset.film import read_video as read_video
+from dataset.film import write_mp4 as write_mp4
+from dataset.film import write_png as write_png
 
-ARRAYS = {  # file of an episode → its arrays: dtype, shape after T; the only one of a file is stored as `data`
+ARRAYS = {  # file -> its arrays: dtype, and shape after T
     "pose/video.npz": {"c2w": ("f4", (4, 4))},
     "intrinsics/video.npz": {"K": ("f4", (4,))},
     "player/video.npz": {"player": ("f4", (5,))},
@@ -29,110 +45,31 @@ ARRAYS = {  # file of an episode → its arrays: dtype, shape after T; the only 
         "contact": ("?", ()),
     },
 }
-_key = lambda arrays, name: name if len(arrays) > 1 else "data"
-_sha256 = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+FRAMES = "rgb/video.npy"
+WORDS = "prompt/video.json"
+CAMERAS = "intrinsics/video_camera.txt"  # ViPE wants one line per frame
+FILES = {FRAMES, WORDS, CAMERAS, "meta.json", *ARRAYS}
 
 
-def poses_to_c2w(pose5: np.ndarray) -> np.ndarray:  # (T, 5) → (T, 4, 4) float64
+def key_of(arrays: dict, name: str) -> str:
+    """The only array of a file is stored as `data`, as ViPE does."""
+    return name if len(arrays) > 1 else "data"
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+
+
+def poses_to_c2w(pose5: np.ndarray) -> np.ndarray:
+    """(T, 5) -> (T, 4, 4) float64."""
     return camera.pose_to_c2w(torch.as_tensor(np.asarray(pose5, float))).numpy()
 
 
-def c2w_to_poses(c2w: np.ndarray) -> np.ndarray:  # (T, 4, 4) → (T, 5), yaw unwrapped
+def c2w_to_poses(c2w: np.ndarray) -> np.ndarray:
+    """(T, 4, 4) -> (T, 5), yaw unwrapped."""
     pose5 = camera.c2w_to_pose(torch.as_tensor(np.asarray(c2w, float))).numpy()
-    return np.concatenate([pose5[:, :4], np.unwrap(pose5[:, 4:], period=360, axis=0)], 1)
-
-
-def in_unit_range(
-    frames: np.ndarray | Tensor,
-) -> Tensor:  # (..., H, W, 3) uint8 or float in [0, 1] → (N, 3, H, W) float32
-    x = torch.as_tensor(frames)
-    if x.ndim < 3 or x.shape[-1] != 3:
-        raise ValueError(
-            f"frames must be (..., H, W, 3), uint8 or float in [0, 1], got {tuple(x.shape)}"
-        )
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-    return x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
-
-
-def psnr(
-    pred: np.ndarray | Tensor, true: np.ndarray | Tensor, mask: np.ndarray | Tensor | None = None
-) -> Tensor:  # (N,)
-    """Decibels per frame, at most 50; with a mask (N, H, W) the error is averaged over its pixels only."""
-    error = (in_unit_range(pred) - in_unit_range(true)).square().mean(1)  # (N, H, W)
-    weight = (
-        torch.ones_like(error)
-        if mask is None
-        else torch.as_tensor(mask).reshape(error.shape).float()
-    )
-    mse = (error * weight).sum((1, 2)) / weight.sum((1, 2))
-    return -10 * mse.clamp_min(1e-5).log10()  # 10 log10(1 / MSE)
-
-
-_uint8 = lambda frames: (
-    (in_unit_range(frames).clamp(0, 1) * 255)
-    .round()
-    .byte()
-    .permute(0, 2, 3, 1)
-    .contiguous()
-    .numpy()
-)
-
-
-def write_png(
-    path: Path, image: np.ndarray | Tensor
-) -> None:  # (H, W, 3), uint8 or float in [0, 1]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_uint8(image)[0]).save(path)
-
-
-def write_mp4(path: Path, frames: np.ndarray | Tensor, fps: int = 16, crf: int = 12) -> None:
-    """Frames → mp4 with full colour resolution; crf 12 keeps about 34 dB of 64×64 frames, 0 nearly everything."""
-    height, width = _uint8(frames[:1]).shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"mp4 needs even sizes, got {width}x{height}; nearest legal size: {width + width % 2}x{height + height % 2}"
-        )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}
-        )
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(_uint8(frame)[0])))
-        container.mux(stream.encode())
-
-
-def read_video(
-    source: Path | Sequence[Path], size: tuple[int, int] | None = None
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """An mp4, a folder of images or a list of them → (T, H, W, 3) uint8, centre-cropped to size, and the native (h, w)."""
-    pictures = (
-        sorted(source.glob("*.[pj][np]*g"))
-        if isinstance(source, Path) and source.is_dir()
-        else source
-    )
-    if absent := [
-        p
-        for p in ([pictures] if isinstance(pictures, Path) else pictures or [source / "*.png"])
-        if not p.is_file()
-    ]:
-        raise ValueError(f"frames of this clip are missing: no {absent[0]}")
-    movie, frames = av.open(str(pictures)) if isinstance(pictures, Path) else None, []
-    for image in (
-        (frame.to_image() for frame in movie.decode(video=0))
-        if movie
-        else (Image.open(p).convert("RGB") for p in pictures)
-    ):
-        (w, h), (H, W) = image.size, size or image.size[::-1]
-        scale = max(H / h, W / w)  # crop the middle, then resize
-        box = ((w - W / scale) / 2, (h - H / scale) / 2, (w + W / scale) / 2, (h + H / scale) / 2)
-        frames.append(
-            np.asarray(
-                image if (h, w) == (H, W) else image.resize((W, H), Image.Resampling.BICUBIC, box)
-            )
-        )
-    return np.stack(frames), (h, w)
+    yaw = np.unwrap(pose5[:, 4:], period=360, axis=0)
+    return np.concatenate([pose5[:, :4], yaw], 1)
 
 
 @dataclass
@@ -151,126 +88,225 @@ class Episode:
 
     @property
     def text(self) -> str:
-        return self.prompt["simple"][
-            "scene"
-        ]  # what a model is conditioned on: what can be seen, never what is pressed
+        """What a model is conditioned on: what can be seen, never what is pressed."""
+        return self.prompt["simple"]["scene"]
+
+
+# ---- what makes an episode unusable ------------------------------------------------------------------------
 
 
 def problems(e: Episode) -> list[str]:
-    """Everything that makes an episode unusable, as text; empty for a good one."""
-    if e.video.ndim != 4 or e.video.shape[-1] != 3 or e.video.dtype != np.uint8:
-        return [f"rgb: expected (T, H, W, 3) uint8, found {e.video.shape} {e.video.dtype}"]
-    T, H, W, _ = e.video.shape
-    found = (
-        [f"rgb: expected 4k+1 frames, found {T}; cut to {max(1, (T - 1) // 4 * 4 + 1)}"]
-        if T % 4 != 1
-        else []
-    )
-    found += [f"rgb: expected sizes in multiples of 16, found {W}x{H}"] if H % 16 or W % 16 else []
-    for label, value, shape in (
-        (f"{file}[{_key(a, name)}]", getattr(e, name), (T, *a[name][1]))
-        for file, a in ARRAYS.items()
-        for name in a
-    ):
-        if value.shape != shape:
-            found.append(f"{label}: expected {shape}, found {value.shape}")
-        elif not np.isfinite(value).all():
-            found.append(
-                f"{label}: NaN or infinite at frame {int(np.argwhere(~np.isfinite(value))[0, 0])}"
-            )
-    if found:
-        return found
-    bad = np.flatnonzero(~camera.is_rigid(torch.as_tensor(e.c2w), 1e-3).numpy())
-    away = lambda c2w: float(
-        np.linalg.norm(c2w[:, :3, 3] - e.player[:, :3], axis=1).max()
-    )  # third-person cameras stay within 6 m
-    w2c = not len(bad) and away(e.c2w) > 6 and away(np.linalg.inv(e.c2w)) < 6
-    return [
-        text
-        for wrong, text in (
-            (
-                len(bad),
-                f"pose/video.npz: frames {bad[:3]}... of {len(bad)} are not a rotation and a position (RᵀR = I, det +1)",
-            ),
-            (
-                not len(bad) and away(e.c2w) > 6,
-                f"pose/video.npz: camera {away(e.c2w):.0f} m from the player"
-                + "; this is w2c, invert it" * w2c,
-            ),
-            (
-                e.K[:, :2].min() <= 1,
-                "intrinsics/video.npz: focal lengths must be pixels; multiply shares by the width and height",
-            ),
-            (
-                e.keyboard.max() > 1,
-                f"action/video.npz[keyboard]: expected 0 or 1, found {e.keyboard.max()}",
-            ),
-        )
-        if wrong
-    ]
+    """As text; empty for a good one. What is found first makes the rest meaningless."""
+    video = e.video
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
+        return [f"rgb: expected (T, H, W, 3) uint8, found {video.shape} {video.dtype}"]
+    found = problems_of_size(video) + problems_of_arrays(e)
+    return found or problems_of_values(e)
+
+
+def problems_of_size(video: np.ndarray) -> list[str]:
+    T, H, W, _ = video.shape
+    found = []
+    if T % 4 != 1:
+        fitting = max(1, (T - 1) // 4 * 4 + 1)
+        found.append(f"rgb: expected 4k+1 frames, found {T}; cut to {fitting}")
+    if H % 16 or W % 16:
+        found.append(f"rgb: expected sizes in multiples of 16, found {W}x{H}")
+    return found
+
+
+def problems_of_arrays(e: Episode) -> list[str]:
+    """Wrong shapes, and numbers that are none."""
+    found = []
+    for file, arrays in ARRAYS.items():
+        for name, (_, tail) in arrays.items():
+            label = f"{file}[{key_of(arrays, name)}]"
+            value = getattr(e, name)
+            shape = (len(e.video), *tail)
+            if value.shape != shape:
+                found.append(f"{label}: expected {shape}, found {value.shape}")
+            elif not np.isfinite(value).all():
+                frame = int(np.argwhere(~np.isfinite(value))[0, 0])
+                found.append(f"{label}: NaN or infinite at frame {frame}")
+    return found
+
+
+def problems_of_values(e: Episode) -> list[str]:
+    """Cameras that are none or far away, intrinsics in other units, keys that are neither 0 nor 1."""
+    found = []
+
+    # cameras
+    bent = np.flatnonzero(~camera.is_rigid(torch.as_tensor(e.c2w), 1e-3).numpy())
+    if len(bent):
+        rule = "not a rotation and a position (RᵀR = I, det +1)"
+        found.append(f"pose/video.npz: frames {bent[:3]}... of {len(bent)} are {rule}")
+    elif (away := farthest(e.c2w, e.player)) > 6:  # third-person cameras stay within 6 m
+        inverted = farthest(np.linalg.inv(e.c2w), e.player) < 6
+        hint = "; this is w2c, invert it" if inverted else ""
+        found.append(f"pose/video.npz: camera {away:.0f} m from the player{hint}")
+
+    # units of the lens, and what a key can be
+    if e.K[:, :2].min() <= 1:
+        help = "multiply shares by the width and height"
+        found.append(f"intrinsics/video.npz: focal lengths must be pixels; {help}")
+    if e.keyboard.max() > 1:
+        found.append(f"action/video.npz[keyboard]: expected 0 or 1, found {e.keyboard.max()}")
+    return found
+
+
+def farthest(c2w: np.ndarray, player: np.ndarray) -> float:
+    return float(np.linalg.norm(c2w[:, :3, 3] - player[:, :3], axis=1).max())
+
+
+def problems_of_meta(meta: object, prompt: object) -> list[str]:
+    """What rendering, training and the command line will ask for."""
+    if not isinstance(meta, dict):
+        return [f"meta.json: expected an object, found {type(meta).__name__}"]
+    found = []
+
+    # numbers and words that every clip has
+    fps = meta.get("fps")
+    if not is_number(fps) or not 0 < fps < 1000:
+        found.append(f"meta.json[fps]: expected frames per second, found {fps!r}")
+    if not isinstance(meta.get("metric"), bool):
+        found.append(f"meta.json[metric]: expected true or false, found {meta.get('metric')!r}")
+    view = meta.get("view", "first")
+    if view not in ("first", "third"):
+        found.append(f"meta.json[view]: expected first or third, found {view!r}")
+    if not isinstance(meta.get("sha256", {}), dict):
+        found.append("meta.json[sha256]: expected an object")
+
+    # only a clip of the embedded world has a scene
+    if "scene" in meta:
+        found += problems_of_scene(meta, view)
+    try:
+        words = prompt["simple"]
+        texts = [words["scene"], words["full"]]
+    except (KeyError, TypeError, IndexError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        found.append(f"{WORDS}: expected simple.scene and simple.full")
+    return found
+
+
+def problems_of_scene(meta: dict, view: object) -> list[str]:
+    """A scene is rendered again from its seed and kind."""
+    scene = meta["scene"]
+    known = isinstance(scene, dict) and set(scene) <= {"seed", "kind"}
+    if not known or not is_whole(scene.get("seed"), 2**63):
+        return [f"meta.json[scene]: expected a seed and a kind, found {scene!r:.80}"]
+    kind = scene.get("kind")
+    if kind is not None and kind not in world.KINDS:
+        allowed = ", ".join(world.KINDS)
+        return [f"meta.json[scene]: kind must be one of {allowed}, found {kind!r:.80}"]
+    character = meta.get("character")
+    if view == "third" and not is_whole(character, world.N_CHARACTERS):
+        return [f"meta.json[character]: expected a number of a character, found {character!r:.80}"]
+    return []
+
+
+# JSON knows no types: true is a number to Python, and 1e999 is infinite
+
+
+def is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def is_whole(value: object, below: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+# ---- writing and reading -----------------------------------------------------------------------------------
 
 
 def write_episode(path: Path, episode: Episode) -> Path:
-    """Write into a hidden neighbour, then rename: an episode is there whole or not at all. ViPE's tools read pose and intrinsics."""
-    path, wrong = Path(path), problems(episode)
+    """Write into a hidden neighbour, then rename: an episode is there whole or not at all."""
+    path = Path(path)
+    wrong = problems(episode)
     if wrong:
         raise ValueError(f"{path} not written: " + "; ".join(wrong))
-    (T, H, W, _), draft = episode.video.shape, path.parent / f".{path.name}.part"
+
+    # a stop at any moment leaves a draft, which nobody lists
+    draft = path.parent / f".{path.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
     for folder in ("rgb", "prompt", *(Path(file).parent for file in ARRAYS)):
         (draft / folder).mkdir(parents=True)
-    np.save(draft / "rgb/video.npy", episode.video)
-    for file, arrays in ARRAYS.items():
-        values = {
-            _key(arrays, name): getattr(episode, name).astype(dtype)
-            for name, (dtype, _) in arrays.items()
-        }
-        np.savez(draft / file, **values, inds=np.arange(T), time=np.arange(T) / episode.meta["fps"])
-    (draft / "intrinsics/video_camera.txt").write_text("".join(f"{t}: PINHOLE\n" for t in range(T)))
-    (draft / "prompt/video.json").write_text(json.dumps(episode.prompt, indent=1))
-    sums = {str(file.relative_to(draft)): _sha256(file) for file in sorted(draft.glob("*/*"))}
-    meta = {**episode.meta, "schema": 1, "T": T, "H": H, "W": W, "sha256": sums}
-    (draft / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-    (draft / "_DONE").write_text(_sha256(draft / "meta.json"))
+    write_files(draft, episode)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(draft, path)
     return path
 
 
+def write_files(folder: Path, episode: Episode) -> None:
+    T, H, W, _ = episode.video.shape
+    np.save(folder / FRAMES, episode.video)
+    times = {"inds": np.arange(T), "time": np.arange(T) / episode.meta["fps"]}
+    for file, arrays in ARRAYS.items():
+        values = {}
+        for name, (dtype, _) in arrays.items():
+            values[key_of(arrays, name)] = getattr(episode, name).astype(dtype)
+        np.savez(folder / file, **values, **times)
+    (folder / CAMERAS).write_text("".join(f"{t}: PINHOLE\n" for t in range(T)))
+    (folder / WORDS).write_text(json.dumps(episode.prompt, indent=1))
+
+    # every file is in the hash of meta.json, and that is in _DONE
+    files = sorted(folder.glob("*/*"))
+    sums = {str(file.relative_to(folder)): sha256_of(file) for file in files}
+    meta = {**episode.meta, "schema": 1, "T": T, "H": H, "W": W, "sha256": sums}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+    (folder / "_DONE").write_text(sha256_of(folder / "meta.json"))
+
+
 def inspect(path: Path, hashes: bool = False) -> tuple[Episode | None, list[str]]:
-    """Read a folder and name all that is wrong with it; hashes also find what was changed after writing."""
-    path, arrays = Path(path), {}
+    """Read a folder and name all that is wrong; hashes also find what was changed after writing."""
+    path = Path(path)
     if not (path / "_DONE").is_file():
         return None, ["no file _DONE: not an episode, or one that was never finished"]
     try:
-        meta, prompt = (
-            json.loads((path / file).read_text()) for file in ("meta.json", "prompt/video.json")
-        )
-        for file, keys in ARRAYS.items():
-            with np.load(path / file) as stored:
-                arrays |= {
-                    name: stored[_key(keys, name)].astype(dtype, copy=False)
-                    for name, (dtype, _) in keys.items()
-                }
-        video = np.load(path / "rgb/video.npy", mmap_mode="r")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        return None, [f"cannot be read: {type(error).__name__}: {error}"]
-    sums = {**meta.get("sha256", {}), "meta.json": (path / "_DONE").read_text()} if hashes else {}
-    found = [
-        f"{file}: changed since it was written"
-        for file, sha in sums.items()
-        if _sha256(path / file) != sha
-    ]
-    if video.shape[:3] != (meta.get("T"), meta.get("H"), meta.get("W")):
-        found.append(
-            f"rgb: meta.json says {[meta.get(k) for k in 'THW']} frames, height, width; found {list(video.shape[:3])}"
-        )
-    episode = Episode(video, **arrays, prompt=prompt, meta=meta, path=path)
+        episode = read_files(path)
+        done = (path / "_DONE").read_text()
+    except Exception as error:  # what json, numpy and zipfile raise at a hostile file is no list
+        reason = f"{type(error).__name__}: {error}"
+        return None, [f"cannot be read: {reason[:300]}"]
+
+    found = problems_of_meta(episode.meta, episode.prompt)
+    if found:  # nothing below, and no caller, could use it
+        return None, found
+    if hashes:
+        found += changed_files(path, {**episode.meta.get("sha256", {}), "meta.json": done})
+    said = [episode.meta.get(name) for name in "THW"]
+    shape = list(episode.video.shape[:3])
+    if shape != said:
+        found.append(f"rgb: meta.json says {said} frames, height, width; found {shape}")
     return episode, found + problems(episode)
 
 
+def read_files(path: Path) -> Episode:
+    meta = json.loads((path / "meta.json").read_text())
+    prompt = json.loads((path / WORDS).read_text())
+    values = {}
+    for file, arrays in ARRAYS.items():
+        with np.load(path / file) as stored:
+            for name, (dtype, _) in arrays.items():
+                values[name] = stored[key_of(arrays, name)].astype(dtype, copy=False)
+    video = np.load(path / FRAMES, mmap_mode="r")
+    return Episode(video, **values, prompt=prompt, meta=meta, path=path)
+
+
+def changed_files(path: Path, sums: dict[str, str]) -> list[str]:
+    """Only files of an episode are opened, whatever meta.json names."""
+    found = []
+    for file, sha in sums.items():
+        if file not in FILES:
+            found.append(f"meta.json[sha256]: no file of an episode is called {file!r:.80}")
+        elif sha256_of(path / file) != sha:
+            found.append(f"{file}: changed since it was written")
+    return found
+
+
 def read_episode(path: Path) -> Episode:
-    """One episode, frames memory-mapped; a bad one is an error that says what is wrong with which file."""
+    """Frames memory-mapped; a bad one is an error that says what is wrong with which file."""
     episode, wrong = inspect(path)
     if wrong:
         raise ValueError(f"{path}: " + "; ".join(wrong))
@@ -280,23 +316,22 @@ def read_episode(path: Path) -> Episode:
 def list_episodes(root: Path | str, split: str | None = None) -> list[Path]:
     """All finished episodes at or below a folder, sorted; half-written ones are never listed."""
     base = Path(root) / (split or "")
-    found = sorted(
-        p.parent
-        for pattern in ("", "*/", "*/*/")
-        for p in base.glob(f"{pattern}_DONE")
-        if not p.parent.name.startswith(".")
-    )
+    marks = [mark for depth in ("", "*/", "*/*/") for mark in base.glob(f"{depth}_DONE")]
+    found = sorted(mark.parent for mark in marks if not mark.parent.name.startswith("."))
     if not found:
-        raise ValueError(
-            f"no episodes in {base}; make some with: python data.py make --preset tiny --out {root}"
-        )
+        help = f"python data.py make --preset tiny --out {root}"
+        raise ValueError(f"no episodes in {base}; make some with: {help}")
     return found
 
 
+# ---- what makes a clip useless for training ----------------------------------------------------------------
+
+
 def picture_stats(video: np.ndarray) -> dict[str, float]:
-    """Mean brightness, contrast and sharpness (0-1) of every second row, and the longest run of unchanged frames."""
+    """Brightness, contrast and sharpness (0-1) of every second row; the longest unchanged run."""
     grey = video[:, ::2, :, 1].astype(np.float32) / 255  # (T, H/2, W): green is nearly luminance
-    changed = np.flatnonzero(np.append(np.abs(np.diff(grey, axis=0)).mean((1, 2)) > 1e-4, True))
+    difference = np.abs(np.diff(grey, axis=0)).mean((1, 2))
+    changed = np.flatnonzero(np.append(difference > 1e-4, True))
     return {
         "brightness": float(grey.mean()),
         "contrast": float(grey.std((1, 2)).mean()),
@@ -306,34 +341,39 @@ def picture_stats(video: np.ndarray) -> dict[str, float]:
 
 
 def filters(e: Episode, see: dict[str, float] | None = None) -> list[str]:
-    """Why a clip should not be trained on: jumps, spins, freezes, unusable pictures, too few labels. The thresholds are ours."""
-    see, step = (
-        see or picture_stats(e.video),
-        np.linalg.norm(np.diff(e.player[:, :3], axis=0), axis=1),
-    )
-    v0 = (
-        camera.STEP if e.meta["metric"] else float(np.median(step[step > 0])) if step.any() else 1.0
-    )
-    turn, known = (
-        np.abs(wsad.wrap(np.diff(e.player[:, 3:].astype(float), axis=0))).max(),
-        e.valid[:-1].mean(),
-    )
-    return [
-        text
-        for bad, text in (
-            (
-                step.max() > 3 * v0,
-                f"teleport: a step of {step.max() / v0:.1f} times the usual length",
-            ),
-            (turn > 15.01, f"spin: {turn:.0f} degrees in one frame"),
-            (see["frozen"] > 30, f"frozen: {see['frozen']} frames in a row do not change"),
-            (
-                not 0.04 < see["brightness"] < 0.97,
-                f"too dark or too bright: mean {see['brightness']:.2f}",
-            ),
-            (see["contrast"] < 0.02, f"no contrast: deviation {see['contrast']:.3f}"),
-            (see["sharpness"] < 0.002, f"blurred: mean gradient {see['sharpness']:.4f}"),
-            (known < 0.5, f"labels: only {known:.0%} of the actions are known"),
-        )
-        if bad
-    ]
+    """Why a clip should not be trained on. The thresholds are ours."""
+    if len(e.video) < 2:
+        return ["one frame: nothing happens"]
+    return filters_of_motion(e) + filters_of_pictures(see or picture_stats(e.video))
+
+
+def filters_of_motion(e: Episode) -> list[str]:
+    step = np.linalg.norm(np.diff(e.player[:, :3], axis=0), axis=1)
+    usual = camera.STEP
+    if not e.meta["metric"]:
+        usual = float(np.median(step[step > 0])) if step.any() else 1.0
+    turn = np.abs(wsad.wrap(np.diff(e.player[:, 3:].astype(float), axis=0))).max()
+    known = e.valid[:-1].mean()
+
+    found = []
+    if step.max() > 3 * usual:
+        times = step.max() / usual
+        found.append(f"teleport: a step of {times:.1f} times the usual length")
+    if turn > 15.01:
+        found.append(f"spin: {turn:.0f} degrees in one frame")
+    if known < 0.5:
+        found.append(f"labels: only {known:.0%} of the actions are known")
+    return found
+
+
+def filters_of_pictures(see: dict[str, float]) -> list[str]:
+    found = []
+    if see["frozen"] > 30:
+        found.append(f"frozen: {see['frozen']} frames in a row do not change")
+    if not 0.04 < see["brightness"] < 0.97:
+        found.append(f"too dark or too bright: mean {see['brightness']:.2f}")
+    if see["contrast"] < 0.02:
+        found.append(f"no contrast: deviation {see['contrast']:.3f}")
+    if see["sharpness"] < 0.002:
+        found.append(f"blurred: mean gradient {see['sharpness']:.4f}")
+    return found

@@ -21,7 +21,7 @@ import data
 import world
 from dataset import readers
 from dataset.episode import (
-    _sha256,
+    sha256_of,
     filters,
     inspect,
     list_episodes,
@@ -104,7 +104,7 @@ def test_a_clip_is_read_within_a_millisecond(dataset: Path) -> None:
 
 def hashes(root: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(root)): _sha256(p)
+        str(p.relative_to(root)): sha256_of(p)
         for p in sorted(root.rglob("*"))
         if p.is_file() and "/." not in str(p)
     }

@@ -53,7 +53,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "exported",
     },
     "game": {"scene", "paint", "render", "figure", "explore", "walks"},
-    "dataset": {"episode", "wsad", "readers", "recorder", "prompt"},
+    "dataset": {"episode", "film", "wsad", "readers", "recorder", "prompt"},
     "page": {"server", "player", "recording"},
     "lab": {"metrics", "truth", "stats", "claims", "report", "summary", "bench"},
 }
