@@ -21,7 +21,6 @@ import data
 import world
 from dataset import readers
 from dataset.episode import (
-    sha256_of,
     filters,
     inspect,
     list_episodes,
@@ -29,6 +28,7 @@ from dataset.episode import (
     problems,
     read_episode,
     read_video,
+    sha256_of,
     write_episode,
     write_mp4,
 )
