@@ -14,10 +14,8 @@ import camera
 from camera import relative
 
 GOLDEN = Path(__file__).parent / "golden"
-CAMERA, ROLLOUT = (
-    load_file(GOLDEN / "camera.safetensors"),
-    load_file(GOLDEN / "rollout.safetensors"),
-)
+CAMERA = load_file(GOLDEN / "camera.safetensors")
+ROLLOUT = load_file(GOLDEN / "rollout.safetensors")
 
 
 def keys(held: str = "") -> list[float]:
@@ -26,27 +24,28 @@ def keys(held: str = "") -> list[float]:
 
 def random_actions(frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return (torch.rand(frames, 6, generator=g) < 0.4).double(), torch.rand(
-        frames, 2, generator=g
-    ).double() * 0.4 - 0.2
+    keyboard = torch.rand(frames, 6, generator=g) < 0.4
+    mouse = torch.rand(frames, 2, generator=g).double()
+    return keyboard.double(), mouse * 0.4 - 0.2
 
 
 def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
     scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=torch.float64)
-    return camera.pose_to_c2w(
-        torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)).double() * scale
-    )
+    poses = torch.randn(n, 5, generator=g).double() * scale
+    return camera.pose_to_c2w(poses)
 
 
 def released_pose5(poses: torch.Tensor) -> torch.Tensor:
     """Released (x forward, y right, z up, pitch, yaw) in centimetres -> ours."""
-    p = poses.double()
-    return torch.stack([p[:, 1] / 100, -p[:, 2] / 100, p[:, 0] / 100, p[:, 3], p[:, 4]], -1)
+    forward, right, up, pitch, yaw = poses.double().unbind(1)
+    return torch.stack([right / 100, -up / 100, forward / 100, pitch, yaw], -1)
 
 
 def best_time(run: Callable[[], object], rounds: int = 7) -> float:
     """Seconds of one thread's own work, so that a busy machine does not count."""
-    threads, times = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    times = []
     torch.set_num_threads(1)
     for _ in range(rounds):
         began = time.thread_time()
@@ -59,38 +58,49 @@ def best_time(run: Callable[[], object], rounds: int = 7) -> float:
 def test_actions_then_their_inverses_return_home() -> None:
     keyboard, mouse = random_actions(600, 0)
     poses = camera.integrate((1, -1.6, 2, 5, 30), keyboard, mouse)
-    back = camera.integrate(poses[-1].tolist(), *camera.invert_actions(keyboard, mouse))
+    inverse = camera.invert_actions(keyboard, mouse)
+    back = camera.integrate(poses[-1].tolist(), *inverse)
     torch.testing.assert_close(back.flip(0), poses, atol=1e-10, rtol=0)
 
 
 def test_a_circle_closes_across_the_yaw_seam_and_the_released_one_does_not() -> None:
-    keyboard, mouse = (
-        torch.tensor(keys("w")).expand(241, 6),
-        torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2),
-    )
+    keyboard = torch.tensor(keys("w")).expand(241, 6)
+    mouse = torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2)
+
+    def gap(poses: torch.Tensor) -> torch.Tensor:
+        return (poses[-1, :3] - poses[0, :3]).norm()
+
     ours = camera.integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
-    assert (ours[-1, :3] - ours[0, :3]).norm() < 1e-9
     theirs = camera.released_poses(keyboard, mouse)
-    assert 24 < (theirs[-1, :3] - theirs[0, :3]).norm() < 25.5
+    assert gap(ours) < 1e-9
+    assert 24 < gap(theirs) < 25.5
 
 
 def test_poses_survive_the_camera_matrix() -> None:
-    pose = torch.tensor([[1, -1.6, 3, 40, 170], [0, 0, 0, -80, -30.0]], dtype=torch.float64)
-    torch.testing.assert_close(camera.c2w_to_pose(camera.pose_to_c2w(pose)), pose)
+    poses = [[1, -1.6, 3, 40, 170], [0, 0, 0, -80, -30.0]]
+    poses = torch.tensor(poses, dtype=torch.float64)
+    back = camera.c2w_to_pose(camera.pose_to_c2w(poses))
+    torch.testing.assert_close(back, poses)
 
 
 def test_relative_undoes_itself_and_keeps_precision_far_from_home() -> None:
-    a, b = random_cameras(20, 1), random_cameras(20, 2)
-    torch.testing.assert_close(a @ relative(a, b), b)
-    far = torch.eye(4, dtype=torch.float64).repeat(20, 1, 1)
-    far[:, :3, 3] = torch.tensor([1e6, 0, -1e6], dtype=torch.float64)
-    torch.testing.assert_close(relative(far @ a, far @ b), relative(a, b), atol=1e-8, rtol=0)
+    a = random_cameras(20, 1)
+    b = random_cameras(20, 2)
+    g = relative(a, b)
+    torch.testing.assert_close(a @ g, b)
+
+    far = torch.eye(4, dtype=torch.float64)
+    far[:3, 3] = torch.tensor([1e6, 0, -1e6])
+    far_g = relative(far @ a, far @ b)
+    torch.testing.assert_close(far_g, g, atol=1e-8, rtol=0)
 
 
 def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None:
     c2w = random_cameras(20)
     released = camera.to_released(c2w)
-    assert (torch.linalg.det(released[:, :3, :3]) < 0).all() and camera.is_rigid(c2w).all()
+    handedness = torch.linalg.det(camera.rotation(released))
+    assert (handedness < 0).all()
+    assert camera.is_rigid(c2w).all()
     assert torch.equal(camera.from_released(released), c2w)
     assert not camera.is_rigid(released).any()
 
@@ -98,72 +108,96 @@ def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None
 def test_w_moves_along_the_view_and_d_to_its_right() -> None:
     pose = (1.0, -1.6, 2.0, 0.0, 37.0)
     c2w = camera.pose_to_c2w(torch.tensor(pose, dtype=torch.float64))
-    for key, axis, sign in (("w", 2, 1), ("s", 2, -1), ("d", 0, 1), ("a", 0, -1)):
-        moved = torch.tensor(camera.step_pose(pose, keys(key), (0, 0)), dtype=torch.float64)
-        torch.testing.assert_close(moved[:3] - c2w[:3, 3], sign * camera.STEP * c2w[:3, axis])
-    assert math.dist(camera.step_pose(pose, keys("w d"), (0, 0))[:3], pose[:3]) == pytest.approx(
-        camera.STEP
-    )
+    right, _, forward = camera.rotation(c2w).unbind(1)
+    for key, way in {"w": forward, "s": -forward, "d": right, "a": -right}.items():
+        after = camera.step_pose(pose, keys(key), (0, 0))
+        moved = torch.tensor(after[:3], dtype=torch.float64) - camera.place(c2w)
+        torch.testing.assert_close(moved, camera.STEP * way)
+
+    after = camera.step_pose(pose, keys("w d"), (0, 0))
+    assert math.dist(after[:3], pose[:3]) == pytest.approx(camera.STEP)
     assert camera.step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
 
 
 def test_mouse_units_are_fifteen_degrees_and_pitch_up_looks_up() -> None:
-    x, y, z, pitch, yaw = camera.step_pose((0, 0, 0, 0, 0), keys(), (0.1, 2))
-    assert (pitch, yaw) == pytest.approx((1.5, 30))
-    forward = camera.pose_to_c2w(torch.tensor([0, 0, 0, 10.0, 0]))[:3, 2]
-    assert forward[1] < 0 and camera.pose_to_c2w(torch.tensor([0, 0, 0, 0, 10.0]))[0, 2] > 0
-    assert camera.step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)[3] == 60
+    after = camera.step_pose((0, 0, 0, 0, 0), keys(), (0.1, 2))
+    assert after[3:] == pytest.approx((1.5, 30))
+
+    def forward(pitch: float, yaw: float) -> torch.Tensor:
+        return camera.pose_to_c2w(torch.tensor([0, 0, 0, pitch, yaw]))[:3, 2]
+
+    assert forward(10.0, 0.0)[1] < 0  # y points down
+    assert forward(0.0, 10.0)[0] > 0
+    after = camera.step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)
+    assert after[3] == 60
 
 
 def test_rays_are_unit_and_the_centre_looks_forward() -> None:
-    c2w, K = random_cameras(3), camera.intrinsics(33, 65)
-    image = camera.rays(c2w, K, 33, 65)
-    torch.testing.assert_close(image[:, 3:].norm(dim=1), torch.ones(3, 33, 65, dtype=torch.float64))
-    torch.testing.assert_close(image[:, 3:, 16, 32], c2w[:, :3, 2])
-    torch.testing.assert_close(image[:, :3, 5, 7], c2w[:, :3, 3])
+    c2w = random_cameras(3)
+    K = camera.intrinsics(33, 65)
+    origins, directions = camera.rays(c2w, K, 33, 65).split(3, 1)
+    lengths = directions.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    torch.testing.assert_close(directions[:, :, 16, 32], c2w[:, :3, 2])
+    torch.testing.assert_close(origins[:, :, 5, 7], camera.place(c2w))
     assert K.tolist() == pytest.approx([32.5, 32.5, 32.5, 16.5])
 
 
 @pytest.mark.parametrize("golden", [CAMERA, ROLLOUT], ids=["camera", "rollout"])
 def test_released_poses_and_cameras_match_bit_for_bit(golden: dict) -> None:
-    assert torch.equal(camera.released_poses(golden["keyboard"], golden["mouse"]), golden["poses"])
+    keyboard = golden["keyboard"]
+    mouse = golden["mouse"]
+    assert torch.equal(camera.released_poses(keyboard, mouse), golden["poses"])
+
     pose = released_pose5(golden["poses"])
-    torch.testing.assert_close(
-        camera.to_released(camera.pose_to_c2w(pose)), golden["extrinsics"], atol=1e-12, rtol=0
-    )
-    ours = camera.integrate((0, 0, 0, 0, 0), golden["keyboard"][:-1], golden["mouse"][:-1])
+    extrinsics = camera.to_released(camera.pose_to_c2w(pose))
+    torch.testing.assert_close(extrinsics, golden["extrinsics"], atol=1e-12, rtol=0)
+
+    ours = camera.integrate((0, 0, 0, 0, 0), keyboard[:-1], mouse[:-1])
     torch.testing.assert_close(ours, pose, atol=3e-3, rtol=0)  # 8.73 cm is our 12.35/√2 rounded
 
 
 def test_anchored_rays_are_what_they_say() -> None:
-    cameras, anchor = random_cameras(2 * 3 * 4).view(2, 3, 4, 4, 4), random_cameras(2, 9)
-    image = camera.anchored_rays(cameras, anchor, camera.intrinsics(5, 6), 5, 6)
-    slow = camera.rays(
-        relative(anchor[:, None, None], cameras), camera.intrinsics(5, 6), 5, 6
-    )  # (2, 3, 4, 6, 5, 6)
-    o, d = slow[..., :3, :, :] / camera.ANCHORED_SCALE, slow[..., 3:, :, :]
-    azimuth = torch.atan2(d[..., 0, :, :], d[..., 2, :, :])
-    waves = torch.stack(
-        [wave for k in (2, 4, 8) for wave in ((k * azimuth).cos(), (k * azimuth).sin())], -3
-    )
-    wanted = (
-        torch.cat([o, d, torch.linalg.cross(o, d, dim=-3), waves], -3)
-        .permute(0, 2, 3, 1, 4, 5)
-        .flatten(1, 2)
-    )
+    cameras = random_cameras(2 * 3 * 4).view(2, 3, 4, 4, 4)
+    anchor = random_cameras(2, 9)
+    K = camera.intrinsics(5, 6)
+    image = camera.anchored_rays(cameras, anchor, K, 5, 6)
+
+    slow = camera.rays(relative(anchor[:, None, None], cameras), K, 5, 6)  # (2, 3, 4, 6, 5, 6)
+    o, d = slow.split(3, -3)
+    o = o / camera.ANCHORED_SCALE
+    x, _, z = d.unbind(-3)
+    azimuth = torch.atan2(x, z)
+    waves = []
+    for k in (2, 4, 8):
+        waves += [(k * azimuth).cos(), (k * azimuth).sin()]
+    moment = torch.linalg.cross(o, d, dim=-3)
+    wanted = torch.cat([o, d, moment, torch.stack(waves, -3)], -3)
+    wanted = wanted.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
     assert image.shape == (2, 60, 3, 5, 6)
     torch.testing.assert_close(image, wanted.float(), atol=2e-5, rtol=0)
 
 
+def test_the_moment_of_a_line_is_the_same_from_every_point_on_it() -> None:
+    o = torch.randn(3, 10, dtype=torch.float64)
+    d = torch.randn(3, 10, dtype=torch.float64)
+    along = o + torch.randn(10, dtype=torch.float64) * d
+    torch.testing.assert_close(camera.moment(along, d), camera.moment(o, d))
+
+
 def test_building_a_training_context_costs_milliseconds() -> None:
-    B, frames = 16, 241
-    c2w, latents = (
-        random_cameras(B * frames).view(B, frames, 4, 4).float(),
-        torch.zeros(B, 16, 61, 8, 8),
-    )
-    start, index = torch.randint(20, 50, (B,)), torch.randint(1, 15, (B, 5))
-    zeros = torch.zeros(B, frames, 6)
-    build = lambda: clip_context(
-        latents, c2w, zeros, zeros[..., :2], torch.zeros(B, 3, 4), start, 10, 4, index
-    )
+    B = 16
+    frames = 241
+    c2w = random_cameras(B * frames).view(B, frames, 4, 4).float()
+    latents = torch.zeros(B, 16, 61, 8, 8)
+    keyboard = torch.zeros(B, frames, 6)
+    mouse = torch.zeros(B, frames, 2)
+    text = torch.zeros(B, 3, 4)
+    start = torch.randint(20, 50, (B,))
+    index = torch.randint(1, 15, (B, 5))
+
+    def build() -> None:
+        clip_context(latents, c2w, keyboard, mouse, text, start, 10, 4, index)
+
     assert best_time(build) < 20e-3  # measured: 3 ms

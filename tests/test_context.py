@@ -17,54 +17,64 @@ from context import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-CAMERA, ROLLOUT = (
-    load_file(GOLDEN / "camera.safetensors"),
-    load_file(GOLDEN / "rollout.safetensors"),
-)
+CAMERA = load_file(GOLDEN / "camera.safetensors")
 
 
 def test_window_arithmetic_57_frames_is_15_latents() -> None:
     w = Window()
-    assert [w.frames(n) for n in (1, 2, 4)] == [57, 97, 177] and [
-        w.latents(n) for n in (1, 2, 4)
-    ] == [15, 25, 45]
-    assert (
-        w.segment(0) == (0, 15, 1) and w.segment(1) == (11, 25, 4) and w.segment(3) == (31, 45, 4)
-    )
-    assert [w.latent_of(f) for f in (0, 1, 4, 5, 56)] == [0, 1, 1, 2, 14]
-    assert list(w.frames_of(0)) == [0] and list(w.frames_of(14)) == [53, 54, 55, 56]
+    for segments, frames, latents in ((1, 57, 15), (2, 97, 25), (4, 177, 45)):
+        assert w.frames(segments) == frames
+        assert w.latents(segments) == latents
+    assert w.segment(0) == (0, 15, 1)
+    assert w.segment(1) == (11, 25, 4)
+    assert w.segment(3) == (31, 45, 4)
+
+    for frame, latent in ((0, 0), (1, 1), (4, 1), (5, 2), (56, 14)):
+        assert w.latent_of(frame) == latent
+    assert list(w.frames_of(0)) == [0]
+    assert list(w.frames_of(14)) == [53, 54, 55, 56]
+
     assert w.queries(1) == [24, 22, 20, 18, 16]
-    assert query_offsets(5, 5) == [0, 1, 2, 3, 4] and max(query_offsets(2, 5)) == 1
+    assert query_offsets(5, 5) == [0, 1, 2, 3, 4]
+    assert max(query_offsets(2, 5)) == 1
 
 
 def test_relative_poses_and_rays_match_official() -> None:
     latents = CAMERA["extrinsics"][0:57:4]
-    for name, base in (
-        ("first", latents[:1].expand(15, 4, 4)),
-        ("framewise", torch.cat([latents[:1], latents[:-1]])),
-    ):
+    bases = {
+        "first": latents[:1].expand(15, 4, 4),
+        "framewise": torch.cat([latents[:1], latents[:-1]]),
+    }
+    for name, base in bases.items():
         g = relative(base, latents)
-        g[:, :3, 3] /= g[:, :3, 3].norm(dim=-1).max()
-        torch.testing.assert_close(g, CAMERA[f"relative_{name}_0_57"], atol=1e-12, rtol=0)
-    cameras = camera.from_released(
-        CAMERA["extrinsics"][None, 0:9:4, None].expand(-1, -1, 4, -1, -1)
-    )
-    image = released_rays(cameras, 0, 2, torch.tensor([24.0, 16, 24, 16]), (32, 48, 1))
-    torch.testing.assert_close(
-        image[0].permute(1, 2, 3, 0), CAMERA["plucker_rel"], atol=1e-6, rtol=0
-    )
+        place = g[:, :3, 3]
+        place /= place.norm(dim=-1).max()
+        golden = CAMERA[f"relative_{name}_0_57"]
+        torch.testing.assert_close(g, golden, atol=1e-12, rtol=0)
+
+    extrinsics = CAMERA["extrinsics"][None, 0:9:4, None]
+    cameras = camera.from_released(extrinsics.expand(-1, -1, 4, -1, -1))
+    K = torch.tensor([24.0, 16, 24, 16])
+    image = released_rays(cameras, 0, 2, K, (32, 48, 1))
+    image = image[0].permute(1, 2, 3, 0)
+    torch.testing.assert_close(image, CAMERA["plucker_rel"], atol=1e-6, rtol=0)
 
 
 def test_released_windows_have_the_official_frames() -> None:
-    first = released_windows(torch.arange(57.0)[None, :, None])[0, :, :, 0]
-    later = released_windows(torch.arange(41.0, 97)[None, :, None])[0, :, :, 0]
-    assert first.shape == (15, 12) and later.shape == (14, 12)
-    assert (
-        first[0].tolist() == [0] * 12
-        and first[3].tolist() == list(range(12))
-        and first[14].tolist() == list(range(44, 56))
-    )
-    assert later[0].tolist() == [41] * 9 + [42, 43, 44] and later[2].tolist() == list(range(41, 53))
+    def windows(first: float, end: float) -> torch.Tensor:
+        actions = torch.arange(first, end)[None, :, None]
+        return released_windows(actions)[0, :, :, 0]
+
+    first = windows(0.0, 57.0)
+    assert first.shape == (15, 12)
+    assert first[0].tolist() == [0] * 12
+    assert first[3].tolist() == list(range(12))
+    assert first[14].tolist() == list(range(44, 56))
+
+    later = windows(41.0, 97.0)
+    assert later.shape == (14, 12)
+    assert later[0].tolist() == [41] * 9 + [42, 43, 44]
+    assert later[2].tolist() == list(range(41, 53))
     assert later[13].tolist() == list(range(85, 97))
 
 
@@ -74,16 +84,20 @@ def test_a_latent_sees_the_actions_that_made_it_in_every_segment() -> None:
     for b, first in ((0, 0), (1, 31)):
         for i in range(14):
             latent = first + i
-            assert seen[b, i].tolist() == [max(0, a) for a in range(4 * latent - 12, 4 * latent)]
-    assert torch.equal(seen[0], released_windows(actions[:1, :57])[0, :14, :, 0])
+            wanted = range(4 * latent - 12, 4 * latent)
+            assert seen[b, i].tolist() == [max(0, action) for action in wanted]
+    released = released_windows(actions[:1, :57])
+    assert torch.equal(seen[0], released[0, :14, :, 0])
 
 
 def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
     pose = torch.zeros(1, 57, 5, dtype=torch.float64)
     pose[0, :, 4] = torch.linspace(0, 80, 57)
     cameras = segment_cameras(camera.pose_to_c2w(pose), 0, 15)
-    image = released_rays(cameras, 0, 14, torch.tensor([16.0, 16, 16, 16]), (4, 4, 8)).unflatten(
-        1, (6, 64)
-    )
-    assert image[:, :3].abs().max() == 0
-    torch.testing.assert_close(image[:, 3:].norm(dim=1), torch.ones(1, 64, 15, 4, 4))
+    K = torch.full((4,), 16.0)
+    image = released_rays(cameras, 0, 14, K, (4, 4, 8))
+    image = image.unflatten(1, (6, 64))
+    origins = image[:, :3]
+    lengths = image[:, 3:].norm(dim=1)
+    assert origins.abs().max() == 0
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
