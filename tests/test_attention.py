@@ -19,18 +19,21 @@ def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def rel(ours: Tensor, golden: Tensor) -> float:
-    difference = (ours - golden).detach()
-    return float(difference.norm() / golden.detach().norm())
+    golden = golden.detach()
+    difference = ours.detach() - golden
+    return float(difference.norm() / golden.norm())
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, L, heads, head_dim)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = scores / q.shape[-1] ** 0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
 def plain_rope(x: Tensor, angles: Tensor) -> Tensor:  # (B, L, heads, d), (..., heads, d/2)
     turn = torch.polar(torch.ones_like(angles), angles)  # complex128
-    pairs = x.double().unflatten(-1, (-1, 2))
+    x64 = x.double()
+    pairs = x64.unflatten(-1, (-1, 2))
     turned = torch.view_as_complex(pairs) * turn
     return torch.view_as_real(turned).flatten(-2).to(x)
 
@@ -41,7 +44,9 @@ def test_a_rotation_keeps_lengths_and_turns_pairs():
     rope = attention_file.cos_sin(angles)
     y = attention_file.rotate(x, rope)
     assert torch.allclose(y, plain_rope(x, angles), atol=1e-6)
-    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    before = x.norm(dim=-1)
+    after = y.norm(dim=-1)
+    assert torch.allclose(after, before, rtol=1e-5)
 
     no_turn = torch.tensor([1.0, 0.0]).expand(rope.shape)
     assert torch.equal(attention_file.rotate(x, no_turn), x)
@@ -51,8 +56,9 @@ def test_a_clock_per_head_leaves_near_times_alike_and_breaks_the_ghosts_far_away
     one = attention_file.Clocks(256, 4, 0.0)
     per_head = attention_file.Clocks(256, 4, 0.8)
     near = torch.tensor([0, 10])
-    difference = attention_file.likeness(near, one) - attention_file.likeness(near, per_head)
-    assert difference.abs().max() < 0.01
+    alike_one = attention_file.likeness(near, one)
+    alike_per_head = attention_file.likeness(near, per_head)
+    assert torch.allclose(alike_one, alike_per_head, atol=0.01)
 
     far = torch.arange(200, 2000)
     ghost = attention_file.likeness(far, one).max()
@@ -65,16 +71,20 @@ def test_attention_is_softmax_of_products(kernel: str, monkeypatch: pytest.Monke
     if kernel == "flash":
         monkeypatch.setattr(attention_file, "pick_flash", lambda q: plain_attention)
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 7, 4, 8, generator=g, requires_grad=True)
-    k = torch.randn(3, 9, 4, 8, generator=g, requires_grad=True)
-    v = torch.randn(3, 9, 4, 8, generator=g, requires_grad=True)
+    q = torch.randn(3, 7, 4, 8, generator=g)
+    k = torch.randn(3, 9, 4, 8, generator=g)
+    v = torch.randn(3, 9, 4, 8, generator=g)
+    inputs = (q, k, v)
+    for x in inputs:
+        x.requires_grad_()
 
     ours = attention(q, k, v)
     naive = plain_attention(q, k, v)
     assert torch.allclose(ours, naive, atol=1e-6)
 
-    inputs = (q, k, v)
-    for a, b in zip(gradients(ours, inputs), gradients(naive, inputs), strict=True):
+    our_gradients = gradients(ours, inputs)
+    naive_gradients = gradients(naive, inputs)
+    for a, b in zip(our_gradients, naive_gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -103,17 +113,25 @@ def test_flash_attn_is_named_once_when_absent_and_when_broken(tmp_path, monkeypa
     ) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 1e-2),
+    ],
+)
 def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 6, 32, generator=g).to(dtype).requires_grad_()
+    x = torch.randn(4, 6, 32, generator=g).to(dtype)
+    x.requires_grad_()
     weight = torch.randn(32, generator=g).to(dtype)
     ours = attention_file.rms(x, weight)
     torchs = F.rms_norm(x, (32,), weight, 1e-6)
     assert rel(ours, torchs) < tolerance
 
-    our_gradient = gradients(ours, (x,))[0]
-    assert rel(our_gradient, gradients(torchs, (x,))[0]) < 2 * tolerance
+    (our_gradient,) = gradients(ours, (x,))
+    (torchs_gradient,) = gradients(torchs, (x,))
+    assert rel(our_gradient, torchs_gradient) < 2 * tolerance
 
 
 def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -121,4 +139,6 @@ def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     with pytest.raises(ValueError, match="5 ranks cannot share 4 places; use at most 4 ranks"):
         attention_file.shares(4, SimpleNamespace())
-    assert attention_file.shares(16, SimpleNamespace()) == ([4, 3, 3, 3, 3], slice(0, 4))
+    sizes, here = attention_file.shares(16, SimpleNamespace())
+    assert sizes == [4, 3, 3, 3, 3]
+    assert here == slice(0, 4)

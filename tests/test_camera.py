@@ -1,4 +1,4 @@
-"""What camera.py promises."""
+"""What py promises."""
 
 import math
 import time
@@ -9,34 +9,56 @@ import pytest
 import torch
 from helpers import clip_context
 from safetensors.torch import load_file
+from torch import Tensor, float64
+from torch.testing import assert_close
 
-import camera
-from camera import relative
+from camera import (
+    ANCHORED_SCALE,
+    KEYS,
+    STEP,
+    anchored_rays,
+    c2w_to_pose,
+    from_released,
+    integrate,
+    intrinsics,
+    invert_actions,
+    is_rigid,
+    moment,
+    place,
+    pose_to_c2w,
+    rays,
+    relative,
+    released_poses,
+    rotation,
+    step_pose,
+    to_released,
+)
 
+HOME = (0, 0, 0, 0, 0)
 GOLDEN = Path(__file__).parent / "golden"
 CAMERA = load_file(GOLDEN / "camera.safetensors")
 ROLLOUT = load_file(GOLDEN / "rollout.safetensors")
 
 
 def keys(held: str = "") -> list[float]:
-    return [float(name in held.split()) for name in camera.KEYS]
+    return [float(name in held.split()) for name in KEYS]
 
 
-def random_actions(frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_actions(frames: int, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     keyboard = torch.rand(frames, 6, generator=g) < 0.4
     mouse = torch.rand(frames, 2, generator=g).double()
     return keyboard.double(), mouse * 0.4 - 0.2
 
 
-def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> torch.Tensor:
+def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=torch.float64)
+    scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=float64)
     poses = torch.randn(n, 5, generator=g).double() * scale
-    return camera.pose_to_c2w(poses)
+    return pose_to_c2w(poses)
 
 
-def released_pose5(poses: torch.Tensor) -> torch.Tensor:
+def released_pose5(poses: Tensor) -> Tensor:
     """Released (x forward, y right, z up, pitch, yaw) in centimetres -> ours."""
     forward, right, up, pitch, yaw = poses.double().unbind(1)
     return torch.stack([right / 100, -up / 100, forward / 100, pitch, yaw], -1)
@@ -57,89 +79,90 @@ def best_time(run: Callable[[], object], rounds: int = 7) -> float:
 
 def test_actions_then_their_inverses_return_home() -> None:
     keyboard, mouse = random_actions(600, 0)
-    poses = camera.integrate((1, -1.6, 2, 5, 30), keyboard, mouse)
-    inverse = camera.invert_actions(keyboard, mouse)
-    back = camera.integrate(poses[-1].tolist(), *inverse)
-    torch.testing.assert_close(back.flip(0), poses, atol=1e-10, rtol=0)
+    poses = integrate((1, -1.6, 2, 5, 30), keyboard, mouse)
+    inverse = invert_actions(keyboard, mouse)
+    back = integrate(poses[-1].tolist(), *inverse)
+    assert_close(back.flip(0), poses, atol=1e-10, rtol=0)
 
 
 def test_a_circle_closes_across_the_yaw_seam_and_the_released_one_does_not() -> None:
     keyboard = torch.tensor(keys("w")).expand(241, 6)
-    mouse = torch.tensor([0.0, 0.1], dtype=torch.float64).expand(241, 2)
+    mouse = torch.tensor([0.0, 0.1], dtype=float64).expand(241, 2)
 
-    def gap(poses: torch.Tensor) -> torch.Tensor:
+    def gap(poses: Tensor) -> Tensor:
         return (poses[-1, :3] - poses[0, :3]).norm()
 
-    ours = camera.integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
-    theirs = camera.released_poses(keyboard, mouse)
+    ours = integrate(HOME, keyboard[:240], mouse[:240])
+    theirs = released_poses(keyboard, mouse)
     assert gap(ours) < 1e-9
     assert 24 < gap(theirs) < 25.5
 
 
 def test_poses_survive_the_camera_matrix() -> None:
     poses = [[1, -1.6, 3, 40, 170], [0, 0, 0, -80, -30.0]]
-    poses = torch.tensor(poses, dtype=torch.float64)
-    back = camera.c2w_to_pose(camera.pose_to_c2w(poses))
-    torch.testing.assert_close(back, poses)
+    poses = torch.tensor(poses, dtype=float64)
+    back = c2w_to_pose(pose_to_c2w(poses))
+    assert_close(back, poses)
 
 
 def test_relative_undoes_itself_and_keeps_precision_far_from_home() -> None:
     a = random_cameras(20, 1)
     b = random_cameras(20, 2)
     g = relative(a, b)
-    torch.testing.assert_close(a @ g, b)
+    assert_close(a @ g, b)
 
-    far = torch.eye(4, dtype=torch.float64)
+    far = torch.eye(4, dtype=float64)
     far[:3, 3] = torch.tensor([1e6, 0, -1e6])
     far_g = relative(far @ a, far @ b)
-    torch.testing.assert_close(far_g, g, atol=1e-8, rtol=0)
+    assert_close(far_g, g, atol=1e-8, rtol=0)
 
 
 def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None:
     c2w = random_cameras(20)
-    released = camera.to_released(c2w)
-    handedness = torch.linalg.det(camera.rotation(released))
+    released = to_released(c2w)
+    handedness = torch.linalg.det(rotation(released))
     assert (handedness < 0).all()
-    assert camera.is_rigid(c2w).all()
-    assert torch.equal(camera.from_released(released), c2w)
-    assert not camera.is_rigid(released).any()
+    assert is_rigid(c2w).all()
+    assert torch.equal(from_released(released), c2w)
+    assert not is_rigid(released).any()
 
 
 def test_w_moves_along_the_view_and_d_to_its_right() -> None:
     pose = (1.0, -1.6, 2.0, 0.0, 37.0)
-    c2w = camera.pose_to_c2w(torch.tensor(pose, dtype=torch.float64))
-    right, _, forward = camera.rotation(c2w).unbind(1)
+    c2w = pose_to_c2w(torch.tensor(pose, dtype=float64))
+    right, _, forward = rotation(c2w).unbind(1)
     for key, way in {"w": forward, "s": -forward, "d": right, "a": -right}.items():
-        after = camera.step_pose(pose, keys(key), (0, 0))
-        moved = torch.tensor(after[:3], dtype=torch.float64) - camera.place(c2w)
-        torch.testing.assert_close(moved, camera.STEP * way)
+        after = step_pose(pose, keys(key), (0, 0))
+        moved = torch.tensor(after[:3], dtype=float64) - place(c2w)
+        assert_close(moved, STEP * way)
 
-    after = camera.step_pose(pose, keys("w d"), (0, 0))
-    assert math.dist(after[:3], pose[:3]) == pytest.approx(camera.STEP)
-    assert camera.step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
+    after = step_pose(pose, keys("w d"), (0, 0))
+    moved = math.dist(after[:3], pose[:3])
+    assert moved == pytest.approx(STEP)
+    assert step_pose(pose, keys("w s jump attack"), (0.019, -0.019)) == pose
 
 
 def test_mouse_units_are_fifteen_degrees_and_pitch_up_looks_up() -> None:
-    after = camera.step_pose((0, 0, 0, 0, 0), keys(), (0.1, 2))
+    after = step_pose(HOME, keys(), (0.1, 2))
     assert after[3:] == pytest.approx((1.5, 30))
 
-    def forward(pitch: float, yaw: float) -> torch.Tensor:
-        return camera.pose_to_c2w(torch.tensor([0, 0, 0, pitch, yaw]))[:3, 2]
+    def forward(pitch: float, yaw: float) -> Tensor:
+        return pose_to_c2w(torch.tensor([0, 0, 0, pitch, yaw]))[:3, 2]
 
     assert forward(10.0, 0.0)[1] < 0  # y points down
     assert forward(0.0, 10.0)[0] > 0
-    after = camera.step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)
+    after = step_pose((0, 0, 0, 59, 0), keys(), (1, 0), max_pitch=60)
     assert after[3] == 60
 
 
 def test_rays_are_unit_and_the_centre_looks_forward() -> None:
     c2w = random_cameras(3)
-    K = camera.intrinsics(33, 65)
-    origins, directions = camera.rays(c2w, K, 33, 65).split(3, 1)
+    K = intrinsics(33, 65)
+    origins, directions = rays(c2w, K, 33, 65).split(3, 1)
     lengths = directions.norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones_like(lengths))
-    torch.testing.assert_close(directions[:, :, 16, 32], c2w[:, :3, 2])
-    torch.testing.assert_close(origins[:, :, 5, 7], camera.place(c2w))
+    assert_close(lengths, torch.ones_like(lengths))
+    assert_close(directions[:, :, 16, 32], c2w[:, :3, 2])
+    assert_close(origins[:, :, 5, 7], place(c2w))
     assert K.tolist() == pytest.approx([32.5, 32.5, 32.5, 16.5])
 
 
@@ -147,25 +170,26 @@ def test_rays_are_unit_and_the_centre_looks_forward() -> None:
 def test_released_poses_and_cameras_match_bit_for_bit(golden: dict) -> None:
     keyboard = golden["keyboard"]
     mouse = golden["mouse"]
-    assert torch.equal(camera.released_poses(keyboard, mouse), golden["poses"])
+    assert torch.equal(released_poses(keyboard, mouse), golden["poses"])
 
     pose = released_pose5(golden["poses"])
-    extrinsics = camera.to_released(camera.pose_to_c2w(pose))
-    torch.testing.assert_close(extrinsics, golden["extrinsics"], atol=1e-12, rtol=0)
+    extrinsics = to_released(pose_to_c2w(pose))
+    assert_close(extrinsics, golden["extrinsics"], atol=1e-12, rtol=0)
 
-    ours = camera.integrate((0, 0, 0, 0, 0), keyboard[:-1], mouse[:-1])
-    torch.testing.assert_close(ours, pose, atol=3e-3, rtol=0)  # 8.73 cm is our 12.35/√2 rounded
+    until_last = keyboard[:-1], mouse[:-1]
+    ours = integrate(HOME, *until_last)
+    assert_close(ours, pose, atol=3e-3, rtol=0)  # 8.73 cm is our 12.35/√2 rounded
 
 
 def test_anchored_rays_are_what_they_say() -> None:
     cameras = random_cameras(2 * 3 * 4).view(2, 3, 4, 4, 4)
     anchor = random_cameras(2, 9)
-    K = camera.intrinsics(5, 6)
-    image = camera.anchored_rays(cameras, anchor, K, 5, 6)
+    K = intrinsics(5, 6)
+    image = anchored_rays(cameras, anchor, K, 5, 6)
 
-    slow = camera.rays(relative(anchor[:, None, None], cameras), K, 5, 6)  # (2, 3, 4, 6, 5, 6)
+    slow = rays(relative(anchor[:, None, None], cameras), K, 5, 6)  # (2, 3, 4, 6, 5, 6)
     o, d = slow.split(3, -3)
-    o = o / camera.ANCHORED_SCALE
+    o = o / ANCHORED_SCALE
     x, _, z = d.unbind(-3)
     azimuth = torch.atan2(x, z)
     waves = []
@@ -176,14 +200,14 @@ def test_anchored_rays_are_what_they_say() -> None:
     wanted = wanted.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
     assert image.shape == (2, 60, 3, 5, 6)
-    torch.testing.assert_close(image, wanted.float(), atol=2e-5, rtol=0)
+    assert_close(image, wanted.float(), atol=2e-5, rtol=0)
 
 
 def test_the_moment_of_a_line_is_the_same_from_every_point_on_it() -> None:
-    o = torch.randn(3, 10, dtype=torch.float64)
-    d = torch.randn(3, 10, dtype=torch.float64)
-    along = o + torch.randn(10, dtype=torch.float64) * d
-    torch.testing.assert_close(camera.moment(along, d), camera.moment(o, d))
+    o = torch.randn(3, 10, dtype=float64)
+    d = torch.randn(3, 10, dtype=float64)
+    along = o + torch.randn(10, dtype=float64) * d
+    assert_close(moment(along, d), moment(o, d))
 
 
 def test_building_a_training_context_costs_milliseconds() -> None:
