@@ -1,24 +1,42 @@
 """Replay the model's own mistakes into its training context.
 
-Paper: section 3.1, Eq. 1-2 (past); section 3.2, Eq. 4-5 (past and memory). Training code: not released.
+What it does. A buffer of a few hundred latent frames of error: every training step stores how the
+model was wrong (push), and adds what earlier steps stored to the past and the memory of its own
+clips (perturb). The target stays clean, perturbed frames carry no loss, and in play nothing is
+injected.
+Paper: §3.1, Eq. 1-2 (past); §3.2, Eq. 4-5 (past and memory).  Released: no training code.
 
-    x0_hat = x_σ − σ·v_hat                what the model thought the clean latent was
-    δ = x0_hat − x0 = −σ·(v_hat − v)      how it was wrong                       Eq. 1, 4   push()
-    x̃ = x + γ·δ′,  δ′ ~ Uniform(E)        an imperfect frame for a later clip    Eq. 2, 5   perturb()
+Why it works. In play every past and memory frame is the model's own output; trained on clean ones
+alone, it takes its first mistake for the world, and adds the next one to it. Mistakes to train on
+are there for free. A step that asks for the velocity v at level σ gets v̂, and with it an
+estimate of the clean latent, x̂0 = x_σ − σ·v̂. What was wrong with it is
 
-Why: at play time every past and memory frame is the model's own output; training on clean ones hides that.
-The target stays clean, perturbed frames carry no loss, and nothing is injected when the model is used.
+    δ = x̂0 − x0 = −σ·(v̂ − v)                                             Eq. 1, 4     (1)
 
-Whose residual: that of the current latents only. Past and memory enter at σ = 0, where x0_hat is the input
-and δ nothing but what was injected, so Eq. 4's buffer over all three cannot be literal. One buffer serves
-both: call perturb once with γ_h for the past and once with γ_m for the memory.
+and an imperfect frame for a later clip is, with δ′ drawn uniformly from what is stored,
 
-Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per clip. Ours are in
-ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per sample.
+    x̃ = x + γ·δ′                                                         Eq. 2, 5     (2)
 
-train.own_errors is the other source: the model's one-step estimate of these very latents (--p-own).
+How large is it? By (1) an error of the velocity counts σ times: a tenth of it at σ = .1, nine
+tenths at .9. Training draws σ with shift 5, half of the draws above .83. So most of what is
+stored is what the model believes at high noise, larger than what it draws at the end of sampling.
 
-Demo: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
+How old? A full buffer of N frames overwrites random ones, n at every push. One frame survives k
+pushes with a chance of
+
+    (1 − 1/N)^(n·k) ≈ exp(−n·k/N)               500 frames, 16 a push: a mean age of 31    (3)
+
+so that the errors are always those of about the present model.
+
+What differs. Whose residual: that of the new latents only. Past and memory enter at σ = 0, where
+x̂0 is the input and δ nothing but what was injected, so Eq. 4's buffer over all three cannot be
+literal. One buffer serves both: call perturb once with γ_h for the past and once with γ_m for the
+memory. Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per
+clip. Ours are in ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per
+sample. Another source of δ, the model's one-step estimate of these very latents, is in
+engine/mistakes.py (--p-own).
+
+Try it: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """
 
 from dataclasses import asdict, dataclass
@@ -29,6 +47,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ErrorConfig:
+    """What the paper leaves open."""
+
     gamma: float = 1.0  # γ: scale of an injected error
     jitter: float = 0.2  # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
     probability: float = 0.5  # that a sample is perturbed at all; the others stay bit-identical
@@ -118,7 +138,7 @@ class ErrorBuffer:
             size = delta.std((1, 3, 4), keepdim=True)  # of every latent frame
             delta = size * torch.randn(delta.shape, generator=generator).to(x)
 
-        return x + scale.view(B, 1, 1, 1, 1) * delta  # x̃ = x + γ·δ′      Eq. 2, 5
+        return x + scale.view(B, 1, 1, 1, 1) * delta  # (2)
 
     def state_dict(self) -> dict:
         """Plain tensors, numbers and strings: torch.load(weights_only=True) reads it back."""
@@ -167,11 +187,15 @@ def main() -> None:
     sigma = torch.tensor([0.95, 0.7, 0.4, 0.1]).view(-1, 1, 1, 1, 1)
     x0 = torch.randn(4, 16, 10, 8, 8, generator=g)
     v_error = torch.randn(4, 16, 10, 1, 1, generator=g).expand_as(x0)  # the same in every cell
-    delta = -sigma * v_error  # Eq. 1  δ = −σ·(v̂ − v)
-    print(f"rms of the errors: {delta.square().mean().sqrt():.3f}")
+    delta = -sigma * v_error  # (1)
+    for i, level in enumerate(sigma.flatten().tolist()):
+        share = delta[i].std() / v_error[i].std()
+        print(f"σ = {level:.2f}: the clean estimate is off by {share:.2f} of the velocity's error")
 
+    print(f"rms of the errors: {delta.square().mean().sqrt():.3f}")
     for kind in ("real", "gaussian"):
-        buffer = ErrorBuffer(ErrorConfig(warmup=1, probability=1.0, per_push=40, kind=kind))
+        cfg = ErrorConfig(warmup=1, probability=1.0, per_push=40, kind=kind)
+        buffer = ErrorBuffer(cfg)
         before = buffer.perturb(x0) - x0
         buffer.push(delta, g)
         after = buffer.perturb(x0, generator=g) - x0
@@ -181,6 +205,19 @@ def main() -> None:
             f"with {len(buffer)} stored frames {after.square().mean().sqrt():.3f}; "
             f"share of it that is alike in all cells {likeness:.2f}"
         )
+
+    # how long an error stays: mark what a full buffer holds, and count it after some pushes
+    buffer = ErrorBuffer(ErrorConfig())
+    N = buffer.cfg.capacity
+    n = buffer.cfg.per_push
+    while len(buffer) < N:
+        buffer.push(torch.ones(1, 1, n, 1, 1), g)
+    for k in (10, 31, 62):
+        while buffer.pushes < -(-N // n) + k:
+            buffer.push(torch.zeros(1, 1, n, 1, 1), g)
+        chance = (1 - 1 / N) ** (n * k)  # (3)
+        left = buffer.entries.float().mean()
+        print(f"after {k} pushes {left:.2f} of the buffer is still there, expected {chance:.2f}")
 
 
 if __name__ == "__main__":

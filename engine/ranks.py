@@ -71,7 +71,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---- what is said ------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def pack(value: object, tensors: list[Tensor]) -> object:
@@ -86,26 +86,26 @@ def pack(value: object, tensors: list[Tensor]) -> object:
     return value
 
 
-def unpack(said: object, tensors: Iterator[Tensor]) -> object:
+def unpack(message: object, tensors: Iterator[Tensor]) -> object:
     """The other way round; lists stay lists."""
-    if isinstance(said, list):
-        return [unpack(part, tensors) for part in said]
-    if isinstance(said, dict) and "tensor" in said:
+    if isinstance(message, list):
+        return [unpack(part, tensors) for part in message]
+    if isinstance(message, dict) and "tensor" in message:
         return next(tensors)
-    if isinstance(said, dict):
-        return {name: unpack(part, tensors) for name, part in said["dict"].items()}
-    return said
+    if isinstance(message, dict):
+        return {name: unpack(part, tensors) for name, part in message["dict"].items()}
+    return message
 
 
-def shapes_in(said: object) -> list[Tensor]:
+def shapes_in(message: object) -> list[Tensor]:
     """Empty tensors for all that a message announces, in the order in which they are sent."""
-    if isinstance(said, list):
-        return [x for part in said for x in shapes_in(part)]
-    if isinstance(said, dict) and "tensor" in said:
-        dtype, shape = said["tensor"]
+    if isinstance(message, list):
+        return [x for part in message for x in shapes_in(part)]
+    if isinstance(message, dict) and "tensor" in message:
+        dtype, shape = message["tensor"]
         return [torch.empty(shape, dtype=getattr(torch, dtype))]
-    if isinstance(said, dict):
-        return [x for part in said["dict"].values() for x in shapes_in(part)]
+    if isinstance(message, dict):
+        return [x for part in message["dict"].values() for x in shapes_in(part)]
     return []
 
 
@@ -115,13 +115,13 @@ def send_all(tensors: Sequence[Tensor], to: int) -> None:
             dist.send(x.cpu().contiguous(), to)
 
 
-def receive_all(said: object, source: int) -> object:
+def receive_all(message: object, source: int) -> object:
     """What a message means, once its tensors have come."""
-    tensors = shapes_in(said)
+    tensors = shapes_in(message)
     for x in tensors:
         if x.numel():
             dist.recv(x, source)
-    return unpack(said, iter(tensors))
+    return unpack(message, iter(tensors))
 
 
 def signature(key: bytes, place: str, text: str) -> str:
@@ -145,10 +145,10 @@ class Inbox:
         signed, _, text = self.store.get(place).decode(errors="replace").partition(" ")
         if not hmac.compare_digest(signed.encode(), signature(self.key, place, text).encode()):
             raise ValueError(f"order {place} is not signed by rank 0: somebody else wrote it")
-        name, said = json.loads(text)
+        name, message = json.loads(text)
         if name not in self.allowed:
             raise ValueError(f"unknown order {name!r}; known are {', '.join(self.allowed)}")
-        return name, receive_all(said, 0)
+        return name, receive_all(message, 0)
 
 
 def answer(value: object, to: int = 0) -> None:
@@ -161,7 +161,7 @@ def answer(value: object, to: int = 0) -> None:
 
 
 def hear(source: int) -> object:
-    """What answer() said."""
+    """What answer() sent."""
     length = torch.empty(1, dtype=torch.long)
     dist.recv(length, source)
     text = torch.empty(int(length), dtype=torch.uint8)
@@ -169,28 +169,30 @@ def hear(source: int) -> object:
     return receive_all(json.loads(bytes(text.tolist())), source)
 
 
-# ---- who says it -------------------------------------------------------------------------------------------
+# ---- who says it ---------------------------------------------------------------------------------
 
 
 def fingerprint(options: object, model: nn.Module | None) -> dict[str, str]:
     """What all ranks must agree on: otherwise their frames would silently differ."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")])
     code = "".join(path.read_text() for path in files)
-    said = {
+    facts = {
         "code": hashlib.sha256(code.encode()).hexdigest(),
         "options": json.dumps(asdict(replace(options, device="", threads=0))),
     }
     if model:
-        sums = [
-            f"{p.flatten()[::97].double().abs().sum():.6g}" for p in model.state_dict().values()
-        ]
-        said["weights"] = hashlib.sha256(" ".join(sums).encode()).hexdigest()
-    return said
+        samples = [p.flatten()[::97].double() for p in model.state_dict().values()]
+        sums = [f"{x.abs().sum():.6g}" for x in samples]
+        facts["weights"] = hashlib.sha256(" ".join(sums).encode()).hexdigest()
+    return facts
 
 
 class Team:
-    """Ranks 0 .. N−1 denoise, rank N decodes. Players pause, so orders may take for ever; everything else has a deadline.
-    They meet once all have loaded and have the same code, options and weights."""
+    """Ranks 0 .. N−1 denoise, rank N decodes.
+
+    They meet once all have loaded and have the same code, options and weights. Players pause, so
+    orders may take for ever; everything else has a deadline.
+    """
 
     def __init__(
         self,
@@ -230,8 +232,8 @@ class Team:
 
     def meet(self, rank: int, world: int, mine: dict[str, str]) -> None:
         """Wait until everybody has loaded, and compare."""
-        self.store.set(f"said{rank}", json.dumps(mine))
-        keys = [f"said{r}" for r in range(world)]
+        self.store.set(f"facts{rank}", json.dumps(mine))
+        keys = [f"facts{r}" for r in range(world)]
         while not self.store.check(keys):
             if self.failure() or not all(process.is_alive() for process in self.crew):
                 raise RuntimeError(self.failure() or "a rank died while starting; see above")
@@ -282,5 +284,5 @@ class Team:
             reason = self.failure() or ", ".join(dead)
             for process in self.crew:
                 process.kill()
-            said = str(error).splitlines()[0].split("] ")[-1]
-            raise RuntimeError(reason or f"a {who} died or stalled ({said})") from None
+            cause = str(error).splitlines()[0].split("] ")[-1]
+            raise RuntimeError(reason or f"a {who} died or stalled ({cause})") from None
