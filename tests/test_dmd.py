@@ -1,4 +1,4 @@
-"""Distillation: the gradient is Eq. 8's, the right networks move, and a student lives on what it made itself."""
+"""Distillation: the gradient is Eq. 8's, the right networks move, and a student lives on its own output."""
 
 import types
 from dataclasses import replace
@@ -24,6 +24,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def latents(n):
+    return torch.randn(2, MICRO.in_dim, n, 4, 4, generator=seeded())
+
+
 def network(seed=0):
     torch.manual_seed(seed)
     model = DiT(MICRO)
@@ -40,9 +44,10 @@ def clip(segments=1, B=2, **changes):
     keyboard[..., 0] = 1
     mouse = torch.zeros(B, F, 2)
     mouse[..., 1] = 0.2
-    poses = [
-        camera.integrate((0, -1.6, 0, 0, 40.0 * b), keyboard[b], mouse[b])[:F] for b in range(B)
-    ]
+    poses = []
+    for b in range(B):
+        start = (0, -1.6, 0, 0, 40.0 * b)
+        poses.append(camera.integrate(start, keyboard[b], mouse[b])[:F])
     c2w = camera.pose_to_c2w(torch.stack(poses))
     fields = {
         "latents": torch.randn(B, MICRO.in_dim, 1, 4, 4, generator=g),
@@ -74,6 +79,11 @@ class Spy:
         return v
 
 
+def rolled(student, segments=1, exit_step=None, seed=0):
+    """What a student makes in a world of its own: x0, context."""
+    return rollout(student, clip(segments), segments, exit_step, CFG, seeded(seed))
+
+
 def grads(model):
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -82,28 +92,30 @@ def grads(model):
 
 
 def test_gradient_vanishes_when_fake_equals_real():
-    x0, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    x0, context = rolled(network(), exit_step=0)
     x0.retain_grad()
     generator_loss(x0, context, network(1), network(1), CFG, seeded(1)).backward()
     assert torch.equal(x0.grad, torch.zeros_like(x0))
 
 
 def test_gradient_is_the_difference_of_clean_estimates_over_the_teachers_error():
-    x0 = torch.randn(2, MICRO.in_dim, 14, 4, 4, generator=seeded()).requires_grad_()
-    _, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    x0 = latents(14).requires_grad_()
+    _, context = rolled(network(), exit_step=0)
     real, fake = Spy(network(1)), Spy(network(2))
     generator_loss(x0, context, real, fake, CFG, seeded(1)).backward()
     x_real, x_fake = real.calls[0]["x0"], fake.calls[0]["x0"]
-    error = (x0.detach() - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
+    distance = (x0.detach() - x_real).abs()
+    error = distance.mean((1, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(x0.grad, (x_fake - x_real) / error / x0.numel())  # ∂L/∂x = g / numel
 
 
 def test_guidance_pushes_the_teacher_away_from_its_null_answer():
     """By hand: v_null = 1/2, v_full = 2, guidance 3 give v = 1/2 + 3·3/2 = 5. With the critic at 1,
     x̂_fake − x̂_real = τ·(5 − 1) and x − x̂_real = τ·(x − ε + 5): τ drops out of the gradient."""
-    full, null = SimpleNamespace(v=2.0), SimpleNamespace(v=0.5)
-    full.null = lambda: null
-    x0 = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1, 1).requires_grad_()
+    null = SimpleNamespace(v=0.5)
+    full = SimpleNamespace(v=2.0, null=lambda: null)
+    x0 = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1, 1)
+    x0.requires_grad_()
     asked = []
 
     def teacher(x_tau, tau, context):
@@ -116,14 +128,17 @@ def test_guidance_pushes_the_teacher_away_from_its_null_answer():
     cfg = replace(CFG, guidance=3.0)
     generator_loss(x0, full, teacher, critic, cfg, seeded()).backward()
     (first, x_tau, tau), (second, again, _) = asked
-    assert first is full and second is null and torch.equal(x_tau, again)
+    assert first is full
+    assert second is null
+    assert torch.equal(x_tau, again)
     noise = (x_tau - (1 - tau) * x0.detach()) / tau
-    g = 4 / (x0.detach() - noise + 5).abs().mean()
+    error = (x0.detach() - noise + 5).abs()
+    g = 4 / error.mean()
     torch.testing.assert_close(x0.grad, torch.full_like(x0, g.item() / 2))
 
 
 def test_without_guidance_the_teacher_is_asked_once():
-    x0, context = rollout(network(), clip(), 1, 0, CFG, seeded())
+    x0, context = rolled(network(), exit_step=0)
     real = Spy(network(1))
     generator_loss(x0, context, real, network(2), replace(CFG, guidance=1.0), seeded(1))
     assert [call["context"] for call in real.calls] == [context]
@@ -131,41 +146,48 @@ def test_without_guidance_the_teacher_is_asked_once():
 
 def test_a_perfect_student_gives_no_nan():
     x0 = torch.randn(2, 3, 1, 1, 1, requires_grad=True)
-    generator_loss(
-        x0,
-        None,
-        lambda x, s, c: (x - x0.detach()) / s.view(-1, 1, 1, 1, 1),
-        lambda x, s, c: x,
-        CFG,
-        seeded(),
-    ).backward()  # the teacher's error is zero
+
+    def teacher(x, sigma, context):  # its clean estimate is x0: its error is zero
+        return (x - x0.detach()) / flow.per_sample(sigma, x)
+
+    def critic(x, sigma, context):
+        return x
+
+    generator_loss(x0, None, teacher, critic, CFG, seeded()).backward()
     assert x0.grad.isfinite().all()
 
 
 def test_the_gradient_of_two_gaussians_is_known_in_closed_form():
-    """Equal covariance s²I, means m apart: x̂_fake − x̂_real = [1 − (1−τ)²s²/((1−τ)²s² + τ²)]·m for every x."""
-    m, s2 = torch.tensor([0.5, -1.0, 0.2]), 0.8
-    real = dmd.Gaussian(torch.zeros(3), s2**0.5 * torch.eye(3)).requires_grad_(False)
-    fake = dmd.Gaussian(m, s2**0.5 * torch.eye(3)).requires_grad_(False)
+    """Equal covariance s²I, means m apart: whatever x is,
+    x̂_fake − x̂_real = [1 − (1−τ)²s²/((1−τ)²s² + τ²)]·m."""
+    m = torch.tensor([0.5, -1.0, 0.2])
+    s2 = 0.8
+    factor = s2**0.5 * torch.eye(3)
+    real = dmd.Gaussian(torch.zeros(3), factor).requires_grad_(False)
+    fake = dmd.Gaussian(m, factor).requires_grad_(False)
     x0 = torch.randn(16, 3, 1, 1, 1, generator=seeded()).requires_grad_()
     spy = Spy(real)
     generator_loss(x0, None, spy, fake, CFG, seeded(1)).backward()
-    tau, x_real = spy.calls[0]["sigma"][:, None], spy.calls[0]["x0"]
-    left = 1 - (1 - tau) ** 2 * s2 / ((1 - tau) ** 2 * s2 + tau**2)
-    g = left * m / (x0.detach() - x_real).abs().mean(1).view(-1, 1)
-    torch.testing.assert_close(x0.grad.view(16, 3), g / x0.numel(), rtol=2e-3, atol=1e-5)
+    tau = spy.calls[0]["sigma"][:, None]
+    x_real = spy.calls[0]["x0"]
+    signal = (1 - tau) ** 2 * s2
+    left = 1 - signal / (signal + tau**2)
+    error = (x0.detach() - x_real).abs().mean(1).view(-1, 1)
+    expected = left * m / error / x0.numel()
+    torch.testing.assert_close(x0.grad.view(16, 3), expected, rtol=2e-3, atol=1e-5)
 
 
 def test_the_toy_teacher_is_exact():
-    """Its velocity is what flow matching would learn, E[ε − x0 | x_σ]: the rest does not correlate with x_σ."""
-    teacher, g = dmd.toy_teacher(), seeded()
+    """Its velocity is what flow matching would learn, E[ε − x0 | x_σ]: the rest does not
+    correlate with x_σ."""
+    teacher = dmd.toy_teacher()
+    g = seeded()
     x0 = teacher.mean + torch.randn(200_000, 3, generator=g) @ teacher.factor.T
     noise = torch.randn(200_000, 3, generator=g)
     sigma = torch.full((200_000,), 0.6)
     x_sigma = flow.add_noise(x0, noise, sigma)
-    residual = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1) - flow.velocity(
-        x0, noise
-    )
+    said = teacher(x_sigma.view(-1, 3, 1, 1, 1), sigma, None).flatten(1)
+    residual = said - flow.velocity(x0, noise)
     assert residual.mean(0).abs().max() < 0.02
     assert (residual.T @ x_sigma / len(x_sigma)).abs().max() < 0.02
 
@@ -183,22 +205,26 @@ def test_student_moves_toward_the_teacher_on_a_gaussian():
 
 def test_critic_step_leaves_student_untouched():
     student, fake = network(), network(1)
-    x0, context = rollout(student, clip(), 1, 1, CFG, seeded())
+    x0, context = rolled(student, exit_step=1)
     dmd.critic_loss(x0, context, fake, CFG, seeded(1)).backward()
     assert not grads(student) and grads(fake)
 
 
 def test_student_step_leaves_teacher_and_critic_untouched():
-    student, real, fake = network(), network(1), network(2)
-    x0, context = rollout(student, clip(), 1, 1, CFG, seeded())
+    student = network()
+    real = network(1)
+    fake = network(2)
+    x0, context = rolled(student, exit_step=1)
     generator_loss(x0, context, real, fake, CFG, seeded(1)).backward()
-    assert grads(student) and not grads(real) and not grads(fake)
+    assert grads(student)
+    assert not grads(real)
+    assert not grads(fake)
     assert all(g.isfinite().all() for g in grads(student))
 
 
 def test_a_critic_learns_what_the_student_makes():
     fake = network(1)
-    x0, context = rollout(network(), clip(), 1, None, CFG, seeded())
+    x0, context = rolled(network())
     opt = torch.optim.Adam(fake.parameters(), 3e-3)
     losses = []
     for i in range(40):
@@ -216,50 +242,50 @@ def test_a_critic_learns_what_the_student_makes():
 @pytest.mark.parametrize("exit_step", [0, 1, 2])
 def test_only_the_last_segment_has_gradient(exit_step):
     student = Spy(network())
-    x0, _ = rollout(student, clip(3), 3, exit_step, CFG, seeded())
+    x0, _ = rolled(student, 3, exit_step)
     graphs = [call["graph"] for call in student.calls]
     assert len(graphs) == 2 * CFG.steps + exit_step + 1  # earlier segments always finish
-    assert graphs == [False] * (len(graphs) - 1) + [True] and x0.requires_grad
+    assert graphs == [False] * (len(graphs) - 1) + [True]
+    assert x0.requires_grad
 
 
 def test_a_rollout_without_grad_has_no_graph():
     student = Spy(network())
     with torch.no_grad():
-        x0, _ = rollout(student, clip(), 1, None, CFG, seeded())
-    assert not x0.requires_grad and len(student.calls) == CFG.steps
+        x0, _ = rolled(student)
+    assert not x0.requires_grad
+    assert len(student.calls) == CFG.steps
 
 
 def test_the_past_is_the_tail_of_what_the_student_made_and_the_memory_comes_from_its_own_pool():
     student, world = Spy(network()), clip(3)
     x0, context = rollout(student, world, 3, None, CFG, seeded())
     made = [student.calls[i]["x0"] for i in (2, 5, 8)]  # the last step of each segment
-    assert torch.equal(x0.detach(), made[2]) and x0.shape[2] == 10
+    assert torch.equal(x0.detach(), made[2])
+    assert x0.shape[2] == 10
     pool = torch.cat([world.latents, made[0], made[1]], 2)  # 25 latents: what it has lived
     first, _, P = Window().segment(2)
     assert torch.equal(context.past, pool[:, :, first : first + P])
     for b in range(2):
         times = context.times[b, :5]
-        assert (times < first).all() and torch.equal(context.memory[b], pool[b][:, times])
+        assert (times < first).all()
+        assert torch.equal(context.memory[b], pool[b][:, times])
     assert context.times[0, 5:].tolist() == list(range(21, 35))
 
 
 def test_the_first_segment_is_image_to_video_without_memory():
     world = clip()
     x0, context = rollout(network(), world, 1, None, CFG, seeded())
-    assert (
-        x0.shape[2] == 14
-        and context.memory.shape[2] == 0
-        and torch.equal(context.past, world.latents)
-    )
+    assert (x0.shape[2], context.memory.shape[2]) == (14, 0)
+    assert torch.equal(context.past, world.latents)
 
 
 def test_the_context_is_the_one_that_play_and_training_build():
     """A rollout's context equals clip_context on the latents it made: one convention everywhere."""
     student, world = Spy(network()), clip(2)
     _, context = rollout(student, world, 2, None, CFG, seeded())
-    lived = torch.cat(
-        [world.latents, student.calls[2]["x0"], torch.zeros(2, MICRO.in_dim, 10, 4, 4)], 2
-    )
+    not_yet = torch.zeros(2, MICRO.in_dim, 10, 4, 4)
+    lived = torch.cat([world.latents, student.calls[2]["x0"], not_yet], 2)
     _, same = clip_context(
         lived,
         world.c2w,
@@ -288,37 +314,43 @@ def test_the_finished_rollout_is_the_sampler_the_student_is_played_with():
 
 def test_an_exit_step_gives_that_steps_clean_estimate():
     student = Spy(network())
-    _, context = rollout(network(), clip(), 1, 0, CFG, seeded())
-    noise = torch.randn(2, MICRO.in_dim, 14, 4, 4, generator=seeded())
+    _, context = rolled(network(), exit_step=0)
+    noise = latents(14)
     x0 = few_step(student, context, noise, 1, CFG, seeded(1))
-    assert len(student.calls) == 2 and torch.equal(x0.detach(), student.calls[1]["x0"])
+    assert len(student.calls) == 2
+    assert torch.equal(x0.detach(), student.calls[1]["x0"])
 
 
 def test_all_networks_read_sigma_from_the_same_function():
-    student, real, fake = Spy(network()), Spy(network(1)), Spy(network(2))
-    x0, context = rollout(student, clip(), 1, None, CFG, seeded())
+    student = Spy(network())
+    real = Spy(network(1))
+    fake = Spy(network(2))
+    x0, context = rolled(student)
     generator_loss(x0, context, real, fake, CFG, seeded(1))
-    assert [c["sigma"][0].item() for c in student.calls] == flow.sigma_grid(3, 5.0)[:-1].tolist()
+    levels = [call["sigma"][0].item() for call in student.calls]
+    assert levels == flow.sigma_grid(3, 5.0)[:-1].tolist()
     a, b = real.calls[0], fake.calls[0]
-    assert torch.equal(a["x"], b["x"]) and torch.equal(a["sigma"], b["sigma"])
+    assert torch.equal(a["x"], b["x"])
+    assert torch.equal(a["sigma"], b["sigma"])
     assert a["context"] is context and b["context"] is context
-    drawn = flow.sample_sigma(2, CFG.shift, seeded(1)).clamp(CFG.tau_min, CFG.tau_max)
+    drawn = flow.sample_sigma(2, CFG.shift, seeded(1))
+    drawn = drawn.clamp(CFG.tau_min, CFG.tau_max)
     assert torch.equal(a["sigma"], drawn)
 
 
 def test_guidance_asks_the_teacher_twice_and_without_memory():
     real = Spy(network(1))
-    x0, context = rollout(network(), clip(2), 2, 0, CFG, seeded())
+    x0, context = rolled(network(), 2, 0)
     generator_loss(x0, context, real, network(2), replace(CFG, guidance=4.0), seeded(1))
     with_memory, null = (call["context"] for call in real.calls)
-    assert (
-        with_memory.memory.shape[2] == 5 and null.memory.shape[2] == 0 and (null.mouse == 1).all()
-    )
+    assert (with_memory.memory.shape[2], null.memory.shape[2]) == (5, 0)
+    assert (null.mouse == 1).all()
 
 
 def test_a_seed_fixes_a_rollout():
     student = network()
-    a, b, c = (rollout(student, clip(2), 2, 1, CFG, seeded(s))[0] for s in (0, 0, 1))
+    made = [rolled(student, 2, 1, seed=seed)[0] for seed in (0, 0, 1)]
+    a, b, c = made
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -326,9 +358,10 @@ def test_a_seed_fixes_a_rollout():
 
 
 def test_turns_count_critic_updates_per_student_update_or_the_reverse():
-    for ratio, critic, student in ((5, 30, 6), (3, 30, 10), (1, 30, 30), (-5, 6, 30)):
-        taken = [dmd.turns(step, ratio) for step in range(30)]
-        assert (sum(c for c, _ in taken), sum(s for _, s in taken)) == (critic, student), ratio
+    updates = {5: (30, 6), 3: (30, 10), 1: (30, 30), -5: (6, 30)}  # of critic and student
+    for ratio, expected in updates.items():
+        taken = torch.tensor([dmd.turns(step, ratio) for step in range(30)])
+        assert tuple(taken.sum(0).tolist()) == expected, ratio
     with pytest.raises(ValueError, match="got 0"):
         dmd.turns(3, 0)
 
@@ -337,7 +370,9 @@ def test_a_fifth_of_the_rollouts_is_masked_and_the_rest_is_uniform():
     g = seeded()
     drawn = torch.tensor([dmd.draw_segments(CFG, g) for _ in range(6000)])
     share = torch.bincount(drawn, minlength=7)[1:] / 6000
-    assert abs(share[0] - (0.2 + 0.8 / 6)) < 0.02 and (share[1:] - 0.8 / 6).abs().max() < 0.02
+    each = 0.8 / 6
+    assert abs(share[0] - (0.2 + each)) < 0.02
+    assert (share[1:] - each).abs().max() < 0.02
     assert {dmd.draw_exit(CFG, g) for _ in range(50)} == {0, 1, 2}
 
 
@@ -348,7 +383,7 @@ def test_a_clip_too_short_for_the_rollout_says_how_long_it_must_be():
         rollout(network(), clip(2), 3, None, CFG, seeded())
 
 
-# ---- which keys were held?
+# ---- a judge
 
 
 def test_a_judge_learns_to_tell_true_from_generated_and_the_student_is_told_how_to_pass():
@@ -382,25 +417,23 @@ def test_a_judge_learns_to_tell_true_from_generated_and_the_student_is_told_how_
 
 
 def test_the_judge_sees_the_new_latents_alone_in_the_real_network():
-    x0, context = rollout(network(), clip(2), 2, generator=seeded())
+    x0, context = rolled(network(), 2)
     alone = context.alone()
     new = x0.shape[2]
     assert alone.memory.shape[2] == alone.past.shape[2] == 0
     assert torch.equal(alone.times, context.times[:, -new:])
     sigma = torch.full((len(x0),), 0.5)
     tokens = network()(x0.detach(), sigma, alone, return_features=True)
-    assert (
-        tokens.shape == (len(x0), new, x0.shape[3] * x0.shape[4] // 4, MICRO.dim)
-        and tokens.isfinite().all()
-    )
+    cells = x0.shape[3] * x0.shape[4] // 4
+    assert tokens.shape == (len(x0), new, cells, MICRO.dim)
+    assert tokens.isfinite().all()
 
 
 def test_short_rollouts_go_as_far_in_time_as_long_ones_up_to_a_number_of_segments():
     cfg = DMDConfig(segments=5, p_mask=0.0)
-    longest = {
-        new: max(dmd.draw_segments(cfg, torch.Generator().manual_seed(i), new) for i in range(300))
-        for new in (10, 5, 2)
-    }
+    longest = {}
+    for new in (10, 5, 2):
+        longest[new] = max(dmd.draw_segments(cfg, seeded(i), new) for i in range(300))
     assert longest == {10: 5, 5: 9, 2: 12}
-    frames = {new: Window(new=new).frames(k) for new, k in longest.items()}
-    assert all(n <= 241 for n in frames.values())  # they fit into an episode
+    for new, k in longest.items():
+        assert Window(new=new).frames(k) <= 241  # they fit into an episode

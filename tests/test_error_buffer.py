@@ -37,12 +37,13 @@ def test_a_pushed_error_comes_back():
     buffer.push(delta, seeded())
     x = torch.zeros(5, 4, 4, 2, 2)
     injected = frames(buffer.perturb(x, generator=seeded()))
-    assert len(buffer) == 6 and all(is_among(f, frames(delta)) for f in injected)
+    assert len(buffer) == 6
+    assert all(is_among(f, frames(delta)) for f in injected)
     assert len({f.sum().item() for f in injected}) > 1  # one draw per latent frame, not per call
 
 
 def test_the_residual_is_sigma_times_the_velocity_error():
-    x0, noise, v_hat = (torch.randn(1, 4, 2, 2, 2, generator=seeded(i)) for i in range(3))
+    x0, noise, v_hat = (residual(seed, B=1, T=2) for seed in range(3))
     x_sigma = 0.7 * x0 + 0.3 * noise
     delta = (x_sigma - 0.3 * v_hat) - x0
     torch.testing.assert_close(delta, -0.3 * (v_hat - (noise - x0)), atol=1e-6, rtol=0)
@@ -58,10 +59,12 @@ def test_saving_and_restoring_is_exact():
     twin = ErrorBuffer(buffer.cfg)
     twin.load_state_dict(torch.load(file, weights_only=True))
     x = residual(9)
-    assert torch.equal(buffer.perturb(x, generator=seeded()), twin.perturb(x, generator=seeded()))
+    perturbed = [b.perturb(x, generator=seeded()) for b in (buffer, twin)]
+    assert torch.equal(*perturbed)
     for b in (buffer, twin):  # and so does everything that follows
         b.push(residual(7), seeded(7))
-    assert torch.equal(buffer.entries, twin.entries) and buffer.pushes == twin.pushes == 5
+    assert torch.equal(buffer.entries, twin.entries)
+    assert buffer.pushes == twin.pushes == 5
 
 
 def test_an_unused_buffer_can_be_saved():
@@ -97,7 +100,8 @@ def test_nothing_is_injected_before_the_warmup_has_passed():
 def test_memory_with_no_frames_passes_through():
     buffer = ErrorBuffer(ALWAYS)
     buffer.push(residual(0))
-    assert buffer.perturb(torch.zeros(2, 4, 0, 2, 2)).shape == (2, 4, 0, 2, 2)
+    nothing = torch.zeros(2, 4, 0, 2, 2)
+    assert buffer.perturb(nothing).shape == nothing.shape
 
 
 # ---- behaviour
@@ -124,10 +128,12 @@ def test_only_the_stated_share_of_samples_is_perturbed():
 def test_gamma_scales_and_jitter_spreads_the_amplitude_per_sample():
     buffer = ErrorBuffer(ErrorConfig(warmup=0, probability=1.0, jitter=0.2, dtype="float32"))
     buffer.push(torch.ones(1, 4, 1, 2, 2))
-    x_tilde = buffer.perturb(torch.zeros(500, 4, 3, 2, 2), gamma=0.5, generator=seeded())
+    x = torch.zeros(500, 4, 3, 2, 2)
+    x_tilde = buffer.perturb(x, gamma=0.5, generator=seeded())
     per_sample = x_tilde.flatten(1)
     assert (per_sample.max(1).values == per_sample.min(1).values).all()
-    assert 0.4 <= per_sample.min() < 0.41 and 0.59 < per_sample.max() <= 0.6
+    assert 0.4 <= per_sample.min() < 0.41
+    assert 0.59 < per_sample.max() <= 0.6
 
 
 def test_a_seed_fixes_both_what_is_kept_and_what_is_drawn():
@@ -146,11 +152,9 @@ def test_no_graph_is_kept_and_the_input_is_not_written():
     buffer.push(residual(0).requires_grad_())
     x = residual(1)
     kept = x.clone()
-    assert (
-        not buffer.perturb(x).requires_grad
-        and not buffer.entries.requires_grad
-        and torch.equal(x, kept)
-    )
+    assert not buffer.perturb(x).requires_grad
+    assert not buffer.entries.requires_grad
+    assert torch.equal(x, kept)
 
 
 def test_half_precision_latents_stay_half_precision():
@@ -168,7 +172,8 @@ def test_a_state_that_was_saved_with_one_shelf_still_loads():
     old["counts"] = [len(buffer)]
     again = ErrorBuffer(ALWAYS)
     again.load_state_dict(old)
-    assert len(again) == len(buffer) and torch.equal(again.entries[:6], buffer.entries[:6])
+    assert len(again) == len(buffer) == 6
+    assert torch.equal(again.entries[:6], buffer.entries[:6])
     with pytest.raises(ValueError, match="50 shelves"):
         again.load_state_dict(old | {"cfg": old["cfg"] | {"buckets": 50}})
 

@@ -204,9 +204,8 @@ def clips(studio: Path) -> tuple[Clips, Run]:
 
 def test_resuming_continues_exactly(reference):
     start("--steps", "6")
-    assert (
-        len(log("runs/base-micro")) == 6 and len(state("runs/base-micro")["errors"]["entries"]) > 0
-    )
+    assert len(log("runs/base-micro")) == 6
+    assert len(state("runs/base-micro")["errors"]["entries"]) > 0
     start("--steps", "12", "--save-every", "4")
     assert log("runs/base-micro") == log(reference)
     assert same(state("runs/base-micro"), state(reference))
@@ -216,7 +215,8 @@ def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
     assert launch("--steps", "12", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
         -signal.SIGKILL
     ]
-    assert newest("runs/base-micro").name == "000004" and len(log("runs/base-micro")) == 6
+    assert newest("runs/base-micro").name == "000004"
+    assert len(log("runs/base-micro")) == 6
     start("--steps", "12", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
     assert log("runs/base-micro") == log(reference)  # the two steps that were lost stand in it once
@@ -226,10 +226,8 @@ def test_ctrl_c_saves_exits_130_and_the_rest_resumes(reference, monkeypatch, cap
     with monkeypatch.context() as patch:
         at_step(patch, 7, interrupt)
         assert start("--steps", "12", "--save-every", "4") == 130
-    assert (
-        newest("runs/base-micro").name in ("000007", "000008")
-        and "the same command resumes it" in capsys.readouterr().out
-    )
+    assert newest("runs/base-micro").name in ("000007", "000008")
+    assert "the same command resumes it" in capsys.readouterr().out
     assert start("--steps", "12", "--save-every", "4") == 0
     assert same(state("runs/base-micro"), state(reference))
 
@@ -249,7 +247,8 @@ def test_the_other_stages_resume_exactly_too(stage, reference, capsys):
     how += ["--init", str(reference), *DISTILL] if stage == "distill" else []
     start(*how, "--steps", "4", "--run", "whole")
     start(*how, "--steps", "2", "--run", "parts")
-    assert newest("runs/parts").name == "000002" and len(log("runs/parts")) == 2
+    assert newest("runs/parts").name == "000002"
+    assert len(log("runs/parts")) == 2
     capsys.readouterr()
     start(*how, "--steps", "4", "--run", "parts")
     # a run from the start would end in the same state: only its messages and its log tell
@@ -283,7 +282,8 @@ def test_micro_batches_add_up_to_the_batch():
     start("--steps", "5", "--run", "whole")
     torch.testing.assert_close(losses("runs/base-micro"), losses("runs/whole"), atol=2e-5, rtol=0)
     parts, whole = (state(run)["errors"] for run in ("runs/base-micro", "runs/whole"))
-    assert len(parts["entries"]) == len(whole["entries"]) and parts["pushes"] == whole["pushes"]
+    assert len(parts["entries"]) == len(whole["entries"])
+    assert parts["pushes"] == whole["pushes"]
     torch.testing.assert_close(parts["entries"], whole["entries"], atol=2e-2, rtol=0)
 
 
@@ -346,9 +346,9 @@ def test_distillation_runs_on_two_ranks(reference):
 
 def test_base_leaves_a_run_that_loads_and_draws(reference):
     model, said = weights.load(reference)
-    assert (
-        said["step"] == 12 and said["stage"] == "base" and said["path"].endswith("ema.safetensors")
-    )
+    assert said["step"] == 12
+    assert said["stage"] == "base"
+    assert said["path"].endswith("ema.safetensors")
     x = flow.sample(
         model, dit.random_context(model.cfg), flow.sigma_grid(2), torch.randn(1, 16, 10, 8, 8)
     )
@@ -440,7 +440,8 @@ def test_distill_makes_a_student_of_a_base(reference):
     moved = [
         not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)
     ]
-    assert any(moved) and all("critic" in line for line in log("runs/distill-micro"))
+    assert any(moved)
+    assert all("critic" in line for line in log("runs/distill-micro"))
 
 
 @pytest.mark.parametrize("preset", ["micro", "tiny"])
@@ -470,9 +471,9 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
             ".8",
         )
         seen[view] = torch.cat(levels)
-    assert (
-        (seen["first"] >= 0.8).all() and (seen["third"] >= 0.8).all() and (seen["low"] <= 0.8).all()
-    )
+    assert (seen["first"] >= 0.8).all()
+    assert (seen["third"] >= 0.8).all()
+    assert (seen["low"] <= 0.8).all()
     assert (
         train.main(
             [
@@ -484,9 +485,9 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
         == 0
     )
     joined, said = weights.load("moe.safetensors", dtype=torch.float32)
-    assert (
-        set(joined.high) == {"first", "third"} and joined.boundary == 0.8 and said["view"] == "both"
-    )
+    assert set(joined.high) == {"first", "third"}
+    assert joined.boundary == 0.8
+    assert said["view"] == "both"
     with pytest.raises(ValueError, match="joined runs must be different experts"):
         train.main(["--export", "runs/low", "runs/low", "moe.safetensors"])
     with pytest.raises(ValueError, match="--export RUN ... FILE takes runs"):
@@ -552,7 +553,8 @@ def test_loss_falls_on_one_clip():
         "0",
     )
     curve = losses("runs/base-micro")
-    assert curve[:5].mean() > 1.5 and curve[-10:].mean() < 0.75 * curve[:5].mean()
+    assert curve[:5].mean() > 1.5
+    assert curve[-10:].mean() < 0.75 * curve[:5].mean()
 
 
 def test_only_new_latents_carry_loss(clips, monkeypatch):
@@ -564,9 +566,8 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
     (x0, noise), (drawn, context) = targets[0], draw(*clips, 0)
     assert torch.equal(x0, drawn)
     new = context.times[:, -x0.shape[2] :]  # the newest latents of the window, no past, no memory
-    assert (new.diff(dim=1) == 1).all() and (
-        context.times[:, : -x0.shape[2]].amax(1) < new[:, 0]
-    ).all()
+    assert (new.diff(dim=1) == 1).all()
+    assert (context.times[:, : -x0.shape[2]].amax(1) < new[:, 0]).all()
     expected = plain(x0, noise).square().mean()  # a fresh network says 0
     torch.testing.assert_close(losses("runs/base-micro")[0], expected, atol=1e-5, rtol=0)
 
@@ -620,7 +621,8 @@ def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(cl
     torch.testing.assert_close(torch.cat([own["memory"], own["past"]], 2), expected)
 
     # it is told one latent, the one before the past, and asked for these memories and this past
-    assert context.past.shape[2] == 1 and context.memory.shape[2] == 0
+    assert context.past.shape[2] == 1
+    assert context.memory.shape[2] == 0
     assert torch.equal(context.times[:, 0], cut.start - P - 1)
     assert torch.equal(context.times[:, 1:], clean.times[:, : M + P])
 
@@ -652,14 +654,17 @@ def test_every_step_draws_one_of_the_lengths_and_stays_inside_the_clip(clips):
     clips, ten = with_flags((clips, run), p_i2v=0.0, new="10")
     for step, cut in enumerate(cuts):
         same_step = draw_cut(clips, ten, step)
-        assert torch.equal(same_step.rows, cut.rows) and same_step.n_new == 10
+        assert torch.equal(same_step.rows, cut.rows)
+        assert same_step.n_new == 10
         assert (cut.start >= same_step.start).all()
 
 
 def test_short_segments_ask_for_memory_as_play_does(clips):
     clips, run = with_flags(clips, p_i2v=0.0, p_memory_off=0.0, new="2")
     x0, context = draw(clips, run, 0)
-    assert x0.shape[2] == 2 and context.memory.shape[2] == 5 and context.past.shape[2] == 4
+    assert x0.shape[2] == 2
+    assert context.memory.shape[2] == 5
+    assert context.past.shape[2] == 4
 
 
 @pytest.mark.parametrize("said", ["3", "", "10,5", "ten"])
@@ -748,9 +753,8 @@ def test_without_a_sink_the_oldest_latent_is_remembered_only_where_it_is_asked_f
         ]
         for sink in (True, False)
     ]
-    assert all(t <= 1 for row in last[0] for t in row) and any(
-        t > 1 for row in last[1] for t in row
-    )
+    assert all(t <= 1 for row in last[0] for t in row)
+    assert any(t > 1 for row in last[1] for t in row)
 
 
 def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
@@ -761,16 +765,15 @@ def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
             draw(*with_flags(clips, **sure, p_later=p), step) for p in (1.0, 0.0)
         )
         wait = then.times - now.times
-        assert (
-            torch.equal(x0, other)
-            and torch.equal(then.rays, now.rays)
-            and torch.equal(then.memory, now.memory)
-        )
-        assert (wait[:, :5] == 0).all() and (wait[:, 5:] == wait[:, 5:6]).all()
+        assert torch.equal(x0, other)
+        assert torch.equal(then.rays, now.rays)
+        assert torch.equal(then.memory, now.memory)
+        assert (wait[:, :5] == 0).all()
+        assert (wait[:, 5:] == wait[:, 5:6]).all()
         waits += wait[:, 5].tolist()
-    assert (
-        min(waits) >= 1 and max(waits) <= 2000 and 20 < sorted(waits)[80] < 100
-    )  # evenly in their logarithm
+    assert min(waits) >= 1
+    assert max(waits) <= 2000
+    assert 20 < sorted(waits)[80] < 100  # evenly in their logarithm
 
 
 def test_revisits_are_drawn_as_often_as_asked(clips):
@@ -811,7 +814,8 @@ def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match="--run takes a name under runs/"):
         run.setup(flags.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
-    assert (victim / "precious").read_text() == "kept" and (place / "runs").is_dir()
+    assert (victim / "precious").read_text() == "kept"
+    assert (place / "runs").is_dir()
 
 
 def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
@@ -844,7 +848,9 @@ def test_help_gives_the_defaults_and_the_values_of_the_paper(monkeypatch, capsys
         train.main(["--help"])
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.split()[:1] == ["--lr"])
-    assert "default 0.001" in line and "paper: 2e-5, §5.1" in line and "error buffer:" in text
+    assert "default 0.001" in line
+    assert "paper: 2e-5, §5.1" in line
+    assert "error buffer:" in text
 
 
 def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, capsys):
@@ -852,13 +858,12 @@ def test_a_run_with_another_configuration_is_refused_with_a_table(monkeypatch, c
     before = state("runs/base-micro")
     assert script(monkeypatch, *MICRO, "--steps", "2", "--lr", "0.5", "--batch", "8") == 2
     rows = [line.split() for line in capsys.readouterr().err.splitlines()]
-    assert (
-        ["lr", "0.001", "0.5"] in rows
-        and ["batch", "4", "8"] in rows
-        and "--fresh" in sum(rows, [])
-    )
+    assert ["lr", "0.001", "0.5"] in rows
+    assert ["batch", "4", "8"] in rows
+    assert "--fresh" in sum(rows, [])
     assert same(state("runs/base-micro"), before)
-    assert start("--steps", "1", "--lr", "0.5", "--fresh") == 0 and len(log("runs/base-micro")) == 1
+    assert start("--steps", "1", "--lr", "0.5", "--fresh") == 0
+    assert len(log("runs/base-micro")) == 1
 
 
 def test_a_run_from_before_a_flag_existed_resumes_with_its_default(monkeypatch):
@@ -867,9 +872,8 @@ def test_a_run_from_before_a_flag_existed_resumes_with_its_default(monkeypatch):
     Path("runs/base-micro/config.json").write_text(
         json.dumps({k: v for k, v in said.items() if k not in ("sink", "net")})
     )
-    assert (
-        start("--steps", "2") == 0 and script(monkeypatch, *MICRO, "--steps", "3", "--no-sink") == 2
-    )
+    assert start("--steps", "2") == 0
+    assert script(monkeypatch, *MICRO, "--steps", "3", "--no-sink") == 2
 
 
 def test_another_network_is_trained_and_its_run_says_what_it_is():
@@ -968,10 +972,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, ca
         patch.setattr(weights, "save_file", full)
         assert script(patch, *MICRO, "--steps", "12", "--save-every", "4") == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert (
-        newest("runs/base-micro").name == "000004"
-        and weights.load("runs/base-micro")[1]["step"] == 4
-    )
+    assert newest("runs/base-micro").name == "000004"
+    assert weights.load("runs/base-micro")[1]["step"] == 4
     start("--steps", "12", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
 
@@ -992,11 +994,9 @@ def test_a_loss_that_is_no_number_stops_with_a_dump_and_names_the_weight(monkeyp
     weights.write_weights(file, tensors, said)
     assert script(monkeypatch, *MICRO, "--steps", "4") == 2
     told = capsys.readouterr().err
-    assert (
-        "loss is nan" in told
-        and "runs/base-micro/nan_dump.safetensors" in told
-        and f"first bad weight: {name}" in told
-    )
+    assert "loss is nan" in told
+    assert "runs/base-micro/nan_dump.safetensors" in told
+    assert f"first bad weight: {name}" in told
     assert weights.read_weights("runs/base-micro/nan_dump.safetensors")[0]["x0"].isfinite().all()
 
 
@@ -1034,10 +1034,8 @@ def test_dry_run_says_what_a_step_needs_without_allocating_it(preset, billions, 
     text = capsys.readouterr().out
     millions = float(text.split(": ")[1].split(" M")[0])
     assert billions[0] * 1000 < millions < billions[1] * 1000
-    assert (
-        all(row in text for row in ("| optimiser |", "| activations |", "| total |"))
-        and not Path("runs").exists()
-    )
+    assert all(row in text for row in ("| optimiser |", "| activations |", "| total |"))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("preset", ["5b", "14b"])
@@ -1050,7 +1048,8 @@ def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
         clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
     )
     x0, context = draw(clips, Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0)
-    assert x0.shape == (2, 48, 10, 4, 4) and context.rays.shape == (
+    assert x0.shape == (2, 48, 10, 4, 4)
+    assert context.rays.shape == (
         2,
         dit.PRESETS[preset].ray_channels,
         19,
@@ -1088,14 +1087,14 @@ def test_plot_draws_the_curves_of_runs(reference):
     )  # distill has no "loss"
     assert train.main(["--plot", "runs/a", "runs/b"]) == 0
     assert Path("runs/a/loss.png").stat().st_size > 1000
-    assert train.main(["--plot", "runs/b/log.jsonl"]) == 0 and Path("runs/b/loss.png").exists()
+    assert train.main(["--plot", "runs/b/log.jsonl"]) == 0
+    assert Path("runs/b/loss.png").exists()
 
 
 def test_plot_says_how_to_get_matplotlib_and_what_a_run_is(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    assert (
-        script(monkeypatch, "--plot", "runs/none") == 2 and "runs/none" in capsys.readouterr().err
-    )
+    assert script(monkeypatch, "--plot", "runs/none") == 2
+    assert "runs/none" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert script(monkeypatch, "--plot", "runs/none") == 2
