@@ -1,4 +1,5 @@
-"""Training: the same numbers however it is interrupted or divided, every stage from nothing, and errors that tell the way."""
+"""Training: the same numbers however it is interrupted or divided, every stage from nothing, and errors
+that tell the way."""
 
 import dataclasses
 import functools
@@ -40,7 +41,8 @@ EARLY = functools.partial(
     error_buffer.ErrorConfig, warmup=3
 )  # errors are injected from the fourth step, not the 51st
 
-# What another process runs: train.py with the same early errors, and, if STOP says so, a signal to itself once step STOP is logged.
+# What another process runs: train.py with the same early errors, in the current folder, and, if STOP
+# says so, a signal to itself once that step is logged.
 LAUNCH = f"""
 import functools, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -267,14 +269,13 @@ def test_the_average_of_a_recomputing_model_computes_with_the_averaged_weights()
     model = moe.build("micro")
     ema = [torch.randn_like(p) * 0.1 for p in model.parameters()]
     plain = optim.averaged(model, ema)
-    context, x, sigma = (
-        dit.random_context(model.cfg),
-        torch.randn(1, 16, 10, 8, 8),
-        torch.tensor([0.5]),
-    )
+    context = dit.random_context(model.cfg)
+    x = torch.randn(1, 16, 10, 8, 8)
+    sigma = torch.tensor([0.5])
     optim.low_precision_copy(model, torch.float32, recompute=True)
     with torch.no_grad():
-        assert torch.equal(optim.averaged(model, ema)(x, sigma, context), plain(x, sigma, context))
+        again = optim.averaged(model, ema)
+        assert torch.equal(again(x, sigma, context), plain(x, sigma, context))
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -380,17 +381,10 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
     video = torch.rand(1, 3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "whole")
     start(
-        "--stage",
-        "vae",
-        "--steps",
-        "4",
-        "--batch",
-        "1",
-        "--run",
-        "decoder",
-        "--init",
-        "runs/whole/vae.safetensors",
-        "--decoder-only",
+        *(
+            "--stage vae --steps 4 --batch 1 --run decoder --init runs/whole/vae.safetensors "
+            "--decoder-only"
+        ).split()
     )
     before, after = (
         weights.vae_from_weights(*weights.read_weights(f"runs/{run}/vae.safetensors")).float()
@@ -401,7 +395,10 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
         assert (
             before.decode(before.encode(video)) - after.decode(before.encode(video))
         ).abs().max() > 1e-4
-    caches = lambda: sorted(path.name for path in Path("datasets/micro").glob("latents-*"))
+
+    def caches() -> list[str]:
+        return sorted(path.name for path in Path("datasets/micro").glob("latents-*"))
+
     start("--steps", "1", "--run", "a", "--vae", "runs/whole/vae.safetensors")
     known = caches()
     start("--steps", "1", "--run", "b", "--vae", "runs/decoder/vae.safetensors")
@@ -419,22 +416,10 @@ def test_distill_starts_from_the_shipped_base_unless_told_otherwise(monkeypatch)
 
 def test_distill_makes_a_student_of_a_base(reference):
     start(
-        "--stage",
-        "distill",
-        "--init",
-        str(reference),
-        "--segments",
-        "1",
-        "--steps",
-        "4",
-        "--cold-start",
-        "2",
-        "--batch",
-        "2",
-        "--ratio",
-        "1",
-        "--ratio-cold",
-        "1",
+        *(
+            f"--stage distill --init {reference} --segments 1 --steps 4 --cold-start 2 "
+            "--batch 2 --ratio 1 --ratio-cold 1"
+        ).split()
     )
     student, base = weights.load("runs/distill-micro")[0], weights.load(reference)[0]
     moved = [
@@ -458,18 +443,7 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
     seen = {}
     for expert, view in (("high-first", "first"), ("high-third", "third"), ("low", "low")):
         levels.clear()
-        start(
-            "--stage",
-            "moe",
-            "--expert",
-            expert,
-            "--run",
-            expert,
-            "--steps",
-            "2",
-            "--boundary",
-            ".8",
-        )
+        start(*f"--stage moe --expert {expert} --run {expert} --steps 2 --boundary .8".split())
         seen[view] = torch.cat(levels)
     assert (seen["first"] >= 0.8).all()
     assert (seen["third"] >= 0.8).all()
@@ -496,6 +470,41 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
     torch.testing.assert_close(
         joined.low.state_dict(), low.state_dict(), rtol=4e-3, atol=1e-6
     )  # bfloat16
+
+
+@pytest.mark.parametrize("expert, lowest, highest", [("high-first", 0.9, 1.0), ("low", 0.0, 0.9)])
+def test_an_expert_sees_the_levels_of_the_base_between_its_borders(expert, lowest, highest):
+    """Quartiles of what it draws are those of the base's draws that fall there: .958 in the middle
+    of the high one, where squeezing the whole density into the part would give .983."""
+    cfg = TrainConfig(stage="moe", expert=expert, boundary=0.9, batch=200_000)
+    drawn = train.draw_sigma(cfg, torch.Generator().manual_seed(0))
+    every = flow.sample_sigma(400_000, cfg.shift, torch.Generator().manual_seed(1))
+    expected = every[(every >= lowest) & (every <= highest)]
+    at = torch.tensor([0.25, 0.5, 0.75])
+    assert drawn.min() >= lowest
+    assert drawn.max() <= highest
+    torch.testing.assert_close(drawn.quantile(at), expected.quantile(at), atol=4e-3, rtol=0)
+    if expert == "high-first":
+        assert drawn.median() == pytest.approx(0.958, abs=2e-3)
+
+
+def test_a_dense_model_draws_what_the_base_draws():
+    dense = TrainConfig(stage="moe", expert="dense", batch=100)
+    levels = [
+        train.draw_sigma(cfg, torch.Generator().manual_seed(0))
+        for cfg in (dense, TrainConfig(batch=100))
+    ]
+    assert torch.equal(*levels)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "5b", "14b"])
+@pytest.mark.parametrize("stage", ["base", "distill"])
+def test_the_average_that_is_shipped_is_not_mostly_its_start(stage, preset):
+    cfg = flags.parse(["--stage", stage, "--preset", preset, "--init", "x"])
+    updates = cfg.steps
+    if stage == "distill":
+        updates = cfg.cold_start // cfg.ratio_cold + (cfg.steps - cfg.cold_start) // cfg.ratio
+    assert cfg.ema**updates < 0.02
 
 
 def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clips, monkeypatch):
@@ -536,22 +545,7 @@ def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeyp
 
 
 def test_loss_falls_on_one_clip():
-    start(
-        "--steps",
-        "60",
-        "--overfit",
-        "1",
-        "--lr",
-        "3e-3",
-        "--warmup",
-        "5",
-        "--p-error",
-        "0",
-        "--p-null",
-        "0",
-        "--p-i2v",
-        "0",
-    )
+    start(*("--steps 60 --overfit 1 --lr 3e-3 --warmup 5 --p-error 0 --p-null 0 --p-i2v 0").split())
     curve = losses("runs/base-micro")
     assert curve[:5].mean() > 1.5
     assert curve[-10:].mean() < 0.75 * curve[:5].mean()
@@ -563,7 +557,8 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
         flow, "velocity", lambda x0, noise: targets.append((x0, noise)) or plain(x0, noise)
     )
     start("--steps", "1")
-    (x0, noise), (drawn, context) = targets[0], draw(*clips, 0)
+    x0, noise = targets[0]
+    drawn, context = draw(*clips, 0)
     assert torch.equal(x0, drawn)
     new = context.times[:, -x0.shape[2] :]  # the newest latents of the window, no past, no memory
     assert (new.diff(dim=1) == 1).all()
@@ -573,7 +568,10 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
 
 
 def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
-    given, targets, inject, velocity = [], [], mistakes.inject, flow.velocity
+    given = []
+    targets = []
+    inject = mistakes.inject
+    velocity = flow.velocity
     monkeypatch.setattr(train, "inject", lambda *args: given.append(inject(*args)) or given[-1])
     monkeypatch.setattr(
         flow, "velocity", lambda x0, noise: targets.append(x0) or velocity(x0, noise)
@@ -615,7 +613,9 @@ def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(cl
         return torch.ones_like(x_sigma)  # v = 1 everywhere: x̂0 − x0 = σ·(noise − x0 − 1)
 
     own = mistakes.own_errors(network, clips, run, cut, torch.Generator().manual_seed(0))
-    (x_sigma, sigma, context), P, M = seen[0], cut.n_past, clean.memory.shape[2]
+    x_sigma, sigma, context = seen[0]
+    P = cut.n_past
+    M = clean.memory.shape[2]
     x0 = torch.cat([clean.memory, clean.past], 2)
     expected = x_sigma - sigma.view(-1, 1, 1, 1, 1) - x0
     torch.testing.assert_close(torch.cat([own["memory"], own["past"]], 2), expected)
@@ -803,7 +803,7 @@ def test_ranks_share_a_batch_without_loss(clips):
 # ---- bad input: what, why, what to type; exit 2, nothing lost
 
 
-@pytest.mark.parametrize("name", ["../../victim", "..", ".", "/victim", "a/b", "-x", "runs\\x"])
+@pytest.mark.parametrize("name", ["", "../../victim", "..", ".", "/victim", "a/b", "-x", "runs\\x"])
 def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     """A name that leads out of runs/ is refused before anything is touched."""
     place = tmp_path / "w"
@@ -811,7 +811,7 @@ def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     for folder in (place / "runs", victim):
         folder.mkdir(parents=True)
     (victim / "precious").write_text("kept")
-    monkeypatch.chdir(place)
+    monkeypatch.setattr(cli, "ROOT", place)
     with pytest.raises(ValueError, match="--run takes a name under runs/"):
         run.setup(flags.parse(["--preset", "micro", f"--run={name}", "--fresh"]))
     assert (victim / "precious").read_text() == "kept"
@@ -835,6 +835,42 @@ def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
         run.start_over(Path("runs/link"))
     run.start_over(Path("runs/notes"))
     assert not notes.exists()
+
+
+def test_two_processes_never_train_one_run(monkeypatch, capsys):
+    """The second one is refused before it writes a line, also with --fresh, and the first goes on."""
+    busy = cli.claim(Path("runs/base-micro"))
+    for flags_of_second in ([], ["--fresh"]):
+        if flags_of_second:
+            config = json.dumps(dataclasses.asdict(TrainConfig()))
+            Path("runs/base-micro/config.json").write_text(config)
+        assert script(monkeypatch, *MICRO, "--steps", "1", *flags_of_second) == 2
+        assert "another process is at work in runs/base-micro" in capsys.readouterr().err
+        assert not Path("runs/base-micro/log.jsonl").exists()
+    busy.close()
+    assert start("--steps", "1", "--fresh") == 0
+    assert len(log("runs/base-micro")) == 1
+
+
+def test_a_run_is_found_and_goes_on_from_any_folder(tmp_path, monkeypatch):
+    start("--steps", "2")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert start("--steps", "4") == 0
+    assert [line["step"] for line in log(tmp_path / "runs/base-micro")] == [1, 2, 3, 4]
+    assert not list(elsewhere.iterdir())
+    how = [*MICRO, "--stage", "distill", "--init", "runs/base-micro", *DISTILL, "--batch", "1"]
+    assert train.main([*how, "--steps", "1"]) == 0
+    assert (tmp_path / "runs/distill-micro/latest").exists()
+
+
+def test_what_the_system_refuses_is_one_line_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert script(monkeypatch, *MICRO, "--steps", "1") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
 
 
 def test_an_unknown_flag_suggests_the_nearest_name(monkeypatch, capsys):
@@ -908,19 +944,7 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
         in capsys.readouterr().err
     )
     assert (
-        start(
-            "--stage",
-            "distill",
-            "--init",
-            str(reference),
-            "--segments",
-            "1",
-            "--steps",
-            "1",
-            "--batch",
-            "1",
-        )
-        == 0
+        start(*f"--stage distill --init {reference} --segments 1 --steps 1 --batch 1".split()) == 0
     )
 
 
@@ -947,6 +971,11 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
         ),
         (["--net", "dim"], "got 'dim'"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["--accum", "0"], "--accum must be 1 or more, got 0"),
+        (["--steps", "-3"], "--steps must be 1 or more, got -3"),
+        (["--stage", "bse"], "did you mean base?"),
+        (["--dtype", "float31"], "did you mean float32?"),
         (
             ["--batch", "3", "--accum", "2"],
             "--batch 3 does not divide among 1 ranks x 2 micro-batches; use a multiple of 2",
