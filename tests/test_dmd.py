@@ -12,7 +12,7 @@ import camera
 import dit
 import dmd
 import flow
-from context import Clip, Window
+from context import Clip, Lens, Window
 from dit import DiT
 from dmd import DMDConfig, few_step, generator_loss, rollout
 
@@ -208,6 +208,60 @@ def test_critic_step_leaves_student_untouched():
     x0, context = rolled(student, exit_step=1)
     dmd.critic_loss(x0, context, fake, CFG, seeded(1)).backward()
     assert not grads(student) and grads(fake)
+
+
+def test_the_critic_is_asked_for_the_velocity_of_the_students_own_latents():
+    """By hand: a critic that always says 1 pays mean (1 − (ε − x))², with the ε it was shown."""
+    x0 = latents(3)
+    asked = []
+
+    def critic(x_tau, tau, context):
+        asked.append((x_tau, tau))
+        return torch.ones_like(x_tau)
+
+    loss = dmd.critic_loss(x0, None, critic, CFG, seeded(1))
+    x_tau, tau = asked[0]
+    tau = flow.per_sample(tau, x0)
+    noise = (x_tau - (1 - tau) * x0) / tau
+    expected = (1 - (noise - x0)).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    assert dmd.draw_tau(2, CFG, seeded(1)).tolist() == asked[0][1].tolist()
+
+
+def test_noise_levels_are_clamped_not_drawn_inside_their_bounds():
+    tau = dmd.draw_tau(20_000, CFG, seeded())
+    assert tau.min() >= CFG.tau_min
+    assert tau.max() == torch.tensor(CFG.tau_max)
+    share = (tau == tau.max()).float().mean()
+    assert 0.08 < share < 0.105  # shift 5: σ > .98 is u > .907
+
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_the_last_memory_of_a_rollout_is_the_sink_only_if_wanted(sink):
+    cfg = replace(CFG, sink=sink)
+    _, context = rollout(network(), clip(4), 4, 0, cfg, seeded())
+    last = context.times[:, 4]
+    assert (last == 1).all() == sink
+
+
+def test_a_rollout_with_the_released_encoding_remembers_by_the_released_rule(monkeypatch):
+    rules = []
+    plain = dmd.MemoryBank
+
+    def bank(rule):
+        rules.append(rule)
+        return plain(rule)
+
+    monkeypatch.setattr(dmd, "MemoryBank", bank)
+    world = clip()
+
+    def student(x, sigma, context):
+        return torch.zeros_like(x)
+
+    for encoding in ("anchored", "released"):
+        cfg = replace(CFG, lens=Lens(encoding, 8))
+        rollout(student, world, 1, 0, cfg, seeded())
+    assert rules == ["uniform"] * 2 + ["released"] * 2
 
 
 def test_student_step_leaves_teacher_and_critic_untouched():
