@@ -1,4 +1,4 @@
-"""Many steps into three: reverse KL against one's own teacher.
+"""Turn the many-step model into a 3-step one by judging what it makes of its own output.
 
 What it does. Student, teacher ("real") and critic ("fake") start as copies of one base with memory. The
 student makes segments in three steps, the critic learns what these look like, and the student moves
