@@ -1,4 +1,8 @@
-"""What several test files build the same way."""
+"""What several test files build the same way.
+
+The chapters pass a context around as a few small objects: a Segment, a Memory, a Lens, a Clip. A test wants
+to change one part and keep the others, so these functions take every part by name.
+"""
 
 import torch
 from torch import Tensor
@@ -18,7 +22,7 @@ def make_context(
     stride: int = 8,
     K: Tensor | None = None,
 ) -> Context:
-    """A context out of its parts, every one of them by name."""
+    """A context out of its parts; shapes as in context.Segment."""
     segment = Segment(times, cameras, mouse, keyboard)
     return segment.context(past, text, memory, Lens(encoding, stride, K))
 
@@ -37,13 +41,16 @@ def clip_context(
     stride: int = 8,
     K: Tensor | None = None,
 ) -> tuple[Tensor, Context]:
-    """A window of whole clips, every part by name."""
+    """A window of whole clips: its new latents and their context; shapes as in context.Clip."""
     clip = Clip(latents, c2w, keyboard, mouse, text)
     return clip.window(start, n_new, n_past, memory_index, Lens(encoding, stride, K))
 
 
-def palindrome(frames: int) -> Tensor:  # (F,) long: which frame to show, F = 4k+1
-    """n, n, n−1 … n/2+1, n/2+1 … n: the second half revisits, backwards, what the first half showed."""
+def palindrome(frames: int) -> Tensor:
+    """Which frames to show, (F,) long with F = 4k + 1, so that the second half revisits the first.
+
+    n, n, n-1 ... n/2+1, n/2+1 ... n: backwards, and forwards again.
+    """
     if frames % 4 != 1 or frames < 5:
         raise ValueError(f"a palindrome needs 4k+1 frames, at least 5, got {frames}")
     last = torch.arange((frames - 1) // 2 + 1, frames)

@@ -122,8 +122,8 @@ def breaches(path: Path) -> list[str]:
 
     least = CHAPTER if path.parent == ROOT and path.stem not in NO_CHAPTERS else PROSE
     needs_prose = figures["lines"] >= SHORT and not is_test
-    if needs_prose and round(prose, 1) < least:
-        found.append(f"{prose:.1f} % of prose, at least {least:g} %")
+    if needs_prose and round(prose) < least:
+        found.append(f"{prose:.0f} % of prose, at least {least:g} %")
     return [f"{path.relative_to(ROOT)}: {words}" for words in found]
 
 
