@@ -4,10 +4,17 @@ The chapters pass a context around as a few small objects: a Segment, a Memory, 
 to change one part and keep the others, so these functions take every part by name.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+import data
+import lightvae
+import vae
 from context import Clip, Context, Lens, Memory, Segment
+from dataset import episode
+from engine import weights
 
 
 def make_context(
@@ -55,3 +62,19 @@ def palindrome(frames: int) -> Tensor:
         raise ValueError(f"a palindrome needs 4k+1 frames, at least 5, got {frames}")
     last = torch.arange((frames - 1) // 2 + 1, frames)
     return torch.cat([last[-1:], last.flip(0), last])
+
+
+def make_studio(folder: Path) -> None:
+    """A micro dataset and a random micro VAE whose latents have unit variance."""
+    data.make_dataset(folder / "datasets/micro", "micro", workers=1)
+    torch.manual_seed(0)
+    model = vae.VAE(vae.PRESETS["micro"])
+    norm = lightvae.LatentNorm(model.cfg.z_dim)
+    first = episode.list_episodes(folder / "datasets/micro")[0]
+    video = torch.from_numpy(episode.read_episode(first).video[:33].copy())
+    with torch.no_grad():
+        norm(model.moments(video.permute(3, 0, 1, 2)[None] / 127.5 - 1))
+    norm.fold(model)
+    # where load_vae looks when nobody names a file
+    file = folder / "assets/micro/vae.safetensors"
+    weights.write_weights(file, model.state_dict(), weights.vae_metadata(model))
