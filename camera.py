@@ -37,6 +37,7 @@ Try it: python camera.py      Tests: pytest tests/test_camera.py
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -340,22 +341,24 @@ LOOK = {
 
 
 def parse_keys(chord: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Keyboard (6,) and mouse (2,) of one frame from its held keys.
+    """(6,) keyboard and (2,) mouse of one frame from its held keys.
 
-    "w+l" walks forward and turns right, "_" does nothing.
+    "w+l" walks forward and turns right, "l2.5" turns 2.5 times as far, "_" does nothing.
     """
-    keys = {key.strip() for key in chord.split("+")} - {"_"}
-    unknown = sorted(keys - {*KEYS[:4], *LOOK})
-    if unknown:
-        raise ValueError(
-            f"unknown key {unknown[0]!r} in {chord!r}; use w a s d (move), i j k l (look), "
-            "+ to combine, _ for nothing"
-        )
-    keyboard = tuple(float(key in keys) for key in KEYS)
-    turns = [LOOK[key] for key in keys & {*LOOK}]
-    pitch = sum(turn[0] for turn in turns)
-    yaw = sum(turn[1] for turn in turns)
-    return keyboard, (pitch, yaw)
+    pressed = {}
+    for key in map(str.strip, chord.split("+")):
+        found = re.fullmatch(r"[wasd_]|([ijkl])(\d+(?:\.\d+)?)?", key, re.ASCII)
+        if not found:
+            raise ValueError(
+                f"unknown key {key!r} in {chord!r}; "
+                "use w a s d (move), i j k l (look), + to combine, _ for nothing"
+            )
+        pressed[key[0]] = float(found[2] or 1)
+
+    keyboard = tuple(float(key in pressed) for key in KEYS)
+    turns = [[pressed[key] * step for step in LOOK[key]] for key in LOOK if key in pressed]
+    mouse = tuple(sum(turn[axis] for turn in turns) for axis in (0, 1))
+    return keyboard, mouse
 
 
 def actions_from_keys(chords: Sequence[str]) -> tuple[Tensor, Tensor]:

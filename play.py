@@ -1,192 +1,308 @@
 """Walk around inside.
 
-The paper shows films. Walk, turn away, come back: `M` switches the memory off and on, `Tab` shows the true world there.
+The paper shows films. Walk, turn away, come back: `M` switches the memory off and on, `Tab` shows the true
+world there.
 
-    python play.py --image assets/start.png                       a page in the browser, or the ssh line to reach it
-    python play.py --actions "w:40, w+l:2s, @revisit"             no browser: films and a session folder, exit 0
-    actions := item ("," item)*     item := keys ":" count | @revisit | @spin | @square | @idle
-    keys := "_" | key ("+" key)*    key := w a s d (move) i j k l (look, 1.5° per frame)     count := int | float "s"
+    python play.py --image assets/start.png                 a page in the browser, or the ssh line to reach it
+    python play.py --actions "w:40, w+l:2s, @revisit"       no browser: films and a session folder, exit 0
 
-HTTP threads touch `Controls`, `Screen` and a queue of commands; the player thread owns the model. Plain HTTP:
-    GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one {hello, id, …}; 3 unacked at most
-    POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post, newest frame drawn
-    POST /cmd      {id, cmd, …} → {ok, error?}; cmd is one of COMMANDS        GET /state   JSON        GET /   the page
-The first viewer plays, others watch. Only this machine is served; another --host demands the token printed in the URL.
-A session folder is an episode (dataset/episode.py) with play.mp4, play_memory.mp4, start.png, session.json (--replay) and state.safetensors
-(--out FOLDER goes on from there). An undo takes back latents, pose and random state.
-Tests: pytest tests/test_play.py      Pictures: python play.py --make-start; python play.py --film assets/figures/memory.gif
+dataset/actions.py has the language of --actions. HTTP threads touch `Controls`, `Screen` and a queue of
+commands; the player thread owns the model. Plain HTTP:
+
+    GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one
+                   {hello, id, …}; 3 unacked at most
+    POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post,
+                   newest frame drawn
+    POST /cmd      {id, cmd, …} → {ok, error?}; cmd is one of commands.COMMANDS
+    GET  /state    JSON          GET  /    the page
+
+The first viewer plays, others watch. Only this machine is served; another --host demands the token
+printed in the URL. A session folder is an episode (dataset/episode.py) with play.mp4, play_memory.mp4,
+start.png, session.json (--replay) and state.safetensors (--out FOLDER goes on from there). Whatever ends
+a recording, it is completed at the next start (page/folder.py). An undo takes back latents, pose and
+random state.
+
+Tests: pytest tests/test_play.py
+Pictures: python play.py --make-start; python play.py --film assets/figures/memory.gif
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import webbrowser
 from pathlib import Path
+from typing import NamedTuple
+
+# a browser makes a busy machine: threads of torch that wait shall sleep, not spin. Read when it is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import camera
 import realtime
-import world
-from dataset import episode, wsad
-from page import recording
-from page.player import Player, options_of
-from page.server import FILE_FPS, KEYS, LATENT, SHOW_FPS, bind, legal
+from dataset.actions import read_actions
+from engine import cli
+from page import folder, panels
+from page.controls import FILE_FPS, SHOW_FPS, legal
+from page.opening import options_of
+from page.player import Player
+from page.server import bind
+from page.start import open_start
 
 HERE = Path(__file__).resolve().parent
-PRESETS = {
-    "@revisit": "l:60, j:60",
-    "@spin": "l:240",
-    "@square": ", ".join(["w:16, l:60"] * 4),
-    "@idle": "_:160",
-}
+BENCH = 10 * SHOW_FPS  # frames: half of them warm up, half are timed
+SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
+LARGEST = 2048  # pixels of a side of the fake world
 NO_MODEL = """No model for preset {} yet, so you walk in the game itself (--fake). Three ways to a model:
   python train.py --stage base                                    train tiny on this machine, minutes
-  python play.py --preset 5b --weights weights/matrix-game-3      the released one; this command says how to get it
+  python play.py --preset 5b --weights weights/matrix-game-3      the released one; this command says how
   python play.py --fake                                           none: learn the keys"""
+HUB = """get the files first:  hf download {0} --local-dir weights/{1}
+then: python play.py --preset {2} --weights weights/{1}"""
+STAGES = {  # whose model draws this view alone: a stage of training, or an expert
+    "first": {"base", "distill"},
+    "third": {"dense"},
+}
 
 
-def parse_actions(text: str, fps: int = FILE_FPS) -> tuple[list[str], list[str]]:
-    """`w:40, w+l:2s, @revisit` → one chord per frame, and notes on what was rounded. Errors point at the column."""
-    chords, notes, column = [], [], 0
-    for item in text.split(","):
-        keys, _, count = item.partition(":")
-        names, problem, at = (
-            list(re.finditer(r"[^\s+]+", keys)),
-            "",
-            column + len(item) - len(item.lstrip()),
-        )
-        unknown = [
-            name
-            for name in names
-            if name[0] not in (*KEYS, "_") or (name[0] == "_" and len(names) > 1)
-        ]
-        number = re.fullmatch(r"\s*(?:(\d{1,5})|(\d{1,4}(?:\.\d{1,6})?)\s*s)\s*", count, re.ASCII)
-        if item.strip() in PRESETS:
-            chords += parse_actions(PRESETS[item.strip()])[0]
-        elif unknown and unknown[0][0][0] != "@":
-            at, problem = (
-                column + unknown[0].start(),
-                f"unknown key {unknown[0][0]!r}; use w a s d i j k l _",
-            )
-        elif ":" not in item or not names or keys.count("+") != len(names) - 1:
-            problem = f"expected keys:count, as in w:40 or w+l:2s, or {' '.join(PRESETS)}"
-        elif not number:
-            at, problem = (
-                column + len(keys) + 1,
-                f"{count.strip()!r} is no count; use frames (40) or seconds (2s)",
-            )
-        else:
-            asked = int(number[1]) if number[1] else float(number[2]) * fps
-            frames = max(LATENT, LATENT * round(asked / LATENT))
-            notes += [
-                f"{item.strip()}: {asked:g} frames rounded to {frames}, a multiple of {LATENT}"
-            ] * (frames != asked)
-            chords += ["+".join(name[0] for name in names)] * frames
-        if problem:
-            raise ValueError(f'--actions "{text}"\n{" " * (11 + at)}^ {problem}')
-        column += len(item) + 1
-    return chords, notes
+class Script(NamedTuple):
+    """Actions that are known before the walk."""
+
+    keyboard: np.ndarray  # (F, 6)
+    mouse: np.ndarray  # (F, 2)
+    fps: int
+    policies: list[str]  # of the chunks; the last one goes on
+    again: bool = False  # a replay: its actions were decided when it was played
 
 
-def read_actions(
-    source: str, fps: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:  # (F, 6), (F, 2), notes
-    """An action string, a .txt of one, or an .npz with keyboard and mouse, or with poses (T, 4, 4)."""
-    if source.endswith((".txt", ".npz")) and not Path(source).is_file():
-        raise ValueError(
-            f'--actions {source}: no such file. Give one that exists, or a string like "w:40, w+l:40"'
-        )
-    if not source.endswith(".npz"):
-        chords, notes = parse_actions(
-            Path(source).read_text().strip().replace("\n", ",")
-            if source.endswith(".txt")
-            else source,
-            fps,
-        )
-        return *(part.numpy() for part in camera.actions_from_keys(chords)), notes
-    stored = dict(np.load(source, allow_pickle=False))
-    if {"keyboard", "mouse"} <= set(stored):
-        return stored["keyboard"].astype(np.float32), stored["mouse"].astype(np.float32), []
-    poses = [episode.c2w_to_poses(value) for value in stored.values() if value.shape[1:] == (4, 4)]
-    if not poses:
-        raise ValueError(
-            f"{source} holds {', '.join(stored)}; expected keyboard (F, 6) and mouse (F, 2), or camera poses (T, 4, 4)"
-        )
-    keyboard, mouse, _ = wsad.infer_wsad(poses[0][:, :3], poses[0][:, 4], poses[0][:, 3])
-    return keyboard[:-1].astype(np.float32), mouse[:-1], ["the keys were read off the poses"]
+# ---- what a walk can be ------------------------------------------------------------------------------------
 
 
-def make_start(folder: Path) -> None:
-    """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
-    for path in (folder / "start.png", *folder.glob("gallery/*.png")):
-        recording.open_start(path, (64, 64), path.name).save(path)
-
-
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace) -> int:
     """The page: bind, say where, load the model behind it, wait for Ctrl-C."""
     player = Player(args, args.fps or SHOW_FPS)
     server = bind(player, args.host, args.port)
-    port, url = (
-        server.server_port,
-        f"http://{args.host}:{server.server_port}"
-        + (f"/?token={server.token}" if server.token else ""),
-    )
-    print(
-        f"Port {args.port} is taken (another play.py?). Using {port}: {url}"
-        if port != args.port
-        else f"Open {url}",
-        flush=True,
-    )
-    if not (
-        os.environ.get("DISPLAY")
-        or os.environ.get("WAYLAND_DISPLAY")
-        or sys.platform in ("darwin", "win32")
-    ):
-        print(
-            f"Open from your machine:  ssh -L {port}:127.0.0.1:{port} <this host>  then http://127.0.0.1:{port}",
-            flush=True,
-        )
+    port = server.server_port
+    url = f"http://{args.host}:{port}"
+    if server.token:
+        url += f"/?token={server.token}"
+    taken = f"Port {args.port} is taken (another play.py?). Using {port}: {url}"
+    print(taken if port != args.port else f"Open {url}", flush=True)
+
+    # where there is no display, the browser is on the machine that the ssh comes from
+    windowed = sys.platform in ("darwin", "win32")
+    if not (windowed or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        tunnel = f"ssh -L {port}:127.0.0.1:{port} <this host>"
+        print(f"Open from your machine:  {tunnel}  then http://127.0.0.1:{port}", flush=True)
     elif not args.no_open:
         webbrowser.open(url)
+
     player.start()
     args.stop.wait()
     player.join()
+    return 1 if player.failed else 0
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+def headless(args: argparse.Namespace, script: Script) -> list[dict]:
+    """Walk given actions without a page. Ctrl-C keeps what is done. Returns the chunks."""
+    player = Player(args, script.fps, can_undo=False)
+    player.open()
+    length = len(script.keyboard)
+    t = 0
+    k = 0
+    try:
+        while t < length and not args.stop.is_set() and not player.unrecorded:
+            n = player.session.frames_needed
+            player.session.policy = script.policies[min(k, len(script.policies) - 1)]
+            keyboard, mouse = (filled(rows[t : t + n], n) for rows in script[:2])
+            keyboard, mouse = legal(keyboard, mouse, player.poses[-1][3], player.max_pitch)
+            if not script.again:
+                keyboard = player.in_rooms(keyboard, mouse)
+            held = camera.keys_from_action(script.keyboard[t], script.mouse[t])
+            player.chunk(keyboard, mouse, {"keys": [held]})
+            t += n
+            k += 1
+            if t % 40 < n:
+                print(f"frame {player.frame} of {length}   {player.speed():.1f} fps", flush=True)
+    finally:
+        written = player.save()
+    if player.unrecorded:
+        raise OSError(player.unrecorded)
+    return written
 
 
-FLAGS = {  # name: default (its type is the flag's; a tuple: choices, the first is the default), help
-    "image": (
-        str(HERE / "assets/start.png"),
-        "start picture; any size, centre crop and resize, prints what it did",
-    ),
-    "weights": (
-        "",
-        "file, folder, run or hf:ORG/NAME; default: the newest run, else the shipped ones",
-    ),
-    "actions": (
-        "",
-        'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; writes films and a session, exits 0',
-    ),
+def filled(rows: np.ndarray, n: int) -> np.ndarray:
+    """n rows of actions: what is missing at the end is standing still."""
+    rest = np.zeros((n - len(rows), rows.shape[1]), np.float32)
+    return np.concatenate([rows, rest])
+
+
+def walk(args: argparse.Namespace) -> int:
+    """--actions: films and a session folder."""
+    fps = args.fps or FILE_FPS
+    keyboard, mouse, notes = read_actions(args.actions, fps)
+    for note in notes:
+        print(note)
+    headless(args, Script(keyboard, mouse, fps, [args.memory]))
+    return 130 if args.stop.is_set() else 0
+
+
+def make_film(args: argparse.Namespace) -> int:
+    """--film: one walk with memory and without it, beside the true world."""
+    keyboard, mouse, _ = read_actions(args.actions or "@revisit", FILE_FPS)
+    if not open_start(Path(args.image), (64, 64), args.image).truth:
+        raise ValueError(
+            f"--film shows the true world too, and {args.image} names none; take one of assets/"
+        )
+
+    def walked(out: str, policy: str) -> None:
+        args.out = out
+        headless(args, Script(keyboard, mouse, FILE_FPS, [policy]))
+
+    pictures = panels.three_panels(walked)
+    size = panels.save_gif(pictures, Path(args.film))
+    print(f"{args.film}: {len(pictures)} pictures, {size / 1e6:.2f} MB")
+    return 130 if args.stop.is_set() else 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """The same actions from the same start: identical frames, or the reason why not."""
+    file = Path(args.replay)
+    file = file / "session.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(
+            f"--replay {args.replay}: no such session; "
+            "expected a folder written by play.py, or its session.json"
+        )
+    said = folder.session_of(file.parent, file.name)
+    if said["trail"]:
+        raise ValueError(
+            f"{file} began in mid-session (resumed, or recording was switched on later): "
+            "it is a clip and cannot be replayed"
+        )
+
+    # what the file says goes the way of what a person types: known flags, checked values
+    again = parse(flags_of(said) + (["--debug"] if args.debug else []))
+    refuse_hub(again)
+    again.out = args.out
+    again.stop = args.stop
+    again.prompt = said["prompt"]
+    again.image = str(file.parent / "start.png")
+    keyboard, mouse = (np.array(said[key], np.float32) for key in ("keyboard", "mouse"))
+    policies = [chunk["policy"] for chunk in said["chunks"]]
+    new = headless(again, Script(keyboard, mouse, said["fps"], policies, again=True))
+    return compare(said, new, folder.about(again))
+
+
+def flags_of(said: dict) -> list[str]:
+    """The flags of a session as they could have been typed."""
+    typed = [f"--seed={said['seed']}"]
+    for name, value in said["flags"].items():
+        if name not in folder.FLAGS:
+            raise ValueError(f"session.json names an unknown flag {name!r}")
+        if name == "size":
+            height, width = value
+            value = f"{width}x{height}"
+        if isinstance(value, bool):
+            typed.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            typed.append(f"--{name}={value}")
+    return typed
+
+
+def compare(said: dict, new: list[dict], now: dict) -> int:
+    """How many chunks are the same again; and if not all are, what is not as it was."""
+    old = said["chunks"]
+    same = sum(a["sha"] == b["sha"] for a, b in zip(new, old, strict=False))
+    verdict = f"{same} of {len(old)} chunks are identical"
+    if same == len(old):
+        print(verdict)
+        return 0
+    changed = [
+        f"{key} was {said[key]}, is {now[key]}"
+        for key in ("versions", "weights_sha")
+        if said[key] != now[key]
+    ]
+    print(f"{verdict}: {'; '.join(changed) or 'another device?'}")
+    return 1
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Half a dozen chunks through the threads and JPEGs that a page would see: one markdown row."""
+    player = Player(args, args.fps or SHOW_FPS)
+    began = time.monotonic()
+    seen = []
+    with player.screen.seat() as viewer:
+        player.controls.post(["w"])
+        player.start()
+        while player.is_alive() and player.frame < BENCH:
+            for header, jpeg in player.screen.take(viewer):
+                if jpeg:
+                    player.screen.ack(viewer, header["n"])
+                    seen.append((time.monotonic(), header["ms"]))
+    args.stop.set()
+    player.join()
+    if player.failed:
+        return 1  # the player has said why
+
+    # the second half of what was shown
+    moments, parts = zip(*seen[len(seen) // 2 :], strict=True)
+    gaps = 1000 * np.diff(moments)
+    row = {
+        "preset": "fake" if args.fake else args.preset,
+        "made fps": f"{player.speed():.1f}",
+        "shown fps": f"{1000 / gaps.mean():.1f}",
+        "p99 gap ms": f"{np.quantile(gaps, 0.99):.1f}",
+        "first frame s": f"{seen[0][0] - began:.2f}",
+    }
+    for part in ("retrieve", "denoise", "decode", "encode"):
+        row[f"{part} ms"] = f"{np.median([ms.get(part, 0) for ms in parts]):.1f}"
+    for cells in (row, ["---"] * len(row), row.values()):
+        print("| " + " | ".join(cells) + " |")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Environment, weights and memory; loads nothing."""
+    device = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}")
+    found = "no weights: the game itself"
+    if not args.fake:
+        gigabytes = realtime.estimate(realtime.resolve(options_of(args)))
+        found = f"weights {args.weights} · memory about {gigabytes:.2f} GB"
+    print(f"preset {args.preset} · {found}")
+    return 0
+
+
+def make_start(args: argparse.Namespace) -> int:
+    """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
+    assets = HERE / "assets"
+    for path in (assets / "start.png", *assets.glob("gallery/*.png")):
+        open_start(path, (64, 64), path.name).save(path)
+    return 0
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+PRESETS = tuple(sorted(realtime.SIZES, key="tiny".__ne__))  # tiny first
+FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the first), help
+    "image": (str(HERE / "assets/start.png"), "start picture; any size, centre crop and resize"),
+    "weights": ("", "file, folder or run; default: the newest run, else the shipped ones"),
+    "actions": ("", 'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; films, a session'),
     "memory": (
         ("camera", "none", "recent", "random"),
         "which old frames it looks back at; the page switches live (M)",
     ),
-    "film": (
-        "",
-        "a .gif: one walk (--actions, else @revisit) as true world, memory on, memory off, side by side",
-    ),
+    "film": ("", "a .gif: one walk as true world, memory on, memory off, side by side"),
     "replay": ("", "a session folder: the same frames again"),
     "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
     "seed": (42, "of the noise"),
@@ -199,7 +315,7 @@ FLAGS = {  # name: default (its type is the flag's; a tuple: choices, the first 
     "fps": (0, f"of page and films; 0: up to {SHOW_FPS} in the page, {FILE_FPS} without"),
     "pace": (("auto", "live", "turn"), "turn: plan a chunk, press Enter; auto: below 8 fps"),
     "prompt": ("", "what the world is, for models with a text encoder"),
-    "preset": (tuple(sorted(realtime.SIZES, key="tiny".__ne__)), "model size"),
+    "preset": (PRESETS, "model size"),
     "device": ("auto", "cpu, cuda, cuda:1"),
     "dtype": ("auto", "float32 or bfloat16; auto measures which is faster"),
     "int8": (False, "INT8 attention projections"),
@@ -215,293 +331,135 @@ FLAGS = {  # name: default (its type is the flag's; a tuple: choices, the first 
     "make-start": (False, "draw the pictures of assets/ again"),
     "check": (False, "environment, weights, memory; loads nothing"),
     "bench": (False, "5 warm-up and 5 timed chunks"),
-    "debug": (False, "tracebacks"),
 }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        prog="play.py", description="Walk around inside.", allow_abbrev=False
-    )
+    """Flags with their defaults. What can be seen to be impossible is refused here."""
+    parser = cli.Parser("play.py", "Walk around inside.")
     for name, (default, text) in FLAGS.items():
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(default, bool)
-            else {"type": type(default)}
-        )
-        kind = (
-            {"choices": default, "default": default[0]}
-            if isinstance(default, tuple)
-            else {**kind, "default": default}
-        )
-        flags.add_argument(
-            *[f"--{name}"] + ["--mode"] * (name == "view"), help=text, **kind
-        )  # --mode: as the release calls it
-    args, unknown = flags.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(
-            unknown[0].split("=")[0], [f"--{name}" for name in FLAGS], 1
-        )
-        raise ValueError(
-            f"unknown argument {unknown[0]}"
-            + (f"; did you mean {near[0]}?" if near else "; see python play.py --help")
-        )
+        names = [f"--{name}"]
+        if name == "view":
+            names.append("--mode")  # as the release calls it
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction, "default": default}
+        elif isinstance(default, tuple):
+            kind = {"choices": default, "default": default[0]}
+        else:
+            kind = {"type": type(default), "default": default}
+        parser.add_argument(*names, help=text, **kind)
+    args = parser.parse_args(argv)
+
     ranks = args.dit_ranks or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if args.view == "third" and (ranks or args.preset in ("5b", "14b")):
-        raise ValueError(
-            "third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)"
-            if not ranks
-            else "--view third plays in one process: leave out --dit-ranks and torchrun"
-        )
-    width, _, height = args.size.partition("x")
-    if not re.fullmatch(r"\d{2,4}x\d{2,4}", args.size) or int(width) % 32 or int(height) % 32:
-        raise ValueError(f"--size must be WxH in multiples of 32, as in 128x128, got {args.size}")
-    args.size, args.stop = (int(height), int(width)), threading.Event()
-    args.resume = (
-        Path(args.out) if args.out and (Path(args.out) / "state.safetensors").exists() else None
-    )
+    if args.view == "third" and ranks:
+        raise ValueError("--view third plays in one process: leave out --dit-ranks and torchrun")
+    if args.view == "third" and args.preset in ("5b", "14b"):
+        raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)")
+    check_ranges(args)
+    args.size = size_of(args.size)
+    args.stop = threading.Event()
+    args.resume = None
     return args
 
 
-def find_weights(args: argparse.Namespace) -> None:
-    """Fill in what is not given: the newest run of the preset, else the shipped weights, else the game itself."""
+def check_ranges(args: argparse.Namespace) -> None:
+    """Numbers that would only fail later, and say less."""
+    ranges = {
+        "seed": (0, SEEDS),
+        "steps": (1, 1000),
+        "fps": (0, 240),
+        "port": (0, 65_535),
+        "dit_ranks": (0, 1024),
+    }
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(args, name)
+        if not lowest <= value <= highest:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be {lowest} to {highest}, got {value}")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(H, W) of "WxH"."""
+    given = re.fullmatch(r"(\d{2,4})x(\d{2,4})", text)
+    sides = [int(side) for side in given.groups()] if given else [0]
+    if not all(32 <= side <= LARGEST and side % 32 == 0 for side in sides):
+        raise ValueError(
+            f"--size must be WxH in multiples of 32, as in 128x128, at most {LARGEST}; got {text}"
+        )
+    width, height = sides
+    return height, width
+
+
+def refuse_hub(args: argparse.Namespace) -> None:
+    """Nothing is downloaded behind anybody's back: the message says how to."""
     hub = args.weights.removeprefix("hf:")
     if hub != args.weights:
-        raise ValueError(
-            f"get the files first:  hf download {hub} --local-dir weights/{Path(hub).name}\n"
-            f"then: python play.py --preset {args.preset} --weights weights/{Path(hub).name}"
-        )
-    shipped = [
-        file.parent
-        for name in ("student", "base")
-        if (file := HERE / "assets" / args.preset / f"{name}.safetensors").exists()
-    ]
-    made = {
-        file.parent: json.loads((file.parent / "config.json").read_text())
-        for file in Path("runs").glob("*/latest")
-    }
-    seen = {"first": ("base", "distill"), "third": ("dense",)}[
-        args.view
-    ]  # stages, or an expert, whose model draws this view alone
-    runs = sorted(
-        (
-            run
-            for run, said in made.items()
-            if said["preset"] == args.preset and {said["stage"], said.get("expert")} & {*seen}
-        ),
-        key=lambda run: (run / "latest").stat().st_mtime,
-    )
-    args.weights = args.weights or str(next(iter([*runs[-1:], *shipped]), ""))
+        raise ValueError(HUB.format(hub, Path(hub).name, args.preset))
+
+
+def find_weights(args: argparse.Namespace) -> None:
+    """Fill in what is not given: the newest run of the preset, else the shipped weights, else the game."""
+    refuse_hub(args)
+    if not args.weights:
+        args.weights = str(next(iter([*runs_of(args), *shipped(args)]), ""))
     if not args.weights and not args.fake:
         args.fake = True
         print(NO_MODEL.format(args.preset), flush=True)
 
 
-def headless(
-    args: argparse.Namespace,
-    keyboard: np.ndarray,
-    mouse: np.ndarray,
-    policies: list[str],
-    fps: int,
-    again: bool = False,  # a replay: its actions were decided when it was played
-) -> list[dict]:
-    """Walk given actions without a page. The last chunk is filled with standing still; Ctrl-C keeps what is done."""
-    player = Player(args, fps)
-    player.open()
-    t = k = 0
-    try:
-        while t < len(keyboard) and not args.stop.is_set():
-            n = player.session.frames_needed
-            player.session.policy = policies[min(k, len(policies) - 1)]
-
-            # the next n rows, filled up with standing still
-            rows = []
-            for part in (keyboard, mouse):
-                rest = np.zeros((max(0, t + n - len(part)), part.shape[1]), np.float32)
-                rows.append(np.concatenate([part[t : t + n], rest]))
-            keys, turns = legal(*rows, player.poses[-1][3], player.max_pitch)
-            if not again:
-                keys = player.in_rooms(keys, turns)
-
-            player.chunk(keys, turns, {"keys": [camera.keys_from_action(keyboard[t], mouse[t])]})
-            t, k = t + n, k + 1
-            if t % 40 < n:
-                print(
-                    f"frame {player.frame} of {len(keyboard)}   {player.speed():.1f} fps",
-                    flush=True,
-                )
-    finally:
-        written = player.save()
-    return written
+def runs_of(args: argparse.Namespace) -> list[Path]:
+    """Runs that trained a model of this preset and view, the newest first."""
+    found = []
+    for latest in Path("runs").glob("*/latest"):
+        said = json.loads((latest.parent / "config.json").read_text())
+        trained = {said["stage"], said.get("expert")}
+        if said["preset"] == args.preset and trained & STAGES[args.view]:
+            found.append(latest)
+    found.sort(key=lambda latest: latest.stat().st_mtime, reverse=True)
+    return [latest.parent for latest in found]
 
 
-def film(args: argparse.Namespace) -> None:
-    """One walk in three panels, the true world, memory on and memory off, as a GIF at one and a half times its speed."""
-    (keyboard, mouse, _), panels, pictures, font = (
-        read_actions(args.actions or "@revisit", FILE_FPS),
-        {},
-        [],
-        ImageFont.load_default(17),
-    )
-    if not recording.open_start(Path(args.image), (64, 64), args.image).truth:
-        raise ValueError(
-            f"--film shows the true world too, and {args.image} names none; take one of assets/"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        for title, policy in (("memory on", "camera"), ("memory off", "none")):
-            args.out = f"{folder}/{policy}"
-            headless(args, keyboard, mouse, [policy], FILE_FPS)
-            walk = episode.read_episode(Path(args.out))
-            panels[title] = np.array(walk.video)
-    back = np.abs(walk.player - walk.player[0]).max(1) < 1.5
-    panels["true world"] = world.true_frames(
-        walk.meta, walk.c2w, *walk.video.shape[1:3], walk.player
-    )
-    for t in range(0, min(map(len, panels.values())), 2):
-        said = (
-            "turning away"
-            if t <= len(back) // 2
-            else "back where we started"
-            if back[t]
-            else "coming back"
-        )
-        pictures.append(Image.new("RGB", (592, 252), "white"))
-        draw = ImageDraw.Draw(pictures[-1])
-        draw.text((296, 237), said, "black", font, "mm")
-        for x, title in ((0, "true world"), (200, "memory on"), (400, "memory off")):
-            pictures[-1].paste(
-                Image.fromarray(panels[title][t]).resize((192, 192), Image.Resampling.NEAREST),
-                (x, 30),
-            )
-            draw.text((x + 96, 15), title, "black", font, "mm")
-    palette = Image.fromarray(
-        np.concatenate([np.asarray(picture) for picture in pictures[::6]])
-    ).quantize(64)  # one for all: no flicker
-    first, *rest = (
-        picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
-    )
-    Path(args.film).parent.mkdir(parents=True, exist_ok=True)
-    first.save(
-        args.film, save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0
-    )  # ms; the end stays
-    print(f"{args.film}: {len(pictures)} pictures, {Path(args.film).stat().st_size / 1e6:.2f} MB")
+def shipped(args: argparse.Namespace) -> list[Path]:
+    """The weights that came with the code: the few-step student, else its teacher."""
+    folder = HERE / "assets" / args.preset
+    files = (folder / f"{name}.safetensors" for name in ("student", "base"))
+    return [folder for file in files if file.exists()]
 
 
-def replay(args: argparse.Namespace) -> int:
-    """The same actions from the same start: identical frames, or the reason why not."""
-    file = Path(args.replay) / "session.json" if Path(args.replay).is_dir() else Path(args.replay)
-    if not file.is_file():
-        raise ValueError(
-            f"--replay {args.replay}: no such session; expected a folder written by play.py, or its session.json"
-        )
-    said = json.loads(file.read_text())
-    if said["trail"]:
-        raise ValueError(
-            f"{file} began in mid-session (resumed, or recording was switched on later): it is a clip and cannot be replayed"
-        )
-    vars(args).update(
-        said["flags"],
-        seed=said["seed"],
-        prompt=said["prompt"],
-        image=str(file.parent / "start.png"),
-    )
-    keyboard, mouse = (np.array(said[key], np.float32) for key in ("keyboard", "mouse"))
-    new, old = (
-        headless(
-            args, keyboard, mouse, [chunk["policy"] for chunk in said["chunks"]], said["fps"], True
-        ),
-        said["chunks"],
-    )
-    same, now = (
-        sum(a["sha"] == b["sha"] for a, b in zip(new, old, strict=False)),
-        recording.about(args),
-    )
-    changed = [
-        f"{key} was {said[key]}, is {now[key]}"
-        for key in ("versions", "weights_sha")
-        if said[key] != now[key]
-    ]
-    print(
-        f"{same} of {len(old)} chunks are identical"
-        + ("" if same == len(old) else f": {'; '.join(changed) or 'another device?'}")
-    )
-    return 0 if same == len(old) else 1
+def end_in_good_order(stop: threading.Event) -> None:
+    """Ctrl-C, kill, a dropped ssh line: the first one ends in good order, the second at once."""
+
+    def handle(*_: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handle)
 
 
-def bench(args: argparse.Namespace) -> None:
-    """5 chunks to warm up, 5 timed, through the threads and JPEGs a page would see: one markdown row."""
-    player, began, seen = Player(args, args.fps or SHOW_FPS), time.monotonic(), []
-    with player.screen.seat() as viewer:
-        player.controls.post(["w"])
-        player.start()
-        while player.is_alive() and (not player.begun or player.frame < 10 * SHOW_FPS):
-            for header, jpeg in player.screen.take(viewer):
-                if jpeg:
-                    player.screen.ack(viewer, header["n"])
-                    seen.append((time.monotonic(), header["ms"]))
-    args.stop.set()
-    player.join()
-    moments, timed = zip(*seen[len(seen) // 2 :], strict=True)
-    gaps = 1000 * np.diff(moments)
-    row = {
-        "preset": "fake" if args.fake else args.preset,
-        "made fps": f"{player.speed():.1f}",
-        "shown fps": f"{1000 / gaps.mean():.1f}",
-        "p99 gap ms": f"{np.quantile(gaps, 0.99):.1f}",
-        "first frame s": f"{seen[0][0] - began:.2f}",
-    }
-    row |= {
-        f"{part} ms": f"{np.median([entry.get(part, 0) for entry in timed]):.1f}"
-        for part in ("retrieve", "denoise", "decode", "encode")
-    }
-    print(
-        "\n".join(
-            "| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row), row.values())
-        )
-    )
-
-
-def check(args: argparse.Namespace) -> None:
-    """Environment, weights and memory; loads nothing."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
-    found = (
-        f"weights {args.weights} · memory about {realtime.estimate(realtime.resolve(options_of(args))):.2f} GB"
-        if not args.fake
-        else ""
-    )
-    print(
-        f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}\npreset {args.preset} · {found or 'no weights: the game itself'}"
-    )
-
-
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     args = parse(argv)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the first one ends in good order, the second at once
-        signal.signal(number, lambda *_: os._exit(130) if args.stop.is_set() else args.stop.set())
-    if args.make_start or args.replay:
-        return make_start(HERE / "assets") if args.make_start else replay(args)
+    end_in_good_order(args.stop)
+    if args.make_start:
+        return make_start(args)
+    if args.replay:
+        return replay(args)
     find_weights(args)
-    if args.actions and not args.film:
-        keyboard, mouse, notes = read_actions(args.actions, args.fps or FILE_FPS)
-        print("\n".join(notes), end="\n" * bool(notes))
-        headless(args, keyboard, mouse, [args.memory], args.fps or FILE_FPS)
-    else:
-        (film if args.film else check if args.check else bench if args.bench else serve)(args)
-    return 130 if args.stop.is_set() and (args.actions or args.film) else 0
+    if args.check:
+        return check(args)
+    if args.film:
+        return make_film(args)
+    if args.bench:
+        return bench(args)
+
+    # what was cut off is completed first; then it can go on
+    folder.recover(args.out)
+    if args.out and (Path(args.out) / "session.json").exists():
+        args.resume = Path(args.out)
+    return walk(args) if args.actions else serve(args)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

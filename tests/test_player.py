@@ -1,8 +1,132 @@
-"""What player.py promises."""
+"""What the player promises: what is asked for is played, judged and remembered."""
 
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from playing import Dream, act, arguments, dreaming
 
-from page.player import explain
+import realtime
+from dataset.episode import psnr, read_episode
+from page import commands
+from page.player import Player, explain
+from page.start import true_views
+
+
+def test_a_model_is_judged_by_the_true_renderer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "l")
+    frames, headers, _ = player.shown
+    truth = true_views(player.begun.truth, np.array([headers[3]["pose"]]), 64, 64)
+    assert (
+        abs(headers[3]["psnr"] - float(psnr(frames[3:4], truth))) < 0.5
+        and 3 < headers[3]["psnr"] < 15
+    )
+
+
+def test_tab_shows_the_true_renderer_at_the_same_pose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    commands.obey(player, {"cmd": "view"})
+    act(player, "w")
+    frames, headers, _ = player.shown
+    assert (
+        np.array_equal(
+            frames,
+            true_views(player.begun.truth, np.array(player.session.poses[-56:]), 64, 64),
+        )
+        and headers[0]["view"] == "truth"
+    )
+    player.save()
+    assert not np.array_equal(read_episode(tmp_path / "dream").video[1:], frames), (
+        "what is recorded is what the model made"
+    )
+
+
+def test_m_switches_the_memory_off_and_on_and_it_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    act(player, "w")
+    commands.obey(player, {"cmd": "memory"})
+    act(player, "w")
+    commands.obey(player, {"cmd": "memory"})
+    act(player, "w")
+    player.save()
+    chunks = json.loads((tmp_path / "dream/session.json").read_text())["chunks"]
+    assert [chunk["policy"] for chunk in chunks] == ["camera", "camera", "none", "camera"]
+    assert [len(chunk["memory"]) for chunk in chunks] == [0, 5, 0, 5]
+    assert set(chunks[1]["memory"][0]) == {"latent", "frame", "score", "sink", "pose"}
+
+
+def test_an_undone_chunk_is_not_in_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    for chord in "wal":
+        act(player, chord)
+    commands.obey(player, {"cmd": "undo"})
+    assert (
+        player.frame == 96
+        and player.poses[-1] == tuple(player.session.poses[-1])
+        and len(player.poses) == 1 + 96 // 4
+    )
+    act(player, "d")
+    player.save()
+    keyboard = np.array(json.loads((tmp_path / "dream/session.json").read_text())["keyboard"])
+    assert (
+        keyboard[:56, 0].all()
+        and keyboard[56:96, 2].all()
+        and keyboard[96:, 3].all()
+        and len(keyboard) == 136
+    )
+    for _ in range(6):
+        commands.obey(player, {"cmd": "undo"})  # more than there is: no error
+
+
+def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    player.times = [(56, 20.0), (40, 11.0)]
+    assert player.tempo() == "turn" and not player.due()
+    commands.obey(player, {"cmd": "run", "plan": [["w"], ["w", "l"], [], ["no key", "d"]]})
+    assert player.due()
+    keyboard, mouse, said = player.decide(40)
+    assert (
+        keyboard[:8, 0].all()
+        and mouse[4:8, 1].all()
+        and not keyboard[8:12].any()
+        and keyboard[12:16, 3].all()  # then a wall of the known world ends the walk
+    )
+    assert player.plan is None and said["keys"] == ["w", "l+w", "_", "d"]
+    player.times = [(56, 20.0), (40, 1.0)]
+    assert player.tempo() == "live"
+
+
+def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dream = Dream()
+    monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
+    step, calls = dream.step, []
+
+    def breaks(keyboard: torch.Tensor, mouse: torch.Tensor) -> realtime.Chunk:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("the device is gone")
+        return step(keyboard, mouse)
+
+    dream.step = breaks
+    player = Player(arguments("--new", "10", "--out", str(tmp_path / "dream")), 400)
+    player.start()
+    player.join(30)
+    assert player.screen.stage == "stopped: RuntimeError: the device is gone"
+    assert len(read_episode(tmp_path / "dream").video) == 1 + 56 + 40
 
 
 def test_memory_and_device_errors_say_the_way_out() -> None:

@@ -53,8 +53,21 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "exported",
     },
     "game": {"scene", "paint", "render", "figure", "explore", "walks"},
-    "dataset": {"episode", "film", "wsad", "readers", "recorder", "prompt"},
-    "page": {"server", "player", "recording"},
+    "dataset": {"episode", "film", "chords", "wsad", "readers", "recorder", "prompt"},
+    "page": {
+        "server",
+        "screen",
+        "controls",
+        "commands",
+        "player",
+        "opening",
+        "start",
+        "game",
+        "recording",
+        "folder",
+        "film",
+        "panels",
+    },
     "lab": {"metrics", "truth", "stats", "claims", "report", "summary", "bench"},
 }
 ARROWS = {  # who may import whom; the name of a folder stands for all that is in it

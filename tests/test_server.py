@@ -1,77 +1,332 @@
-"""What server.py promises."""
+"""What the page's server promises: the newest frame, the keys that are held, an answer to everything."""
 
-import math
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
-import numpy as np
+import pytest
+from PIL import Image
+from playing import ROOT, Viewer, arguments, ask, page, wait_for
 
-from page.server import MAX_LOOK, Controls
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_tap_is_never_lost() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    clock.now = 0.1
-    controls.post(["w"])
-    clock.now = 0.101
-    controls.post([])
-    keyboard, _, said = controls.read(40, 40)
-    assert keyboard[:4, 0].all() and not keyboard[4:, 0].any() and said["keys"] == ["w"]
-    assert not controls.read(40, 40)[0].any(), "a tap acts once"
+from page.player import Player
+from page.screen import STREAMS
+from page.server import bind
 
 
-def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    controls.post(["d"])
-    clock.now = 0.5
-    controls.post([])
-    assert controls.read(40, 40)[0][:, 3].sum() == 20  # half a second at 40 fps
-
-
-def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
-    clock = Clock()
-    controls = Controls(clock)
-    controls.post(["w"])
-    clock.now = 1.0
-    assert controls.read(40, 40)[0][:, 0].all()
-    clock.now = 1.2
-    controls.post([])
-    assert not controls.read(40, 40)[0].any()
-
-
-def test_opposite_keys_cancel_and_others_combine() -> None:
-    controls = Controls(Clock())
-    controls.post(["w", "s", "d"])
-    keyboard, mouse, _ = controls.read(8, 40)
-    assert keyboard.sum(0).tolist() == [0, 0, 0, 8, 0, 0]
-    controls.post(["j", "l"])
-    assert not controls.read(8, 40)[1].any()
-
-
-def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() -> None:
-    controls = Controls(Clock())
-    controls.post([], 10, -5)
-    controls.post([], 30, 0)
-    _, mouse, said = controls.read(40, 40)
+def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request("GET", "/")
+        text = connection.getresponse().read().decode()
     assert (
-        np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]
-    )  # right and up are positive
-    controls.post([], 1e4, 0)
-    _, mouse, said = controls.read(40, 40)
-    assert said["clipped"] and mouse.max() == np.float32(MAX_LOOK)
+        text == (ROOT / "page/index.html").read_text()
+        and "http://" not in text
+        and "https://" not in text
+    )
+    assert len(text.splitlines()) <= 300
 
 
-def test_pitch_stays_within_its_limit() -> None:
-    controls, pitch = Controls(Clock()), 0.0
-    controls.post(["i"])
-    for _ in range(4):
-        _, mouse, _ = controls.read(40, 40, pitch, limit=85)
-        pitch += 15 * mouse[:, 0].sum()
-    assert math.isclose(pitch, 85, abs_tol=1e-3)
+def test_frames_carry_what_the_page_shows(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        viewer = Viewer(server)
+        assert (
+            viewer.hello["hello"] == 1
+            and viewer.hello["role"] == "play"
+            and viewer.hello["preset"] == "fake"
+        )
+        assert len(viewer.hello["gallery"]) == 9
+        header = viewer.frame()
+        assert {
+            "i",
+            "t",
+            "keys",
+            "pose",
+            "ms",
+            "gen",
+            "n",
+            "policy",
+            "view",
+            "pace",
+            "paused",
+            "seed",
+            "left",
+            "slots",
+            "psnr",
+        } <= set(header)
+        notes = [note for note, jpeg in (viewer.record() for _ in range(20)) if not jpeg]
+        picks = next(note["memory"] for note in notes if "memory" in note)
+        assert {"frame", "score", "sink", "thumb", "pose"} <= set(picks[-1])
+        viewer.close()
+
+
+def test_keys_posted_are_keys_played(tmp_path: Path) -> None:
+    with page(tmp_path) as (_, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        assert viewer.post("/input", keys=["w", "l", "nonsense"])[0] == 204
+        assert sorted(ask(server, "GET", "/state")[1]["held"]) == ["l", "w"]
+        for _ in range(400):
+            header, jpeg = viewer.record()
+            if jpeg:
+                viewer.post("/input", keys=["w", "l"], shown=header["n"])
+                if header["keys"] == ["l", "w"]:
+                    break
+        assert header["keys"] == ["l", "w"]
+        viewer.close()
+
+
+def test_at_most_three_frames_are_on_their_way_and_a_late_viewer_skips(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        seen = []
+        viewer.socket.settimeout(3)
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            header, jpeg = viewer.record()
+            seen += [header["n"]] if jpeg else []
+        assert len(seen) == 3, "nothing more without an acknowledgement"
+        viewer.post("/input", keys=[], shown=seen[-1])
+        late = viewer.frame(ack=False)
+        assert late["n"] > seen[-1] + 1, "the newest frame, not the next one"
+        viewer.close()
+
+
+def test_one_plays_the_others_watch_and_the_next_one_takes_over(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        first, second = Viewer(server), Viewer(server)
+        assert (first.hello["role"], second.hello["role"]) == ("play", "watch")
+        second.post("/input", keys=["w"])
+        assert ask(server, "GET", "/state")[1]["held"] == []
+        assert second.post("/cmd", cmd="pause") == (
+            403,
+            {"ok": False, "error": "another tab plays, this one watches"},
+        )
+        first.close()
+        wait_for(lambda: len(player.screen.viewers) == 1)
+        second.frame(role="play")
+        second.post("/input", keys=["a"])
+        assert ask(server, "GET", "/state")[1]["held"] == ["a"]
+        second.close()
+
+
+def test_commands_do_what_they_say(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        assert viewer.post("/cmd", cmd="pause") == (200, {"ok": True, "error": ""})
+        wait_for(lambda: player.set["paused"])
+        time.sleep(0.2)
+        frame = player.frame
+        viewer.post("/cmd", cmd="step")
+        wait_for(lambda: player.frame == frame + 4)
+        viewer.post("/cmd", cmd="undo")
+        wait_for(lambda: player.frame == max(0, frame + 4 - 40))
+        viewer.post("/cmd", cmd="seed")
+        wait_for(lambda: player.seed != 42 and player.frame == 0)
+        picture = io.BytesIO()
+        Image.new("RGB", (80, 60), (200, 30, 30)).save(picture, "PNG")
+        viewer.post("/cmd", cmd="image", data=base64.b64encode(picture.getvalue()).decode())
+        wait_for(
+            lambda: "80x60 → 64x64 centre crop" in player.begun.note and player.begun.truth is None
+        )
+        viewer.post("/cmd", cmd="image", data=viewer.hello["gallery"][2])
+        wait_for(lambda: player.begun.truth is not None)
+        viewer.post("/cmd", cmd="image", data="bm8gcGljdHVyZQ==")
+        wait_for(
+            lambda: any(
+                "the new picture cannot be read" in note.get("info", "")
+                for _, note in player.screen.notes
+            )
+        )
+        assert player.is_alive()
+        viewer.close()
+
+
+def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with page(tmp_path) as (player, server):
+        viewer = Viewer(server)
+        viewer.frame()
+        viewer.close()
+        wait_for(lambda: not player.screen.viewers)
+        player.screen.seen -= 20
+        wait_for(lambda: player.alone)
+        time.sleep(0.1)
+        frame = player.frame
+        time.sleep(0.3)
+        assert player.frame == frame
+        viewer = Viewer(server)
+        wait_for(lambda: player.frame > frame)
+        viewer.close()
+    said = capsys.readouterr().out
+    assert (
+        said.count("no viewer for 10 s: waiting") == 1
+        and said.count("a viewer is back: going on") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "method, path, body, headers, status",
+    [
+        ("GET", "/etc/passwd", None, {}, 404),
+        ("GET", "/../play.py", None, {}, 404),
+        ("POST", "/frames", {}, {}, 404),
+        ("DELETE", "/", None, {}, 501),
+        ("POST", "/input", b"{", {}, 400),
+        ("POST", "/input", b"[]", {}, 400),
+        ("POST", "/input", b"\xff", {}, 400),
+        ("POST", "/input", {"dx": "x"}, {}, 400),
+        ("POST", "/input", b'{"dx": NaN}', {}, 400),
+        ("POST", "/input", {"keys": 3}, {}, 400),
+        ("POST", "/input", {"keys": [[]], "id": []}, {}, 204),
+        ("POST", "/input", b"[" * 9000, {}, 400),
+        ("POST", "/input", b" " * 20_000, {}, 413),
+        ("POST", "/input", None, {"Content-Length": "-1"}, 411),
+        ("POST", "/cmd", {"cmd": "rm"}, {}, 400),
+        ("POST", "/cmd", {"cmd": ["pause"]}, {}, 400),
+        ("POST", "/cmd", {}, {"Content-Length": "99999999"}, 413),
+        ("GET", "/state", None, {"Origin": "http://evil.example"}, 403),
+        ("POST", "/cmd", {"cmd": "pause"}, {"Origin": "null"}, 403),
+        ("GET", "/", None, {"Host": "evil.example:8000"}, 403),
+        ("GET", "/state", None, {"Host": "localhost:9999", "Origin": "http://localhost:9999"}, 200),
+    ],
+)
+def test_a_wrong_request_is_answered_and_nothing_happens(
+    tmp_path, served, method, path, body, headers, status
+) -> None:
+    player, server = served
+    assert ask(server, method, path, body, headers)[0] == status
+    assert player.is_alive() and not player.set["paused"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    with page(tmp_path_factory.mktemp("served")) as pair:
+        yield pair
+
+
+def garbage(rng: random.Random) -> bytes:
+    path = rng.choice([b"/", b"/input", b"/cmd", b"/state", b"/%00", b"//", b"/input?token=%ff"])
+    line = rng.choice([b"GET", b"POST", b"PUT", b"\x00", b""]) + b" " + path
+    known = [
+        b"",
+        b"{}",
+        b"null",
+        b'{"cmd": "image", "data": "%%"}',
+        b'{"keys": {"w": 1}, "dx": 1e999}',
+    ]
+    body = rng.choice([*known, rng.randbytes(rng.randint(0, 200))])
+    length = rng.choice([str(len(body)), str(len(body)), "0", "-5", "abc", "1" * 30, ""]).encode()
+    return (
+        line
+        + rng.choice([b" HTTP/1.1\r\n", b" HTTP/9\r\n", b"\r\n"])
+        + b"Host: 127.0.0.1\r\nContent-Length: "
+        + length
+        + b"\r\n\r\n"
+        + body
+    )
+
+
+def bombard(player: Player, server, requests: int) -> None:
+    rng = random.Random(2)
+    for _ in range(requests):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as client,
+        ):
+            client.sendall(garbage(rng))
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):
+                continue
+    assert player.is_alive() and ask(server, "GET", "/state")[0] == 200
+    wait_for(lambda: threading.active_count() < 40)
+    assert (
+        len(player.screen.notes) <= 32
+        and player.commands.qsize() <= 16
+        and len(player.controls.held) <= 8
+    )
+
+
+def test_garbage_leaves_the_server_up(served) -> None:
+    bombard(*served, requests=500)
+
+
+@pytest.mark.slow
+def test_ten_thousand_garbage_requests_leave_the_server_up(served) -> None:
+    bombard(*served, requests=10_000)
+
+
+def test_viewers_are_bounded(tmp_path: Path) -> None:
+    with page(tmp_path) as (player, server):
+        viewers = [Viewer(server) for _ in range(STREAMS)]
+        assert ask(server, "GET", "/frames") == (
+            503,
+            {"ok": False, "error": "8 viewers are connected already"},
+        )
+        for viewer in viewers:
+            viewer.close()
+        wait_for(lambda: not player.screen.viewers)
+
+
+def test_another_host_demands_its_token(tmp_path: Path) -> None:
+    player = Player(arguments("--fake"), 40)
+    server = bind(player, "0.0.0.0", 18000 + os.getpid() % 2000)
+    try:
+        assert len(server.token) == 32
+        status, said = ask(server, "GET", "/state")
+        assert (
+            status == 403
+            and said["error"] == "the token is missing: open the URL that play.py printed"
+        )
+        assert ask(server, "GET", f"/state?token={server.token}")[0] == 200
+        assert (
+            ask(
+                server,
+                "GET",
+                f"/state?token={server.token}",
+                headers={"Origin": "http://evil.example"},
+            )[0]
+            == 403
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(ROOT / "play.py"), "--fake", "--port", str(port)],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            env=env,
+        )
+        first, second = process.stdout.readline(), process.stdout.readline()
+    other = int(first.rsplit(":", 1)[1])
+    url = f"http://127.0.0.1:{other}"
+    assert first == f"Port {port} is taken (another play.py?). Using {other}: {url}\n"
+    assert port < other < port + 20
+    tunnel = f"ssh -L {other}:127.0.0.1:{other} <this host>"
+    assert second == f"Open from your machine:  {tunnel}  then {url}\n"
+    connection = http.client.HTTPConnection("127.0.0.1", other, timeout=10)
+    connection.request("GET", "/state")
+    assert json.loads(connection.getresponse().read())["preset"] == "fake"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0

@@ -1,0 +1,140 @@
+"""What the page can ask for: one function for every command, and what a POST means.
+
+A request is heard by a thread of the server, which only touches the controls, or queues a command. The
+player obeys between two chunks. What a client sends is data: never a path, never code.
+"""
+
+import base64
+import math
+import secrets
+from collections.abc import Callable
+
+from page.controls import KEYS
+from page.start import open_start
+
+MOST_KEYS = 16  # of one input that are looked at
+FARTHEST = 4e3  # pixels that a mouse moves between two posts
+PLAN = 64  # slots at most
+PROMPT = 1000  # letters at most
+
+
+def swapped(value: str, one: str, other: str) -> str:
+    return other if value == one else one
+
+
+def pause(player: object, body: dict) -> None:
+    player.set["paused"] = not player.set["paused"]
+
+
+def step(player: object, body: dict) -> None:
+    """One chunk, though paused."""
+    player.once = player.set["paused"]
+
+
+def undo(player: object, body: dict) -> None:
+    player.undo()
+
+
+def memory(player: object, body: dict) -> None:
+    """Off and on: what a world is without its memory."""
+    player.session.policy = swapped(player.session.policy, "camera", "none")
+
+
+def view(player: object, body: dict) -> None:
+    """The model, or the true renderer where the world is known."""
+    if player.begun.truth:
+        player.set["view"] = swapped(player.set["view"], "model", "truth")
+
+
+def pace(player: object, body: dict) -> None:
+    player.set["pace"] = swapped(player.tempo(), "live", "turn")
+
+
+def run(player: object, body: dict) -> None:
+    """A plan for the next chunk: the keys of every latent."""
+    chords = ["+".join(sorted(set(slot) & set(KEYS))) or "_" for slot in body["plan"][:PLAN]]
+    player.plan = chords or None
+
+
+def record(player: object, body: dict) -> None:
+    """Off; and on again, with the last minute."""
+    if player.recording:
+        player.save()
+    else:
+        player.record()
+
+
+def prompt(player: object, body: dict) -> None:
+    player.prompt = str(body["text"])[:PROMPT]
+    player.screen.note(info="The new prompt is used from the next start on (R).")
+
+
+def restart(player: object, body: dict) -> None:
+    player.reset(player.begun)
+
+
+def seed(player: object, body: dict) -> None:
+    """The same start, other noise."""
+    player.seed = secrets.randbelow(1 << 31)
+    player.reset(player.begun)
+
+
+def image(player: object, body: dict) -> None:
+    """A picture that was dropped on the page, or one of the gallery."""
+    picture = base64.b64decode(body["data"], validate=True)
+    player.reset(open_start(picture, player.size, "the new picture", player.args.view))
+
+
+COMMANDS: dict[str, Callable] = {
+    "pause": pause,
+    "step": step,
+    "undo": undo,
+    "restart": restart,
+    "seed": seed,
+    "memory": memory,
+    "view": view,
+    "record": record,
+    "pace": pace,
+    "run": run,
+    "image": image,
+    "prompt": prompt,
+}
+
+
+def obey(player: object, body: dict) -> None:
+    """One command, between two chunks; a mistake in it is told on the page."""
+    name = body["cmd"]
+    try:
+        COMMANDS[name](player, body)
+    except (ValueError, TypeError, KeyError) as error:
+        player.screen.note(info=f"{name}: {error}")
+    player.screen.note(facts=player.facts() | {"n": player.screen.serial})
+
+
+def heard(player: object, route: str, body: dict) -> tuple[int, str]:
+    """The status and the error that answer a POST."""
+    if route == "/input":
+        return heard_input(player, body)
+    name = body.get("cmd")
+    if not isinstance(name, str) or name not in COMMANDS:
+        return 400, f"unknown command; use one of {tuple(COMMANDS)}"
+    if not player.screen.plays(body.get("id")):
+        return 403, "another tab plays, this one watches"
+    if player.commands.full():
+        return 429, "too many commands at once"
+    player.commands.put(body)
+    return 200, ""
+
+
+def heard_input(player: object, body: dict) -> tuple[int, str]:
+    """Keys held now, pixels since the last post, the newest frame that was drawn."""
+    viewer = body.get("id")
+    dx, dy, shown = (float(body.get(name) or 0) for name in ("dx", "dy", "shown"))
+    if not all(map(math.isfinite, (dx, dy, shown))):
+        return 400, "dx, dy and shown must be finite numbers"
+    player.screen.ack(viewer, shown)
+    if player.screen.plays(viewer):
+        keys = [key for key in body.get("keys", [])[:MOST_KEYS] if key in KEYS]
+        turns = (max(-FARTHEST, min(FARTHEST, pixels)) for pixels in (dx, dy))
+        player.controls.post(keys, *turns)
+    return 204, ""

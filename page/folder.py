@@ -1,0 +1,328 @@
+"""The session folder: claimed, completed, recovered.
+
+    while recording    session.jsonl   what will be in session.json, a line when it is certain
+                       frames.tmp      raw frames; play.mp4, play_memory.mp4 in fragments
+                       state-N.safetensors    the whole state after N frames, a recent one
+    when complete      an episode (dataset/episode.py) with play.mp4, play_memory.mp4, start.png,
+                       session.json and state.safetensors
+
+Completing needs nothing but the folder, so a recording that was killed, or whose disk was full, is
+completed at the next start exactly as a recording that ended well. Its journal is locked while somebody
+writes; what nobody holds is what somebody lost. _DONE comes last: who sees it sees all.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+
+import camera
+from dataset import episode, prompt
+from dataset.episode import Episode
+from page.film import settle
+from page.start import player_cameras
+
+JOURNAL = "session.jsonl"
+FRAMES = "frames.tmp"
+FILMS = ("play.mp4", "play_memory.mp4")
+HASHED = 1 << 28  # bytes of the largest weight file whose hash is worth the time
+FLAGS = (  # what a replay needs to be the same again
+    "fake",
+    "preset",
+    "weights",
+    "vae",
+    "steps",
+    "new",
+    "device",
+    "dtype",
+    "int8",
+    "size",
+    "view",
+)
+
+SESSION = {  # what every session.json has
+    "flags": dict,
+    "seed": int,
+    "prompt": str,
+    "fps": int,
+    "trail": list,
+    "poses": list,
+    "keyboard": list,
+    "mouse": list,
+    "chunks": list,
+    "versions": dict,
+    "weights_sha": dict,
+}
+
+
+# ---- whose it is -------------------------------------------------------------------------------------------
+
+
+def claim(out: str) -> Path:
+    """--out or runs/play-<time>, with a number where that exists: nothing is ever overwritten."""
+    base = Path(out or time.strftime("runs/play-%Y%m%d-%H%M%S"))
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for k in range(1, 10_000):
+        path = base.with_name(base.name + (f"-{k}" if k > 1 else ""))
+        # looking first and making later would give one folder to two players
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise ValueError(f"{base}-2 to {base}-9999 exist: pass another --out")
+
+
+def hold(journal: BinaryIO) -> bool:
+    """Lock an open journal for as long as it is open; False if another process writes it."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def new_journal(folder: Path, header: dict) -> BinaryIO:
+    """Locked before it has its name: nobody takes it for one that was lost."""
+    draft = folder / f"{JOURNAL}.new"
+    journal = open(draft, "xb")
+    hold(journal)
+    write_line(journal, header)
+    os.replace(draft, folder / JOURNAL)
+    return journal
+
+
+def write_line(journal: BinaryIO, record: dict) -> None:
+    """Handed to the system at once: it survives whatever happens to this process."""
+    journal.write(json.dumps(record).encode() + b"\n")
+    journal.flush()
+
+
+def about(args: argparse.Namespace) -> dict:
+    """What a replay needs to be the same again."""
+    files = sorted(Path(args.weights).glob("*.safetensors")) if args.weights else []
+    sha = {}
+    for file in files:
+        if file.stat().st_size < HASHED:
+            sha[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return {
+        "argv": sys.argv[1:],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "weights_sha": sha,
+        "flags": {name: getattr(args, name) for name in FLAGS},
+    }
+
+
+# ---- what a session says -----------------------------------------------------------------------------------
+
+
+def session_of(folder: Path, name: str = "session.json") -> dict:
+    """What a session file says, if it says all that is asked of it: it may come from a stranger."""
+    path = folder / name
+    try:
+        said = json.loads(path.read_text())
+        problem = problem_of(said)
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = f"{error or type(error).__name__}"
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}")
+    return said
+
+
+def problem_of(said: dict) -> str:
+    """What is wrong with it, or nothing."""
+    if not isinstance(said, dict):
+        return "it must be an object"
+    for key, kind in SESSION.items():
+        if not isinstance(said.get(key), kind):
+            return f"{key} must be there, as {kind.__name__}"
+    for key, width in {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}.items():
+        rows = np.array(said[key], np.float64).reshape(-1, width)
+        if len(rows) != len(said[key]) or not np.isfinite(rows).all():
+            return f"{key} must be rows of {width} numbers"
+
+    F = len(said["keyboard"])
+    if len(said["mouse"]) != F or len(said["poses"]) != F + 1:
+        return "keyboard, mouse and poses have different lengths"
+    for chunk in said["chunks"]:
+        for key, kind in {"n": int, "policy": str, "sha": str}.items():
+            if not isinstance(chunk.get(key), kind):
+                return f"every chunk needs {key}"
+    if sum(chunk["n"] for chunk in said["chunks"]) != F:
+        return "its chunks have another length than its actions"
+    return ""
+
+
+# ---- what is certain ---------------------------------------------------------------------------------------
+
+
+def read_journal(folder: Path) -> tuple[dict, list[dict], list[int]]:
+    """Header, chunks and states (frames after which they were taken), as far as all of it was written."""
+    lines = (folder / JOURNAL).read_bytes().split(b"\n")[:-1]  # the last one is empty, or cut off
+    records = []
+    with contextlib.suppress(ValueError):
+        for line in lines:
+            records.append(json.loads(line))
+    if not records:
+        return {}, [], []
+
+    # a chunk counts if its frames are there; they were written first
+    header, *rest = records
+    H, W = header["size"]
+    frames = folder / FRAMES
+    there = frames.stat().st_size // (H * W * 3) - 1 if frames.exists() else 0
+    chunks: list[dict] = []
+    states = []
+    total = 0
+    for record in rest:
+        if "state" in record:
+            states.append(record["state"])
+        elif total + record["n"] > there:
+            break
+        else:
+            chunks.append(record)
+            total += record["n"]
+    return header, chunks, states
+
+
+def state_file(folder: Path, frames: int) -> Path:
+    return folder / f"state-{frames}.safetensors"
+
+
+def frames_of(path: Path) -> int:
+    return int(path.stem.removeprefix("state-"))
+
+
+# ---- whole again -------------------------------------------------------------------------------------------
+
+
+def complete(folder: Path) -> list[dict]:
+    """Make a folder whole out of what its journal says. Returns the chunks: none, if none was written."""
+    header, chunks, states = read_journal(folder)
+    if not chunks:
+        discard(folder)
+        return []
+
+    rows = {}
+    for key in ("keyboard", "mouse", "poses"):
+        rows[key] = [row for chunk in chunks for row in chunk.pop(key)]
+    rows["poses"].insert(0, header["pose"])
+    save_episode(folder, header, rows)
+    for name in FILMS:
+        # an mp4 that cannot be mended is no reason to lose the rest
+        with contextlib.suppress(av.FFmpegError):
+            settle(folder / name)
+
+    said = {name: value for name, value in header.items() if name not in ("pose", "size", "walls")}
+    said["state"] = choose_state(folder, states)
+    write_atomically(folder / "session.json", json.dumps({**said, **rows, "chunks": chunks}))
+
+    (folder / "episode/_DONE").replace(folder / "_DONE")
+    (folder / "episode").rmdir()
+    clean(folder)
+    return chunks
+
+
+def choose_state(folder: Path, states: list[int]) -> int | None:
+    """The newest that exists becomes state.safetensors; who goes on from it walks the rest again."""
+    final = folder / "state.safetensors"
+    for frames in reversed(states):
+        if state_file(folder, frames).exists():
+            os.replace(state_file(folder, frames), final)
+            return frames
+    return states[-1] if states and final.exists() else None  # chosen before this was cut off
+
+
+def save_episode(folder: Path, header: dict, rows: dict[str, list]) -> None:
+    """The folder as a training clip, but for the mark that it is whole."""
+    H, W = header["size"]
+    keyboard, mouse, poses = (np.array(rows[key]) for key in ("keyboard", "mouse", "poses"))
+    T = len(poses)
+
+    # where the free step leads elsewhere, a wall changed it
+    steps = zip(rows["poses"], rows["keyboard"], rows["mouse"], strict=False)
+    free = np.array([camera.step_pose(*step) for step in steps])
+    contact = np.abs(free - poses[1:])[:, :3].max(1) > 1e-3
+
+    # frame T−1 leads nowhere: its action is a repeat, and not valid
+    keyboard = np.concatenate([keyboard, keyboard[-1:]])
+    mouse = np.concatenate([mouse, mouse[-1:]])
+    meta = {
+        "source": "play",
+        "view": header["flags"]["view"],
+        "metric": True,
+        "action_source": "engine",
+        "fps": header["fps"],
+    }
+    c2w = player_cameras(header["flags"]["view"], header["walls"], torch.from_numpy(poses))
+    clip = Episode(
+        np.memmap(folder / FRAMES, np.uint8, "r", shape=(T, H, W, 3)),
+        c2w.float().numpy(),
+        np.tile(camera.intrinsics(H, W).numpy(), (T, 1)),
+        keyboard.astype(np.uint8),
+        mouse.astype(np.float32),
+        np.arange(T) < T - 1,
+        np.append(contact, False),
+        poses.astype(np.float32),
+        prompt.caption(header["prompt"] or "a place", keyboard, mouse, poses, "play"),
+        meta | (header["truth"] or {}),
+    )
+    written = episode.write_episode(folder / "episode", clip)
+    for file in written.iterdir():
+        if file.name != "_DONE":
+            there = folder / file.name
+            if there.is_dir():  # of an attempt that was cut off, too
+                shutil.rmtree(there)
+            os.replace(file, there)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def clean(folder: Path) -> None:
+    """What is only needed while recording."""
+    leftovers = [folder / FRAMES, *folder.glob("*.tmp"), *folder.glob("state-*.safetensors")]
+    for path in [*leftovers, folder / JOURNAL]:
+        path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """A folder in which nothing was recorded, unless it holds something that is not ours."""
+    clean(folder)
+    for name in ("start.png", *FILMS):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def recover(out: str) -> None:
+    """Complete what was cut off: folders of this name, or of the default one, that nobody is writing."""
+    base = Path(out or "runs/play-")
+    for journal in sorted(base.parent.glob(f"{base.name}*/{JOURNAL}")):
+        folder = journal.parent
+        with open(journal, "rb+") as file:
+            if not hold(file):
+                continue
+            if (folder / "_DONE").exists():
+                clean(folder)
+                continue
+            try:
+                chunks = complete(folder)
+            except (OSError, ValueError, KeyError) as error:
+                print(f"{folder} was cut off and cannot be completed yet: {error}", flush=True)
+                continue
+        if chunks:
+            frames = sum(chunk["n"] for chunk in chunks)
+            print(f"{folder} was cut off; completed with {frames} frames", flush=True)

@@ -1,0 +1,114 @@
+"""Where a walk begins: the model, and then a picture, or a session that goes on.
+
+A session that ended well says its whole state. One that was cut off says it as of a moment before, and
+what was played since: the same actions are walked again, and lead to the same place.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import realtime
+from dataset import episode
+from page import folder as folders
+from page.controls import LATENT
+from page.game import FakeSession
+from page.start import Start, open_start
+
+
+def options_of(args: argparse.Namespace) -> realtime.Options:
+    """The flags of play.py as the options of a session."""
+    return realtime.Options(
+        preset=args.preset,
+        weights=args.weights,
+        decoder=args.vae,
+        steps=args.steps,
+        new=args.new or realtime.Options.new,
+        device=args.device,
+        dtype=args.dtype,
+        quantize="qkvo" if args.int8 else "",
+        compile=args.compile,
+        view=args.view,
+    )
+
+
+def open_walk(player: object, live: bool) -> None:
+    """The player at the first picture of its walk, or at the last one of a walk that goes on."""
+    args = player.args
+    said = folders.session_of(args.resume) if args.resume else None
+    if said:
+        args.view = said["flags"].get("view", "first")  # a session goes on as it began
+    if args.fake:
+        player.session = FakeSession(args.size, args.view)
+        player.size = args.size
+    else:
+        player.session = realtime.open_session(options_of(args), args.dit_ranks)
+        player.size = realtime.SIZES[args.preset]
+        settle(player, live)
+    player.session.policy = args.memory
+
+    if said:
+        go_on(player, args.resume, said)
+    else:
+        image = Path(args.image)
+        player.reset(open_start(image, player.size, image.name, args.view))
+
+
+def settle(player: object, live: bool) -> None:
+    """What was measured on this machine is written down: a replay must not measure again."""
+    args = player.args
+    args.dtype = player.session.options.dtype
+    if live and not args.new:
+        args.new = realtime.shortest_sustained(player.session, player.fps)
+    else:
+        args.new = player.session.options.new
+
+
+def go_on(player: object, folder: Path, said: dict) -> None:
+    """Where a saved session ended. If its state is older than its end, the rest is walked again."""
+    player.seed = said["seed"]
+    player.prompt = said["prompt"]
+    trail = [tuple(pose) for pose in said["trail"] + said["poses"][::LATENT]]
+    done = said.get("state", len(said["keyboard"]))
+    if done is None and said["trail"]:
+        raise ValueError(
+            f"{folder} was cut off before its state was saved: it is a clip, nobody can go on"
+        )
+
+    # the session as it was at its first picture, and then as the state says
+    image = folder / "start.png"
+    first = open_start(image, player.size, image.name, player.args.view)
+    player.begin(first)
+    if done is not None:
+        player.session.restore(folder / "state.safetensors")
+    walk_again(player, said, done or 0)
+
+    # what the player sees first is the last frame that was recorded
+    last = np.array(episode.read_episode(folder).video[-1])
+    note = f"{folder} goes on at frame {LATENT * (len(trail) - 1)}"
+    player.enter(Start(last, note, first.truth, trail[-1]), last, trail)
+
+
+def walk_again(player: object, said: dict, done: int) -> None:
+    """The recorded chunks after so many frames: what the model did once it does again."""
+    session = player.session
+    policy = session.policy
+    at = 0
+    for chunk in said["chunks"]:
+        rows = slice(at, at + chunk["n"])
+        at += chunk["n"]
+        if at <= done:
+            continue
+        if chunk["n"] != session.frames_needed:
+            session.options = replace(session.options, new=chunk["n"] // LATENT)
+        session.policy = chunk["policy"]
+        keyboard, mouse = (torch.tensor(said[key][rows]) for key in ("keyboard", "mouse"))
+        session.step(keyboard, mouse)
+
+    # and then as this player asked for
+    session.policy = policy
+    if not player.args.fake:
+        session.options = replace(session.options, new=player.args.new)

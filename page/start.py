@@ -1,0 +1,111 @@
+"""Any picture becomes the first frame of a walk; one that names its world brings the truth along.
+
+The start pictures of assets/ are PNG files with a few words of text: the seed and the kind of their
+world, and the pose they were drawn from. Such a world is known everywhere: every frame of the model can
+be compared with the true one, walls can stop the player, and a camera behind him keeps out of them.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+import camera
+import world
+from dataset import episode
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    SyntaxError,
+    OverflowError,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    image: np.ndarray  # (H, W, 3) uint8, the model's size
+    note: str = ""  # what was done to the picture
+    truth: dict | None = None  # the world it shows, if known: then the truth is known everywhere
+    pose: tuple[float, ...] = (0.0, -world.EYE, 0.0, 0.0, 0.0)
+
+    def save(self, path: Path) -> None:
+        """A PNG that says which world it shows, and from where."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = PngImagePlugin.PngInfo()
+        if self.truth:
+            for key, value in {**self.truth["scene"], "pose": self.pose}.items():
+                text.add_text(key, json.dumps(value))
+        Image.fromarray(self.image).save(path, pnginfo=text)
+
+
+def true_views(truth: dict, poses: np.ndarray, H: int, W: int) -> np.ndarray:
+    """(n, 5) -> (n, H, W, 3) uint8: what the game's renderer shows there."""
+    return world.true_frames(truth, None, H, W, poses)
+
+
+def player_cameras(view: str, truth: dict | None, poses: Tensor) -> Tensor:
+    """(n, 5) float64 -> (n, 4, 4): in the player's eye, or behind him as far as known walls allow."""
+    if view == "first":
+        return torch.from_numpy(episode.poses_to_c2w(poses))
+    if truth:
+        return torch.from_numpy(world.eyes(truth, poses.numpy()))
+    return camera.behind(poses, world.MAX_PITCH)
+
+
+def open_start(
+    source: Path | bytes, size: tuple[int, int], name: str, view: str = "first"
+) -> Start:
+    """A start frame of this size (H, W), from a file or its bytes."""
+    try:
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        picture.load()
+        if "seed" in getattr(picture, "text", {}):
+            return known_start(picture.text, size, name, view)
+        return fitted_start(picture, size, name)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{name} cannot be read as a picture ({error}); give a PNG or JPEG file"
+        ) from error
+
+
+def known_start(text: dict[str, str], size: tuple[int, int], name: str, view: str) -> Start:
+    """The world that the file names, drawn again at this size, as the player or who follows him sees it."""
+    seed, kind, pose = (json.loads(text[key]) for key in ("seed", "kind", "pose"))
+    truth = {
+        "scene": {"seed": int(seed), "kind": str(kind)},
+        "view": view,
+        "character": int(seed),
+    }
+    poses = np.array(pose, float).reshape(1, 5)
+    image = true_views(truth, poses, *size)[0]
+    note = f"{name}: world {seed} ({kind}), held out"
+    return Start(image, note, truth, tuple(poses[0].tolist()))
+
+
+def fitted_start(picture: Image.Image, size: tuple[int, int], name: str) -> Start:
+    """Cropped in the middle and resized; the note says what was done."""
+    H, W = size
+    w, h = picture.size
+    alpha = "A" in picture.getbands() or "transparency" in picture.info
+    method = Image.Resampling.BOX if w >= 2 * W else Image.Resampling.BICUBIC
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    image = np.array(ImageOps.fit(upright, (W, H), method))
+
+    notes = []
+    if alpha:
+        notes.append("alpha dropped")
+    if (w, h) != (W, H):
+        notes.append(f"{w}x{h} → {W}x{H} centre crop")
+    if w < W or h < H:
+        notes.append(f"enlarged: it is smaller than the model's {W}x{H}")
+    done = "; ".join(notes) or "used as it is"
+    return Start(image, f"{name}: {done}. A tiny model has only seen its own world.")

@@ -1,0 +1,77 @@
+"""What the controls promise: a tap is never lost, a turn adds up, a pitch stays within its limits."""
+
+import math
+
+import numpy as np
+
+from page.controls import MAX_LOOK, Controls
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_tap_is_never_lost() -> None:
+    clock = Clock()
+    controls = Controls(clock)
+    clock.now = 0.1
+    controls.post(["w"])
+    clock.now = 0.101
+    controls.post([])
+    keyboard, _, said = controls.read(40, 40)
+    assert keyboard[:4, 0].all() and not keyboard[4:, 0].any() and said["keys"] == ["w"]
+    assert not controls.read(40, 40)[0].any(), "a tap acts once"
+
+
+def test_a_tap_lasts_as_long_as_the_key_was_down() -> None:
+    clock = Clock()
+    controls = Controls(clock)
+    controls.post(["d"])
+    clock.now = 0.5
+    controls.post([])
+    assert controls.read(40, 40)[0][:, 3].sum() == 20  # half a second at 40 fps
+
+
+def test_a_key_held_over_a_decision_ends_with_its_release() -> None:
+    clock = Clock()
+    controls = Controls(clock)
+    controls.post(["w"])
+    clock.now = 1.0
+    assert controls.read(40, 40)[0][:, 0].all()
+    clock.now = 1.2
+    controls.post([])
+    assert not controls.read(40, 40)[0].any()
+
+
+def test_opposite_keys_cancel_and_others_combine() -> None:
+    controls = Controls(Clock())
+    controls.post(["w", "s", "d"])
+    keyboard, mouse, _ = controls.read(8, 40)
+    assert keyboard.sum(0).tolist() == [0, 0, 0, 8, 0, 0]
+    controls.post(["j", "l"])
+    assert not controls.read(8, 40)[1].any()
+
+
+def test_mouse_pixels_add_up_until_the_decision_and_say_when_they_are_clipped() -> None:
+    controls = Controls(Clock())
+    controls.post([], 10, -5)
+    controls.post([], 30, 0)
+    _, mouse, said = controls.read(40, 40)
+    assert (
+        np.allclose(mouse.sum(0), [0.05, 0.4], atol=1e-6) and not said["clipped"]
+    )  # right and up are positive
+    controls.post([], 1e4, 0)
+    _, mouse, said = controls.read(40, 40)
+    assert said["clipped"] and mouse.max() == np.float32(MAX_LOOK)
+
+
+def test_pitch_stays_within_its_limit() -> None:
+    controls, pitch = Controls(Clock()), 0.0
+    controls.post(["i"])
+    for _ in range(4):
+        _, mouse, _ = controls.read(40, 40, pitch, limit=85)
+        pitch += 15 * mouse[:, 0].sum()
+    assert math.isclose(pitch, 85, abs_tol=1e-3)

@@ -1,0 +1,72 @@
+"""What a start picture promises: it is cropped and says so, or brings its world along."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from playing import ROOT, save
+
+from game.scene import SPLITS
+from page.start import open_start
+
+
+def test_a_picture_of_any_size_is_cropped_and_it_says_so(tmp_path: Path) -> None:
+    start = open_start(save(tmp_path / "big.png", 400, 300), (64, 128), "big.png")
+    assert (
+        start.image.shape == (64, 128, 3)
+        and "big.png: 400x300 → 128x64 centre crop" in start.note
+        and start.truth is None
+    )
+    assert (
+        "alpha dropped"
+        in open_start(save(tmp_path / "alpha.png", 64, 64, mode="RGBA"), (64, 64), "alpha.png").note
+    )
+    assert (
+        "enlarged: it is smaller than the model's 64x64"
+        in open_start(save(tmp_path / "tiny.png", 8, 8), (64, 64), "tiny.png").note
+    )
+
+
+def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for source, name in (
+        (tmp_path / "bad.png", "bad.png"),
+        (tmp_path / "gone.png", "gone.png"),
+        (b"\x89PNG\r\n\x1a\n", "the dropped picture"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"
+        ):
+            open_start(source, (64, 64), name)
+
+
+def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:
+    start = open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    assert start.truth["scene"]["seed"] in SPLITS["test"], (
+        "held out: no training has seen this world"
+    )
+    assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
+    start.save(tmp_path / "again.png")
+    again = open_start(tmp_path / "again.png", (128, 128), "again.png")
+    assert again.pose == start.pose and again.image.shape == (128, 128, 3), (
+        "drawn again at the size that is asked for"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"seed": '"x"', "kind": '"rooms"', "pose": "[0]"},
+        {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
+        {"seed": "{", "kind": "1", "pose": "[]"},
+        {"seed": "1"},
+    ],
+)
+def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
+    with pytest.raises(ValueError, match="liar.png cannot be read"):
+        open_start(tmp_path / "liar.png", (64, 64), "liar.png")
