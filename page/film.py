@@ -17,7 +17,10 @@ from PIL import Image, ImageDraw
 PANEL = 96  # pixels under the picture
 THUMBS = 5
 CODEC = {"preset": "ultrafast", "crf": "18", "threads": "1"}
-FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+FRAGMENTS = {  # every one of them is handed to the system at once
+    "movflags": "frag_keyframe+empty_moov+default_base_moof",
+    "flush_packets": "1",
+}
 
 
 class Film:

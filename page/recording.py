@@ -125,11 +125,11 @@ class Recording:
         ]
         folders.write_line(self.journal, {**entry.said, "memory": memory})
         if entry.state is not None:
-            folders.write_line(self.journal, {"state": entry.state})
-            self.drop_states_before(entry.state)
+            self.trust(entry.state)
 
-    def drop_states_before(self, frames: int) -> None:
-        """One state is enough, and it may be large."""
+    def trust(self, frames: int) -> None:
+        """What this state led from is written: older ones are not needed, and they may be large."""
+        folders.write_line(self.journal, {"state": frames})
         for path in self.folder.glob("state-*.safetensors"):
             if frames_of(path) < frames:
                 path.unlink()
@@ -179,7 +179,7 @@ class Recording:
     def last_state(self, session: realtime.Session | FakeSession) -> None:
         """Where one goes on. A model that broke may have none: then an older one is taken."""
         try:
-            folders.write_line(self.journal, {"state": self.snapshot(session)})
+            self.trust(self.snapshot(session))
         except (RuntimeError, ValueError) as error:
             print(f"the state at the end could not be saved: {error}", flush=True)
 
