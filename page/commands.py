@@ -106,7 +106,7 @@ def obey(player: object, body: dict) -> None:
     name = body["cmd"]
     try:
         COMMANDS[name](player, body)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         player.screen.note(info=f"{name}: {error}")
     player.screen.note(facts=player.facts() | {"n": player.screen.serial})
 
@@ -134,7 +134,10 @@ def heard_input(player: object, body: dict) -> tuple[int, str]:
         return 400, "dx, dy and shown must be finite numbers"
     player.screen.ack(viewer, shown)
     if player.screen.plays(viewer):
-        keys = [key for key in body.get("keys", [])[:MOST_KEYS] if key in KEYS]
+        held = body.get("keys", [])
+        if not isinstance(held, list):
+            return 400, "keys must be a list"
+        keys = [key for key in held[:MOST_KEYS] if key in KEYS]
         turns = (max(-FARTHEST, min(FARTHEST, pixels)) for pixels in (dx, dy))
         player.controls.post(keys, *turns)
     return 204, ""

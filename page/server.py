@@ -7,10 +7,13 @@ host demands a token.
 
 import base64
 import contextlib
+import functools
 import json
 import re
 import secrets
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +26,23 @@ BODY = 16_384  # bytes of an input
 PICTURE = 16_000_000  # bytes of a command: it may carry a picture
 SLOTS = 64  # connections at once; more are closed unheard
 PORTS = 20  # tried one after the other
+HEARD = 10.0  # seconds in which a request must have been made
+CARRIED = 60.0  # seconds in which its body must have come, once it is known who asks
 THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+NOT_UNDERSTOOD = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
+OURSELVES = (
+    "same-origin",
+    "none",
+    None,
+)  # who asks: our page, an address that was typed, no browser
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,14 +55,35 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 20  # seconds without a byte
 
     def log_message(self, *_: object) -> None:
-        """Requests are not news: errors go to the page and to /state."""
+        return  # requests are not news: errors go to the page and to /state
 
     def handle(self) -> None:
-        if self.server.slots.acquire(blocking=False):
+        if not self.server.slots.acquire(blocking=False):
+            return
+        try:
             # a client that hangs up in the middle is no error of ours
             with contextlib.suppress(OSError):
                 super().handle()
+        finally:
             self.server.slots.release()
+
+    def handle_one_request(self) -> None:
+        """As always, but who only ever sends the next byte holds a slot no longer than others do."""
+        self.must_end_in(HEARD)
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.deadlines.pop(self.connection, None)
+
+    def must_end_in(self, seconds: float) -> None:
+        """From now on, whatever it was before."""
+        self.server.deadlines[self.connection] = time.monotonic() + seconds
+
+    def end_headers(self) -> None:
+        """Of every answer, errors included."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def reply(self, status: int, body: bytes | dict = b"", kind: str = "application/json") -> None:
         """The whole answer at once; nothing of ours is ever cached."""
@@ -53,7 +93,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(body)
 
@@ -73,6 +112,9 @@ class Handler(BaseHTTPRequestHandler):
             return f"host {host!r} is not this machine"
         if origin not in (None, f"http://{host}"):
             return f"origin {origin!r} is not this page"
+        # an <img> of another page sends no Origin, but browsers say where it stands
+        if self.headers.get("Sec-Fetch-Site") not in OURSELVES:
+            return "another page may not look in here"
         return ""
 
     # ---- GET
@@ -100,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, player: object, viewer: str) -> None:
         """Records for as long as somebody listens; the first one says who is greeted, and how things are."""
         self.close_connection = True
+        self.server.deadlines.pop(self.connection, None)  # a stream goes on as long as one looks
         self.send_response(200)
         self.send_header("Content-Type", "application/octet-stream")
         self.end_headers()
@@ -113,6 +156,8 @@ class Handler(BaseHTTPRequestHandler):
             "keys": KEYS,
             "gallery": pictures,
         }
+
+        # a length and the text, a length and the picture, for ever
         records = [(hello | player.state(), b"")]
         while not player.args.stop.is_set():
             for header, jpeg in records:
@@ -140,10 +185,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def hear(self, route: str, length: int) -> None:
         """Whatever the body says, it is answered."""
+        self.must_end_in(CARRIED)
         try:
             body = json.loads(self.rfile.read(length))
             status, error = commands.heard(self.server.player, route, body)
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as wrong:
+        except NOT_UNDERSTOOD as wrong:
             status, error = 400, f"not understood: {wrong}"
         if status == 204:
             self.reply(204)
@@ -151,20 +197,47 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, {"ok": not error, "error": error})
 
 
-def bind(player: object, host: str, port: int) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """A thread per connection, so many at once, each with a deadline."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], player: object, token: str) -> None:
+        super().__init__(address, Handler)
+        self.player = player
+        self.token = token
+        self.slots = threading.Semaphore(SLOTS)
+        self.deadlines: dict[socket.socket, float] = {}
+        self.ended = threading.Event()
+
+    def server_close(self) -> None:
+        """Who watches the deadlines goes home, too."""
+        self.ended.set()
+        super().server_close()
+
+
+def end_late_requests(server: Server) -> None:
+    """A timeout of reads alone would let 64 clients that drip hold the server for ever."""
+    while not server.ended.wait(1.0):
+        now = time.monotonic()
+        for connection, deadline in list(server.deadlines.items()):
+            if now > deadline:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def bind(player: object, host: str, port: int) -> Server:
     """The server on this port, or on the next free one."""
+    token = "" if host in ("127.0.0.1", "localhost") else secrets.token_hex(16)
     for place in range(port, port + PORTS):
         try:
-            server = ThreadingHTTPServer((host, place), Handler)
+            server = Server((host, place), player, token)
         except OSError as error:
             if place == port + PORTS - 1:
                 raise ValueError(
                     f"cannot serve {host}:{place} ({error.strerror}); pass another --host or --port"
                 ) from error
             continue
-        server.player = player
-        server.slots = threading.Semaphore(SLOTS)
-        server.daemon_threads = True
-        server.token = "" if host in ("127.0.0.1", "localhost") else secrets.token_hex(16)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for work in (server.serve_forever, functools.partial(end_late_requests, server)):
+            threading.Thread(target=work, daemon=True).start()
         return server

@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 from playing import ROOT, Viewer, arguments, ask, page, wait_for
 
+from page import commands
+from page import server as page_server
 from page.player import Player
 from page.screen import STREAMS
-from page.server import bind
+from page.server import SLOTS, bind
 
 
 def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -190,6 +192,7 @@ def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(
         ("POST", "/input", {"dx": "x"}, {}, 400),
         ("POST", "/input", b'{"dx": NaN}', {}, 400),
         ("POST", "/input", {"keys": 3}, {}, 400),
+        ("POST", "/input", {"keys": {"w": 1}}, {}, 400),
         ("POST", "/input", {"keys": [[]], "id": []}, {}, 204),
         ("POST", "/input", b"[" * 9000, {}, 400),
         ("POST", "/input", b" " * 20_000, {}, 413),
@@ -266,6 +269,65 @@ def test_garbage_leaves_the_server_up(served) -> None:
 @pytest.mark.slow
 def test_ten_thousand_garbage_requests_leave_the_server_up(served) -> None:
     bombard(*served, requests=10_000)
+
+
+# ---- other pages, and clients that mean no good ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site, status", [("cross-site", 403), ("same-site", 403), ("none", 200)])
+def test_a_picture_in_a_foreign_page_takes_no_seat(served, site: str, status: int) -> None:
+    player, server = served
+    seen = player.screen.serial
+    for path in ("/state", "/frames") if status == 403 else ("/state",):
+        assert ask(server, "GET", path, headers={"Sec-Fetch-Site": site})[0] == status
+    assert not player.screen.viewers and player.screen.serial >= seen
+
+
+def test_the_page_cannot_be_framed_and_loads_nothing_else(served) -> None:
+    _, server = served
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    for path in ("/", "/state", "/nothing"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        policy = reply.headers["Content-Security-Policy"]
+        assert reply.headers["X-Frame-Options"] == "DENY"
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        connection.close()
+
+
+def test_an_error_in_a_request_gives_its_slot_back(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 made slices hashable: {}[:16] is a KeyError there. Any error will do."""
+    _, server = served
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "heard", lambda *_: 1 / 0)
+        for _ in range(SLOTS + 1):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(server, "POST", "/input", {})
+    assert ask(server, "GET", "/state")[0] == 200
+    assert ask(server, "POST", "/input", {"keys": {"w": 1}})[0] == 400
+
+
+def test_clients_that_drip_do_not_hold_the_server(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, server = served
+    monkeypatch.setattr(page_server, "HEARD", 1.0)
+    clients = [
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=5) for _ in range(SLOTS)
+    ]
+    until = time.monotonic() + 10
+    answered = False
+    while not answered and time.monotonic() < until:
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.sendall(b"G")
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answered = ask(server, "GET", "/state")[0] == 200
+        time.sleep(0.2)
+    for client in clients:
+        client.close()
+    assert answered
+    wait_for(lambda: threading.active_count() < 40)
 
 
 def test_viewers_are_bounded(tmp_path: Path) -> None:
