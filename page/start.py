@@ -26,8 +26,10 @@ UNREADABLE = (
     LookupError,
     SyntaxError,
     OverflowError,
+    RecursionError,
     Image.DecompressionBombError,
 )
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,20 @@ def open_start(
 ) -> Start:
     """A start frame of this size (H, W), from a file or its bytes."""
     try:
-        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        picture = Image.open(file, formats=FORMATS)
         picture.load()
         if "seed" in getattr(picture, "text", {}):
             return known_start(picture.text, size, name, view)
         return fitted_start(picture, size, name)
     except UNREADABLE as error:
         raise ValueError(
-            f"{name} cannot be read as a picture ({error}); give a PNG or JPEG file"
+            f"{name} cannot be read as a picture ({error or type(error).__name__}); "
+            "give a PNG or JPEG file"
         ) from error
+
+
+# ---- a picture of a known world, and any other -------------------------------------------------------------
 
 
 def known_start(text: dict[str, str], size: tuple[int, int], name: str, view: str) -> Start:
@@ -86,9 +93,19 @@ def known_start(text: dict[str, str], size: tuple[int, int], name: str, view: st
         "character": int(seed),
     }
     poses = np.array(pose, float).reshape(1, 5)
+    check_free(truth, poses[0])
     image = true_views(truth, poses, *size)[0]
     note = f"{name}: world {seed} ({kind}), held out"
     return Start(image, note, truth, tuple(poses[0].tolist()))
+
+
+def check_free(truth: dict, pose: np.ndarray) -> None:
+    """Somebody who stands in a wall sees nothing, and gets nowhere."""
+    solid = world.make_scene(**truth["scene"]).solid
+    x, z = pose[[0, 2]]
+    inside = 0 <= min(x, z) and max(x, z) < len(solid)
+    if not inside or solid[int(x), int(z)]:
+        raise ValueError(f"its text says that it was seen from x {x:g}, z {z:g}: in a wall")
 
 
 def fitted_start(picture: Image.Image, size: tuple[int, int], name: str) -> Start:
@@ -100,6 +117,7 @@ def fitted_start(picture: Image.Image, size: tuple[int, int], name: str) -> Star
     upright = ImageOps.exif_transpose(picture).convert("RGB")
     image = np.array(ImageOps.fit(upright, (W, H), method))
 
+    # people shall not wonder why their photograph looks otherwise
     notes = []
     if alpha:
         notes.append("alpha dropped")

@@ -1,13 +1,16 @@
 """What a start picture promises: it is cropped and says so, or brings its world along."""
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from playing import ROOT, save
+from playing import ROOT, act, dreaming, save
 
 from game.scene import SPLITS
+from page import commands
 from page.start import open_start
 
 
@@ -61,6 +64,10 @@ def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None
         {"seed": "1", "kind": '"nowhere"', "pose": "[0,0,0,0,0]"},
         {"seed": "{", "kind": "1", "pose": "[]"},
         {"seed": "1"},
+        {"seed": "[" * 50_000, "kind": '"rooms"', "pose": "[0]"},
+        {"seed": "1", "kind": '"rooms"', "pose": "[" * 50_000},
+        {"seed": "1", "kind": '"rooms"', "pose": "[0, -1.6, 0, 0, 0]"},
+        {"seed": "1", "kind": '"rooms"', "pose": "[1e9, -1.6, 1e9, 0, 0]"},
     ],
 )
 def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
@@ -70,3 +77,31 @@ def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
     with pytest.raises(ValueError, match="liar.png cannot be read"):
         open_start(tmp_path / "liar.png", (64, 64), "liar.png")
+
+
+def test_a_format_that_starts_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "picture.eps"
+    Image.new("RGB", (64, 64)).save(path)
+    with pytest.raises(ValueError, match="picture.eps cannot be read as a picture"):
+        open_start(path, (64, 64), "picture.eps")
+
+
+@pytest.mark.parametrize("pose", ["[" * 50_000, "[0, -1.6, 0, 0, 0]"])
+def test_a_refused_picture_stops_neither_the_player_nor_its_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pose: str
+) -> None:
+    info = PngImagePlugin.PngInfo()
+    for key, value in {"seed": "1", "kind": '"rooms"', "pose": pose}.items():
+        info.add_text(key, value)
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, "PNG", pnginfo=info)
+
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    data = base64.b64encode(stream.getvalue()).decode()
+    commands.obey(player, {"cmd": "image", "data": data})
+    notes = [note.get("info", "") for _, note in player.screen.notes]
+    assert any("the new picture cannot be read as a picture" in note for note in notes)
+    assert player.recording and player.frame == 56
+    act(player, "w")
+    assert player.frame == 96
