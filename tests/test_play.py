@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,8 @@ from dataset.episode import list_episodes, read_episode
 from engine import weights
 from game import render
 from game.scene import make_scene
+from page import opening
+from page.player import Player
 from page.start import open_start
 
 
@@ -188,6 +191,62 @@ def test_a_replay_that_differs_says_why_not(short: Path) -> None:
         main(short.parent, "--replay", "nowhere")
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"out": "elsewhere"}, "session.json names an unknown flag 'out'"),
+        ({"host": "0.0.0.0"}, "names an unknown flag 'host'"),
+        ({"size": [99968, 99968]}, "--size must be WxH in multiples of 32"),
+        ({"size": [64]}, "not enough values"),
+        ({"steps": 10**9}, "--steps must be 1 to 1000"),
+        ({"steps": "many"}, "invalid int value"),
+        ({"weights": "hf:some/model"}, "get the files first"),
+        ({"preset": "huge"}, "invalid choice: 'huge'"),
+    ],
+)
+def test_a_replay_takes_known_flags_with_known_values_alone(
+    short: Path, flags: dict, message: str
+) -> None:
+    said = json.loads((short / "session.json").read_text())
+    said["flags"] |= flags
+    (short / "session.json").write_text(json.dumps(said))
+    before = sorted(short.parent.iterdir())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(short.parent, "--replay", "walk")
+    assert sorted(short.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"flags": None}, "flags must be there, as dict"),
+        ({"seed": "1"}, "seed must be there, as int"),
+        ({"keyboard": [[1, 2]]}, "keyboard must be rows of 6 numbers"),
+        ({"mouse": [["a", "b"]]}, "could not convert string"),
+        ({"poses": [[0, 0, 0, 0, float("nan")]]}, "poses must be rows of 5 numbers"),
+        ({"mouse": []}, "different lengths"),
+        ({"chunks": [{"n": 8}]}, "every chunk needs policy"),
+        ({"chunks": []}, "another length than its actions"),
+        ({"trail": 3}, "trail must be there, as list"),
+    ],
+)
+def test_a_damaged_session_is_named_with_what_is_wrong(
+    short: Path, change: dict, message: str
+) -> None:
+    said = json.loads((short / "session.json").read_text()) | change
+    (short / "session.json").write_text(json.dumps(said))
+    for flags in (["--replay", "walk"], ["--actions", "w:4", "--out", "walk"]):
+        with pytest.raises(ValueError, match=f"session.json is damaged: .*{message}"):
+            main(short.parent, "--fake", "--size", "32x32", *flags)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '"x"'])
+def test_what_is_no_session_at_all_is_named(short: Path, text: str) -> None:
+    (short / "session.json").write_text(text)
+    with pytest.raises(ValueError, match="session.json is damaged: "):
+        main(short.parent, "--replay", "walk")
+
+
 def test_a_session_goes_on_where_it_ended_and_goes_on_again(short: Path) -> None:
     folder = short.parent
     assert (
@@ -296,6 +355,15 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(
         ),
         (["--fake", "--actions", "w:40, x:10"], "^ unknown key 'x'; use w a s d i j k l _"),
         (["--fake", "--actions", "gone.txt"], "--actions gone.txt: no such file"),
+        (["--dtype", "x", "--actions", "w:4"], "dtype must be one of auto, float32, bfloat16"),
+        (["--device", "x", "--actions", "w:4"], "device must be auto, cpu, cuda, cuda:N or mps"),
+        (["--device", "cuda:9", "--actions", "w:4"], "no device cuda:9: this machine has"),
+        (["--dit-ranks", "-1"], "--dit-ranks must be 0 to 1024, got -1"),
+        (["--size", "00x32"], "--size must be WxH in multiples of 32"),
+        (["--steps", "0"], "--steps must be 1 to 1000, got 0"),
+        (["--fps", "-5"], "--fps must be 0 to 240, got -5"),
+        (["--seed", "1" + "0" * 30], "--seed must be 0 to"),
+        (["--port", "99999"], "--port must be 0 to 65535"),
         (["--weights", "hf:some/model"], "hf download some/model --local-dir weights/model"),
         (
             ["--weights", "nowhere", "--actions", "w:4"],
@@ -310,6 +378,36 @@ def test_every_error_is_one_paragraph_and_exit_code_2(
     with pytest.raises(ValueError) as caught:  # __main__ prints it and exits with 2
         play.main(flags)
     assert message in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = run("--fake", "--actions", "w:4", "--out", "file/walk", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Not a directory" in done.stderr.splitlines()[-1]
+
+
+def test_a_player_that_stopped_with_an_error_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(player: Player, live: bool) -> None:
+        player.args.stop.set()
+        raise RuntimeError("no model")
+
+    monkeypatch.setattr(opening, "open_walk", breaks)
+    for flag in ("--no-open", "--bench"):
+        assert main(tmp_path, "--fake", "--port", "19250", flag)[0] == 1
+
+
+def test_a_slow_player_has_a_frame_from_the_beginning() -> None:
+    """--bench looks at it while the model is still loading."""
+    assert Player(arguments("--fake"), 40).frame == 0
+
+
+def test_waiting_threads_sleep_where_play_is_started() -> None:
+    text = (ROOT / "play.py").read_text()
+    policy = text.index('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")')
+    assert policy < text.index("import torch"), "it is read when torch is loaded"
 
 
 def test_the_exit_code_of_an_error_is_2_without_a_traceback(tmp_path: Path) -> None:
