@@ -33,6 +33,7 @@ from engine.parts import PIECE, SIZES, Options, load_parts, vae_config
 from memory import MemoryBank
 
 UNDO = 4  # segments that can be taken back
+SPARE = 4  # states of a decoder for which its device must have room, to keep an older one
 LOOK_BACK = 4  # latents before the past that its first actions and cameras reach
 
 
@@ -271,10 +272,11 @@ class Decoder:
         if "cuda" in options.device:
             self.stream = torch.cuda.stream(torch.cuda.Stream(options.device))
 
+    @torch.inference_mode()  # asked for in every thread anew
     def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:
         """(1, C, n, h, w) -> (4n, H, W, 3) frames, and milliseconds; `fresh` begins a new video."""
         began = time.perf_counter()
-        self.history.append(self.state)
+        self.history.append(parked(self.state, self.options.device))
         state = None if fresh else self.state
 
         # a large picture is decoded in pieces, so that its maps fit
@@ -284,6 +286,11 @@ class Decoder:
         with self.stream:
             for piece in pieces:
                 video, state = self.network.decode_stream(piece, state, clamp=True)
+                if not video.isfinite().all():
+                    raise ValueError(
+                        "the decoder draws what is not finite: broken weights, "
+                        f"or {self.options.dtype} is too narrow; try --dtype float32"
+                    )
                 frames.append(to_bytes(video[0]).cpu())
         self.state = state
         return torch.cat(frames), 1e3 * (time.perf_counter() - began)
@@ -298,7 +305,17 @@ class Decoder:
         self.history.clear()
 
     def undo(self) -> None:
-        self.state = self.history.pop()
+        state = self.history.pop()
+        self.state = state and {slot: x.to(self.options.device) for slot, x in state.items()}
+
+
+def parked(state: dict | None, device: str) -> dict | None:
+    """A state that only an undo will ask for: in the memory of the host, where the device is short of it."""
+    if state is None or not device.startswith("cuda"):
+        return state
+    size = sum(x.numel() * x.element_size() for x in state.values())
+    free = torch.cuda.mem_get_info(device)[0]
+    return state if free > SPARE * size else {slot: x.cpu() for slot, x in state.items()}
 
 
 def to_bytes(video: Tensor) -> Tensor:

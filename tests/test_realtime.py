@@ -1,4 +1,7 @@
-"""A session: the same frames however they are made, bounded in memory, honest about its cost, never left hanging."""
+"""A session: the same frames however they are made, bounded in memory, honest about its cost.
+
+And never left hanging: whatever happens to a rank, all end within seconds.
+"""
 
 import contextlib
 import json
@@ -29,7 +32,7 @@ import moe
 import realtime
 import world
 from dit import DiT
-from engine import ranks, weights
+from engine import actors, ranks, weights
 from game import render
 from game.scene import make_scene
 
@@ -42,7 +45,8 @@ IMAGE = torch.randint(
 
 def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (n, 6), generator=g).float(), 0.1 * torch.randn(n, 2, generator=g)
+    keyboard = torch.randint(0, 2, (n, 6), generator=g).float()
+    return keyboard, 0.1 * torch.randn(n, 2, generator=g)
 
 
 def walk(session: realtime.Session, segments: int, first: int = 0) -> list[realtime.Chunk]:
@@ -62,11 +66,17 @@ def three(session: realtime.Session) -> list[realtime.Chunk]:
     return walk(session, 3)
 
 
+def same(chunks: list[realtime.Chunk], right: list[realtime.Chunk]) -> None:
+    assert len(chunks) == len(right)
+    for a, b in zip(chunks, right, strict=True):
+        assert torch.equal(a.frames, b.frames)
+
+
 def pixels(a: Tensor, b: Tensor) -> int:
     return int((a.int() - b.int()).abs().max())
 
 
-# ---- identity: one walk, many ways to make it ------------------------------------------------------------------------
+# ---- identity: one walk, many ways to make it --------------------------------------------------------------
 
 
 def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Chunk]) -> None:
@@ -75,7 +85,8 @@ def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Ch
         (40, 64, 64, 3),
         (40, 64, 64, 3),
     ]
-    assert all(c.frames.dtype == torch.uint8 and c.frames.float().std() > 5 for c in three)
+    assert all(c.frames.dtype == torch.uint8 for c in three)
+    assert all(c.frames.float().std() > 5 for c in three)
     assert [c.info["segment"] for c in three] == [0, 1, 2]
     assert [c.info["first_latent"] for c in three] == [1, 15, 25]
     assert [len(c.info["poses"]) for c in three] == [56, 40, 40]
@@ -85,27 +96,25 @@ def test_the_first_chunk_has_56_frames_and_later_ones_40(three: list[realtime.Ch
 def test_a_model_remembers_as_it_was_trained_to(
     session: realtime.Session, three: list[realtime.Chunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert three[2].info["memory"][-1]["sink"] and three[2].info["memory"][-1]["latent"] == 1
+    last = three[2].info["memory"][-1]
+    assert last["sink"] and last["latent"] == 1
     monkeypatch.setitem(session.denoiser.meta, "sink", False)
     session.reset(IMAGE)
     assert not any(pick["sink"] for pick in walk(session, 3)[2].info["memory"])
-    monkeypatch.setitem(
-        session.denoiser.meta, "p_memory_off", 1.0
-    )  # trained without: it is not shown any
+
+    # trained without: it is not shown any
+    monkeypatch.setitem(session.denoiser.meta, "p_memory_off", 1.0)
     session.reset(IMAGE)
     chunk = walk(session, 3)[2]
-    assert (
-        chunk.info["memory"] == [] and chunk.info["policy"] == "none" and session.policy == "camera"
-    )
+    assert chunk.info["memory"] == [] and chunk.info["policy"] == "none"
+    assert session.policy == "camera"
 
 
 def test_the_same_seed_and_actions_give_the_same_frames(
     session: realtime.Session, three: list[realtime.Chunk]
 ) -> None:
     session.reset(IMAGE)
-    assert all(
-        torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2), three, strict=False)
-    )
+    same(walk(session, 2), three[:2])
     session.reset(IMAGE, seed=43)
     assert pixels(walk(session, 1)[0].frames, three[0].frames) > 10
 
@@ -121,10 +130,10 @@ def test_async_frames_equal_sequential_frames_and_stay_in_order(
     session.reset(IMAGE)
     for k in range(3):
         session.submit(*actions(session.frames_needed, k))
-    for chunk, right in zip([session.collect() for _ in range(3)], three, strict=True):
-        assert chunk.info["segment"] == right.info["segment"] and torch.equal(
-            chunk.frames, right.frames
-        )
+    chunks = [session.collect() for _ in range(3)]
+    same(chunks, three)
+    for chunk, right in zip(chunks, three, strict=True):
+        assert chunk.info["segment"] == right.info["segment"]
 
 
 def test_undo_gives_the_same_frames_again(
@@ -134,14 +143,11 @@ def test_undo_gives_the_same_frames_again(
     walk(session, 2)
     wrong = session.step(*actions(40, seed=99)).frames
     session.undo()
-    assert pixels(wrong, three[2].frames) > 0 and torch.equal(
-        walk(session, 1, 2)[0].frames, three[2].frames
-    )
+    assert pixels(wrong, three[2].frames) > 0
+    same(walk(session, 1, 2), three[2:])
     session.undo()
     session.undo()
-    assert all(
-        torch.equal(a.frames, b.frames) for a, b in zip(walk(session, 2, 1), three[1:], strict=True)
-    )
+    same(walk(session, 2, 1), three[1:])
 
 
 def test_a_restored_session_continues_exactly(
@@ -194,28 +200,28 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
         realtime.Session(replace(OPTIONS, weights=str(tmp_path), decoder="light75"))
 
 
-# ---- the camera of a player: in its eye or behind it -----------------------------------------------------------------
+# ---- the camera of a player: in its eye or behind it -------------------------------------------------------
 
 
 def test_the_third_person_sees_from_where_the_game_puts_its_camera() -> None:
-    scene, n = make_scene(7, "plaza"), 64
+    scene = make_scene(7, "plaza")
+    n = 64
     g = torch.Generator().manual_seed(0)
     ground = len(scene.solid) * torch.rand(n, 2, generator=g, dtype=torch.float64)
-    turns = torch.rand(n, 2, generator=g, dtype=torch.float64) * torch.tensor(
-        [50.0, 360.0]
-    ) - torch.tensor([45.0, 0.0])
+    span = torch.tensor([50.0, 360.0])
+    lowest = torch.tensor([-45.0, 0.0])
+    turns = torch.rand(n, 2, generator=g, dtype=torch.float64) * span + lowest
     poses = torch.cat([ground[:, :1], torch.full((n, 1), -1.6), ground[:, 1:], turns], 1)
     right = torch.from_numpy(world.cameras(scene, poses.numpy(), "third"))
-    free = (right[:, :3, 3] - poses[:, :3] - torch.tensor([0, -0.15, 0])).norm(
-        dim=1
-    ) > 2.799  # no wall shortens the arm
+
+    # where no wall shortens the arm
+    arm = right[:, :3, 3] - poses[:, :3] - torch.tensor([0, -0.15, 0])
+    free = arm.norm(dim=1) > 2.799
     assert free.sum() > 10
-    torch.testing.assert_close(
-        camera.behind(poses, render.MAX_PITCH)[free], right[free], rtol=0, atol=1e-5
-    )
-    assert camera.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))[0, 1, 2] == pytest.approx(
-        math.sin(math.radians(85))
-    )
+    behind = camera.behind(poses, render.MAX_PITCH)
+    torch.testing.assert_close(behind[free], right[free], rtol=0, atol=1e-5)
+    lowest = camera.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))
+    assert lowest[0, 1, 2] == pytest.approx(math.sin(math.radians(85)))
 
 
 def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
@@ -224,13 +230,13 @@ def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
     third = realtime.Session(replace(OPTIONS, view="third"))
     third.reset(IMAGE)
     chunk = walk(third, 1)[0]
-    assert (
-        chunk.info["poses"] == three[0].info["poses"] and pixels(chunk.frames, three[0].frames) > 0
-    )  # one player, another camera
+
+    # one player, another camera
+    assert chunk.info["poses"] == three[0].info["poses"]
+    assert pixels(chunk.frames, three[0].frames) > 0
     latent = third.denoiser.bank.read(torch.tensor([3])).cameras[0, 0, -1].double()
-    pose = torch.tensor(
-        [chunk.info["poses"][11]], dtype=torch.float64
-    )  # latent 3 ends with frame 12
+    twelfth = chunk.info["poses"][11]  # latent 3 ends with frame 12
+    pose = torch.tensor([twelfth], dtype=torch.float64)
     torch.testing.assert_close(latent, camera.behind(pose)[0], rtol=0, atol=1e-5)
     third.denoiser.camera = camera.pose_to_c2w  # whoever knows the walls brings its own
     third.reset(IMAGE)
@@ -243,83 +249,84 @@ def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
         session.restore(tmp_path / "third.safetensors")
 
 
-def test_only_who_has_seen_the_third_person_may_imagine_it(tmp_path: Path) -> None:
-    cfg, options = (
-        dit.PRESETS["micro"],
-        replace(OPTIONS, weights=str(tmp_path / "model.safetensors")),
+def model_file(tmp_path: Path, **said: object) -> realtime.Options:
+    """A model whose file says this of its training."""
+    options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
+    about = {"preset": "micro", "model": vars(dit.PRESETS["micro"])} | said
+    weights.write_weights(options.weights, moe.build("micro").state_dict(), about)
+    return options
+
+
+def experts_file(tmp_path: Path, **config: object) -> realtime.Options:
+    """Experts, by default of both views, and a VAE beside them."""
+    experts = moe.build(moe.MoEConfig(dit.PRESETS["micro"], **config))
+    options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
+    about = {"preset": "micro", "stage": "moe", "model": asdict(experts.config)}
+    weights.write_weights(options.weights, experts.state_dict(), about)
+    full = realtime.load_parts(OPTIONS, "encoder")[0]["encoder"]
+    vae = tmp_path / "vae.safetensors"
+    weights.write_weights(vae, full.state_dict(), weights.vae_metadata(full))
+    return options
+
+
+@pytest.mark.parametrize("asked, seen", [("first", {}), ("third", {"view": "third"})])
+def test_who_has_seen_a_view_may_imagine_it(tmp_path: Path, asked: str, seen: dict) -> None:
+    for said in (seen, {"view": "both"}):
+        options = replace(model_file(tmp_path, **said), view=asked)
+        assert realtime.load_parts(options, "dit")[1]["method"] == "unipc"
+
+
+def test_who_has_not_seen_it_is_refused(tmp_path: Path) -> None:
+    message = (
+        "^this model has not seen the third person; use --weights of experts: "
+        "python train.py --stage moe, or --view first$"
     )
-
-    def parts(asked: str, **said: object) -> dict:
-        weights.write_weights(
-            options.weights,
-            moe.build("micro").state_dict(),
-            {"preset": "micro", "model": vars(cfg)} | said,
-        )
-        return realtime.load_parts(replace(options, view=asked), "dit")[1]
-
-    for asked, said in (
-        ("first", {}),
-        ("third", {"view": "third"}),
-        ("third", {"view": "both"}),
-        ("first", {"view": "both"}),
-    ):
-        assert parts(asked, **said)["method"] == "unipc"
     for said in ({}, {"view": "first"}):
-        with pytest.raises(
-            ValueError,
-            match="^this model has not seen the third person; use --weights of experts: "
-            "python train.py --stage moe, or --view first$",
-        ):
-            parts("third", **said)
+        third = replace(model_file(tmp_path, **said), view="third")
+        with pytest.raises(ValueError, match=message):
+            realtime.load_parts(third, "dit")
     with pytest.raises(ValueError, match="has not seen the first person.*--view third"):
-        parts("first", view="third")
+        realtime.load_parts(model_file(tmp_path, view="third"), "dit")
     with pytest.raises(ValueError, match="view must be one of first, third, got 'fourth'"):
         realtime.resolve(replace(OPTIONS, view="fourth"))
-    experts = moe.build(moe.MoEConfig(cfg))
-    weights.write_weights(
-        options.weights,
-        experts.state_dict(),
-        {"preset": "micro", "stage": "moe", "model": asdict(experts.config)},
-    )
+
+
+def test_experts_look_where_they_are_asked_and_play(tmp_path: Path) -> None:
+    options = experts_file(tmp_path)
     nets, meta = realtime.load_parts(replace(options, view="third"), "dit")
     assert nets["dit"].view == "third" and meta["method"] == "unipc"
     assert realtime.load_parts(options, "dit")[0]["dit"].view == "first"
-    # and they play: every expert keeps its own keys and values, guidance passes through
-    full = realtime.load_parts(OPTIONS, "encoder")[0]["encoder"]
-    weights.write_weights(
-        tmp_path / "vae.safetensors", full.state_dict(), weights.vae_metadata(full)
-    )
+
+    # every expert keeps its own keys and values, guidance passes through
     third = realtime.Session(replace(options, view="third", guidance=2.0))
     third.reset(IMAGE)
     walk(third, 1)
     played = third.step(*actions(40, 2))
     assert played.info["keyboard"] == actions(40, 2)[0].tolist()
     assert played.frames.shape == (40, *IMAGE.shape) and played.info["memory"]
+
+    options = experts_file(tmp_path, views=("first",))
     with pytest.raises(ValueError, match="no expert for view 'third'; this model has first"):
-        weights.write_weights(
-            options.weights,
-            moe.build(moe.MoEConfig(cfg, views=("first",))).state_dict(),
-            {
-                "preset": "micro",
-                "stage": "moe",
-                "model": asdict(moe.MoEConfig(cfg, views=("first",))),
-            },
-        )
         realtime.load_parts(replace(options, view="third"), "dit")
 
 
-# ---- limit: nothing grows, nothing ends ------------------------------------------------------------------------------
+# ---- limit: nothing grows, nothing ends --------------------------------------------------------------------
 
 
 def test_a_slow_decoder_blocks_the_queue_not_memory(
     session: realtime.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.reset(IMAGE)
-    monkeypatch.setattr(
-        session, "pool", ThreadPoolExecutor(1)
-    )  # as with a decoder on another device
-    gate, decode = threading.Event(), session.decoder.decode
-    session.decoder.decode = lambda *args: (gate.wait(20), decode(*args))[1]
+    # as with a decoder on another device
+    monkeypatch.setattr(session, "pool", ThreadPoolExecutor(1))
+    gate = threading.Event()
+    decode = session.decoder.decode
+
+    def slowly(*args: object) -> tuple:
+        gate.wait(20)
+        return decode(*args)
+
+    monkeypatch.setattr(session.decoder, "decode", slowly)
     for k in range(1 + realtime.QUEUE):  # one in work, QUEUE waiting
         session.submit(*actions(session.frames_needed, k))
     fourth = threading.Thread(target=lambda: session.submit(*actions(session.frames_needed, 3)))
@@ -328,22 +335,18 @@ def test_a_slow_decoder_blocks_the_queue_not_memory(
     assert fourth.is_alive() and len(session.pending) == 1 + realtime.QUEUE
     gate.set()
     fourth.join(20)
-    session.decoder.decode = decode
-    assert not fourth.is_alive() and [session.collect().info["segment"] for _ in range(4)] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert not fourth.is_alive()
+    assert [session.collect().info["segment"] for _ in range(4)] == [0, 1, 2, 3]
 
 
-def test_an_error_of_the_decoder_reaches_the_player(session: realtime.Session) -> None:
+def test_an_error_of_the_decoder_reaches_the_player(
+    session: realtime.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session.reset(IMAGE)
-    decode, session.decoder.decode = session.decoder.decode, lambda *args: 1 / 0
+    monkeypatch.setattr(session.decoder, "decode", lambda *args: 1 / 0)
     session.submit(*actions(56))
     with pytest.raises(ZeroDivisionError):
         session.collect()
-    session.decoder.decode = decode
 
 
 def test_latent_2048_is_not_a_wall_and_history_stays_short(session: realtime.Session) -> None:
@@ -366,13 +369,17 @@ def test_short_segments_keep_four_past_latents() -> None:
     assert len(chunks[2].info["memory"]) == 5
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four released segments, from keys to latents. Tolerance: its diagonal step is 8.73 cm, ours 12.35/√2 = 8.733 cm."""
-    g, saved = load_file(GOLDEN / "rollout.safetensors"), load_file(GOLDEN / "dit.safetensors")
+    """Four released segments, from keys to latents.
+
+    Tolerance: its diagonal step is 8.73 cm, ours 12.35/√2 = 8.733 cm.
+    """
+    g = load_file(GOLDEN / "rollout.safetensors")
+    saved = load_file(GOLDEN / "dit.safetensors")
     said = json.loads((GOLDEN / "meta.json").read_text())["dit_config"]
     cfg = replace(
         weights.from_released(said | {"sigma_theta": 0.0}),
@@ -410,7 +417,7 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
         assert (x0 - right).norm() / right.norm() < 1e-3, f"segment {k}"
 
 
-# ---- behaviour: memory policies, bad input, cost ---------------------------------------------------------------------
+# ---- behaviour: memory policies, bad input, cost -----------------------------------------------------------
 
 
 def test_memory_is_switched_live(session: realtime.Session) -> None:
@@ -519,7 +526,7 @@ def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session)
     assert not session.pending
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks -------------------------------------------------------------------------------------------------
 
 
 def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
@@ -787,3 +794,35 @@ if __name__ == "__main__":
     while any(Path(f"/proc/{pid}").exists() for pid in children):
         assert time.monotonic() < deadline, "a rank outlived its parent"
         time.sleep(0.2)
+
+
+# ---- the decoder -------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_that_draws_nothing_says_so(session: realtime.Session) -> None:
+    network = realtime.load_parts(OPTIONS, "decoder")[0]["decoder"]
+    with torch.no_grad():
+        next(network.decoder.parameters()).fill_(float("nan"))
+    decoder = realtime.Decoder(network, session.options)
+    with pytest.raises(ValueError, match="not finite.*--dtype float32"):
+        decoder.decode(torch.zeros(1, network.cfg.z_dim, 1, 8, 8))
+
+
+def test_a_decoder_keeps_no_graph_in_whatever_thread_it_works(session: realtime.Session) -> None:
+    network = realtime.load_parts(OPTIONS, "decoder")[0]["decoder"].requires_grad_(True)
+    decoder = realtime.Decoder(network, session.options)
+    with ThreadPoolExecutor(1) as pool:  # gradients are switched on and off per thread
+        pool.submit(decoder.decode, torch.zeros(1, network.cfg.z_dim, 1, 8, 8)).result()
+    assert decoder.state
+    assert not any(x.requires_grad for x in decoder.state.values())
+
+
+def test_old_states_of_a_decoder_leave_a_device_that_is_short_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = {0: torch.ones(10)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert actors.parked(state, "cuda")[0] is state[0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 2000))
+    assert actors.parked(state, "cuda") is not state
+    assert actors.parked(state, "cpu") is state and actors.parked(None, "cuda") is None
