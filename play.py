@@ -6,7 +6,7 @@ world there.
     python play.py --image assets/start.png                 a page in the browser, or the ssh line to reach it
     python play.py --actions "w:40, w+l:2s, @revisit"       no browser: films and a session folder, exit 0
 
-dataset/actions.py has the language of --actions. HTTP threads touch `Controls`, `Screen` and a queue of
+dataset/chords.py has the language of --actions. HTTP threads touch `Controls`, `Screen` and a queue of
 commands; the player thread owns the model. Plain HTTP:
 
     GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one
@@ -46,7 +46,7 @@ import torch
 
 import camera
 import realtime
-from dataset.actions import read_actions
+from dataset.chords import read_actions
 from engine import cli
 from page import folder, panels
 from page.controls import FILE_FPS, SHOW_FPS, legal

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import camera
-from dataset.actions import PRESETS, latents_of, read_actions
+from dataset.chords import PRESETS, latents_of, read_actions
 from dataset.episode import poses_to_c2w
 
 
