@@ -55,7 +55,6 @@ from page.player import Player
 from page.server import bind
 from page.start import open_start
 
-HERE = Path(__file__).resolve().parent
 BENCH = 10 * SHOW_FPS  # frames: half of them warm up, half are timed
 SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
 LARGEST = 2048  # pixels of a side of the fake world
@@ -284,7 +283,7 @@ def check(args: argparse.Namespace) -> int:
 
 def make_start(args: argparse.Namespace) -> int:
     """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
-    assets = HERE / "assets"
+    assets = cli.beside("assets")
     for path in (assets / "start.png", *assets.glob("gallery/*.png")):
         open_start(path, (64, 64), path.name).save(path)
     return 0
@@ -295,7 +294,10 @@ def make_start(args: argparse.Namespace) -> int:
 
 PRESETS = tuple(sorted(realtime.SIZES, key="tiny".__ne__))  # tiny first
 FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the first), help
-    "image": (str(HERE / "assets/start.png"), "start picture; any size, centre crop and resize"),
+    "image": (
+        str(cli.beside("assets/start.png")),
+        "start picture; any size, centre crop and resize",
+    ),
     "weights": ("", "file, folder or run; default: the newest run, else the shipped ones"),
     "actions": ("", 'no browser: "w:40, w+l:2s, @revisit", a .txt or an .npz; films, a session'),
     "memory": (
@@ -357,6 +359,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError("third-person weights are not public (SkyworkAI/Matrix-Game#69, #76)")
     check_ranges(args)
     args.size = size_of(args.size)
+    args.image = str(cli.find(args.image))
     args.stop = threading.Event()
     args.resume = None
     return args
@@ -400,8 +403,11 @@ def refuse_hub(args: argparse.Namespace) -> None:
 def find_weights(args: argparse.Namespace) -> None:
     """Fill in what is not given: the newest run of the preset, else the shipped weights, else the game."""
     refuse_hub(args)
-    if not args.weights:
-        args.weights = str(next(iter([*runs_of(args), *shipped(args)]), ""))
+    found = [*runs_of(args), *shipped(args)]
+    if args.weights:
+        args.weights = str(cli.find(args.weights))
+    elif found:
+        args.weights = cli.shown(found[0])
     if not args.weights and not args.fake:
         args.fake = True
         print(NO_MODEL.format(args.preset), flush=True)
@@ -410,7 +416,7 @@ def find_weights(args: argparse.Namespace) -> None:
 def runs_of(args: argparse.Namespace) -> list[Path]:
     """Runs that trained a model of this preset and view, the newest first."""
     found = []
-    for latest in Path("runs").glob("*/latest"):
+    for latest in cli.beside("runs").glob("*/latest"):
         said = json.loads((latest.parent / "config.json").read_text())
         trained = {said["stage"], said.get("expert")}
         if said["preset"] == args.preset and trained & STAGES[args.view]:
@@ -421,7 +427,7 @@ def runs_of(args: argparse.Namespace) -> list[Path]:
 
 def shipped(args: argparse.Namespace) -> list[Path]:
     """The weights that came with the code: the few-step student, else its teacher."""
-    folder = HERE / "assets" / args.preset
+    folder = cli.beside("assets", args.preset)
     files = (folder / f"{name}.safetensors" for name in ("student", "base"))
     return [folder for file in files if file.exists()]
 

@@ -13,7 +13,6 @@ writes; what nobody holds is what somebody lost. _DONE comes last: who sees it s
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ import torch
 import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
+from engine import cli
 from page.film import settle
 from page.start import player_cameras
 
@@ -71,7 +71,7 @@ SESSION = {  # what every session.json has
 
 def claim(out: str) -> Path:
     """--out or runs/play-<time>, with a number where that exists: nothing is ever overwritten."""
-    base = Path(out or time.strftime("runs/play-%Y%m%d-%H%M%S"))
+    base = Path(out) if out else cli.beside("runs", time.strftime("play-%Y%m%d-%H%M%S"))
     base.parent.mkdir(parents=True, exist_ok=True)
     for k in range(1, 10_000):
         path = base.with_name(base.name + (f"-{k}" if k > 1 else ""))
@@ -85,9 +85,11 @@ def claim(out: str) -> Path:
 def hold(journal: BinaryIO) -> bool:
     """Lock an open journal for as long as it is open; False if another process writes it."""
     try:
+        import fcntl
+
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except (ImportError, OSError):
+        return False  # held; or nobody can tell here, and nothing is completed unasked
     return True
 
 
@@ -116,7 +118,11 @@ def about(args: argparse.Namespace) -> dict:
             sha[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return {
         "argv": sys.argv[1:],
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
         "weights_sha": sha,
         "flags": {name: getattr(args, name) for name in FLAGS},
     }
@@ -146,8 +152,8 @@ def problem_of(said: dict) -> str:
         if not isinstance(said.get(key), kind):
             return f"{key} must be there, as {kind.__name__}"
     for key, width in {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}.items():
-        rows = np.array(said[key], np.float64).reshape(-1, width)
-        if len(rows) != len(said[key]) or not np.isfinite(rows).all():
+        rows = np.array(said[key] or np.zeros((0, width)), np.float64)
+        if rows.shape[1:] != (width,) or not np.isfinite(rows).all():
             return f"{key} must be rows of {width} numbers"
 
     F = len(said["keyboard"])
@@ -199,6 +205,7 @@ def state_file(folder: Path, frames: int) -> Path:
 
 
 def frames_of(path: Path) -> int:
+    """N of state-N.safetensors."""
     return int(path.stem.removeprefix("state-"))
 
 
@@ -309,7 +316,7 @@ def discard(folder: Path) -> None:
 
 def recover(out: str) -> None:
     """Complete what was cut off: folders of this name, or of the default one, that nobody is writing."""
-    base = Path(out or "runs/play-")
+    base = Path(out) if out else cli.beside("runs", "play-")
     for journal in sorted(base.parent.glob(f"{base.name}*/{JOURNAL}")):
         folder = journal.parent
         with open(journal, "rb+") as file:

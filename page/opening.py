@@ -61,6 +61,7 @@ def settle(player: object, live: bool) -> None:
     """What was measured on this machine is written down: a replay must not measure again."""
     args = player.args
     args.dtype = player.session.options.dtype
+    args.device = player.session.options.device
     if live and not args.new:
         args.new = realtime.shortest_sustained(player.session, player.fps)
     else:

@@ -193,23 +193,25 @@ class Player(threading.Thread):
         recording, self.recording = self.recording, None
         chunks = []
         if recording:
-            with self.unless_full():
+            with self.unless_full(ending=True):
                 chunks = recording.close(self.session)
         return chunks
 
     @contextlib.contextmanager
-    def unless_full(self) -> Iterator[None]:
+    def unless_full(self, ending: bool = False) -> Iterator[None]:
         """A full disk ends the recording, not the walk, and says so."""
         try:
             yield
         except OSError as error:
-            if self.recording:
-                self.recording.abandon()
-            self.recording = None
             self.unrecorded = (
                 f"not recorded any more: {error}. What was written is kept, "
                 "and completed at the next start if there is room"
             )
+            if not self.recording and not ending:
+                self.unrecorded = f"nothing is recorded: {error}; pass another --out"
+            elif self.recording:
+                self.recording.abandon()
+            self.recording = None
             self.screen.note(info=self.unrecorded)
             print(self.unrecorded, file=sys.stderr, flush=True)
 

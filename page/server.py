@@ -203,12 +203,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], player: object, token: str) -> None:
+        self.ended = threading.Event()  # first: a taken port closes what was never open
         super().__init__(address, Handler)
         self.player = player
         self.token = token
         self.slots = threading.Semaphore(SLOTS)
         self.deadlines: dict[socket.socket, float] = {}
-        self.ended = threading.Event()
 
     def server_close(self) -> None:
         """Who watches the deadlines goes home, too."""
