@@ -25,7 +25,7 @@ import torch
 import camera
 import realtime
 import world
-from dataset import episode
+from dataset import film
 from page import commands, opening
 from page import folder as folders
 from page.controls import LATENT, SHOW_FPS, Controls, legal
@@ -377,7 +377,7 @@ class Player(threading.Thread):
             return []
         ends = slice(LATENT - 1, None, LATENT)
         right = true_views(truth, poses[ends], *self.size)
-        return episode.psnr(frames[ends], right).tolist()
+        return film.psnr(frames[ends], right).tolist()
 
     def described(self, memory: list[dict]) -> list[dict]:
         """What was looked back at, with a small picture of it and where it was seen."""

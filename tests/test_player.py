@@ -9,7 +9,8 @@ import torch
 from playing import Dream, act, arguments, dreaming
 
 import realtime
-from dataset.episode import psnr, read_episode
+from dataset.episode import read_episode
+from dataset.film import psnr
 from page import commands
 from page.player import Player, explain
 from page.start import true_views
