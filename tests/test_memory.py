@@ -97,7 +97,8 @@ def close(found: Tensor, expected: Tensor, atol: float) -> None:
 
 
 def test_a_palindrome_shows_its_second_half_backwards_first() -> None:
-    assert palindrome(9).tolist() == [8, 8, 7, 6, 5, 5, 6, 7, 8]
+    short = palindrome(9).tolist()
+    assert short == [8, 8, 7, 6, 5, 5, 6, 7, 8]
     order = palindrome(57)
     assert torch.equal(order[1:29], order[29:].flip(0))
     assert torch.equal(order[29:], torch.arange(29, 57))
@@ -203,7 +204,8 @@ def released_score(query: Tensor, candidate: Tensor) -> float:
     inverse = torch.linalg.inv(camera.to_released(candidate).float())
     points = memory.frustum_points("released", 0)
     world = base[:3, :3] @ points + base[:3, 3:]
-    x, y, z = inverse[:3, :3] @ world + inverse[:3, 3:]
+    moved = inverse[:3, :3] @ world + inverse[:3, 3:]
+    x, y, z = moved
     u = 640 * x / z.clamp(min=1e-6) + 640
     v = 360 * y / z.clamp(min=1e-6) + 360
     in_picture = (u >= 0) & (u <= 1280) & (v >= 0) & (v <= 720)
@@ -270,7 +272,8 @@ def test_fast_overlap_equals_slow_overlap() -> None:
     for q, row in zip(query, overlap(query, candidates), strict=True):
         world = q[:3, :3] @ points + q[:3, 3:]
         for c, score in zip(candidates, row, strict=True):
-            x, y, z = c[:3, :3].T @ (world - c[:3, 3:])
+            away = world - c[:3, 3:]
+            x, y, z = c[:3, :3].T @ away
             in_range = (z > memory.NEAR) & (z < memory.FAR)
             inside = (x.abs() <= z) & (y.abs() <= z) & in_range
             share = inside.double().mean()
@@ -344,7 +347,8 @@ def filled_bank(c2w: Tensor, rule: str = "uniform", **options: float) -> MemoryB
 
 def add(bank: MemoryBank, times: Tensor, c2w: Tensor) -> None:
     n = len(times)
-    latents = times.view(1, n, 1, 1).float().expand(2, n, 2, 2)
+    content = times.float().view(1, n, 1, 1)
+    latents = content.expand(2, n, 2, 2)
     bank.append(latents, c2w[:, None].expand(n, 4, 4, 4), times)
 
 
@@ -518,7 +522,8 @@ def test_the_training_selector_finds_the_place_among_older_latents() -> None:
     c2w = there_and_back()[None].repeat_interleave(4, 1)[:, 3:]
     start = torch.tensor([141, 60])
     g = torch.Generator().manual_seed(0)
-    index = memory.select_training(c2w.expand(2, -1, -1, -1), start, 10, generator=g)
+    twice = c2w.expand(2, -1, -1, -1)
+    index = memory.select_training(twice, start, 10, generator=g)
     assert index.shape == (2, 5)
     assert index[:, -1].tolist() == [1, 1]
     assert index[0].max() < 15
@@ -537,6 +542,42 @@ def test_the_training_selector_finds_the_place_among_older_latents() -> None:
     assert chosen(25, sink=False) == [20, 19, 18, 17, 16]
 
 
+def test_training_scatters_its_points_evenly_in_balls_around_five_of_the_new_cameras(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    plain = memory.inside
+
+    def spy(points: Tensor, g: Tensor, far: float) -> Tensor:
+        given.append((points, far))
+        return plain(points, g, far)
+
+    monkeypatch.setattr(memory, "inside", spy)
+    c2w = torch.cat([at(z=25.0 * frame) for frame in range(281)])[None]  # 100 m per latent
+    g = torch.Generator().manual_seed(0)
+    memory.select_training(c2w, torch.tensor([60]), 10, generator=g)
+    points, far = given[0]
+    assert far == math.inf, "training asks whatever is in sight"
+
+    # the newest camera is the origin; the others stand 2, 4, 6 and 8 latents behind it
+    balls = points.view(3, 5, memory.POINTS_AROUND)
+    centres = torch.tensor([0.0, -200, -400, -600, -800])
+    assert (balls[2].mean(-1) - centres).abs().max() < 2
+    balls[2] -= centres[:, None]
+    radius = balls.norm(dim=0)
+    assert radius.max() <= 20.001
+    assert radius.median() == pytest.approx(20 * 0.5 ** (1 / 3), abs=0.3)  # half of the volume
+
+
+def test_what_a_single_new_view_sees_is_worth_remembering() -> None:
+    """Turning on the spot, 12 degrees a latent: no point is seen by all ten new views, and the views
+    of a whole turn ago, and not the newest, have seen what they see."""
+    c2w = torch.cat([at(yaw=3.0 * frame) for frame in range(281)])[None].float()
+    index = memory.select_training(c2w, torch.tensor([60]), 10, sink=False)[0].tolist()
+    headings = [12 * (latent % 30) for latent in index]
+    assert all(324 <= heading or heading <= 108 for heading in headings)
+
+
 # ---- behaviour: context ------------------------------------------------------------------------------------
 
 
@@ -546,8 +587,9 @@ def clip(B: int = 2, T: int = 45) -> dict:
     keyboard, mouse = random_actions(B * frames, 1)
     poses = []
     for b in range(B):
+        start = (b, -1.6, 0, 0, 40 * b)
         turns = mouse[b * frames : (b + 1) * frames - 1]
-        poses.append(camera.integrate((b, -1.6, 0, 0, 40 * b), keyboard[: frames - 1], turns))
+        poses.append(camera.integrate(start, keyboard[: frames - 1], turns))
     return {
         "latents": torch.randn(B, 6, T, 4, 4, generator=g),
         "c2w": camera.pose_to_c2w(torch.stack(poses)).float(),
@@ -583,10 +625,12 @@ def test_anchored_rays_move_with_the_player_absolute_ones_stay_and_none_are_zero
     assert rays["none"].abs().max() == 0
 
     # the last frame of the past of latent 15 as the origin of the world: no difference
-    at_origin = c | {"c2w": camera.relative(c["c2w"][:, 56:57], c["c2w"])}
+    anchor = c["c2w"][:, 56:57]
+    at_origin = c | {"c2w": camera.relative(anchor, c["c2w"])}
     both = []
+    where = at_origin | window([15, 25])
     for encoding in ("anchored", "absolute"):
-        _, context = clip_context(**at_origin, **window([15, 25]), encoding=encoding)
+        _, context = clip_context(**where, encoding=encoding)
         both.append(context.rays[0])
     close(*both, 1e-5)
 
@@ -604,14 +648,12 @@ def test_a_clip_and_a_session_build_the_same_context(encoding: str) -> None:
         bank.append(c["latents"][b, :, :35], cameras, torch.arange(35))
 
         # the release's windows: one action per frame of the window, the last one is not known yet
-        mouse, keyboard = (
-            action_windows(c[name][one], first, 14) for name in ("mouse", "keyboard")
-        )
+        mouse = action_windows(c["mouse"][one], first, 14)
+        keyboard = action_windows(c["keyboard"][one], first, 14)
         if encoding == "released":
             frames = [*range(4 * first - 3, 4 * first + 52), 4 * first + 51]
-            mouse, keyboard = (
-                released_windows(c[k][one][:, frames]) for k in ("mouse", "keyboard")
-            )
+            mouse = released_windows(c["mouse"][one][:, frames])
+            keyboard = released_windows(c["keyboard"][one][:, frames])
         hand = make_context(
             c["latents"][one, :, first : first + 4],
             torch.arange(first, first + 14)[None],
@@ -751,7 +793,8 @@ def test_bad_requests_say_what_is_allowed() -> None:
     with refused("frames 0 .. 99"):
         segment_cameras(c["c2w"][:, :100], 20, 10)
     with refused("keyboard must be"):
-        camera.integrate((0, 0, 0, 0, 0), torch.zeros(4, 4), torch.zeros(4, 2))
+        no_keys = torch.zeros(4, 4)
+        camera.integrate((0, 0, 0, 0, 0), no_keys, torch.zeros(4, 2))
     with refused("4k\\+1"):
         palindrome(56)
 
