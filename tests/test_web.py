@@ -1,9 +1,14 @@
 """The page that needs no server: its JavaScript against the chapters that it mirrors, then real browsers."""
 
+import base64
+import functools
+import http.server
 import json
 import math
+import queue
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import camera
+import export
 import flow
 import memory
 import play
+import realtime
 from context import Window, query_offsets
 from engine.actors import Plan
 from engine.exported import HashedDenoiser, gaussian
@@ -348,3 +355,188 @@ def test_the_score_is_psnr_and_home_is_where_the_first_picture_was_taken() -> No
     assert got == pytest.approx(10 * math.log10(255**2 / mse), abs=1e-9)
     far = javascript("return game.distance([3, 0, 4, 0, 355], [0, 0, 0, 0, 5]);")
     assert far == {"metres": 5, "degrees": 10}
+
+
+# ---- real browsers -----------------------------------------------------------------------------------------
+
+COMMANDS = {  # no driver: the page itself reports to the server that it came from
+    "chromium": ["--headless=new", "--no-sandbox", "--disable-gpu", "--user-data-dir={}"],
+    "firefox": ["--headless", "--no-remote", "--profile", "{}"],
+}
+PATIENT = 400  # seconds a browser may need on a machine that is busy with other things
+TELL = """
+    const until = async (condition) => {
+      while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20));
+    };
+    const tell = (report) => fetch("/report", { method: "POST", body: JSON.stringify(report) });
+"""
+WALK_TWICE = """
+    const bytes = [];
+    const { put } = page.screen;
+    page.screen.put = function (chunk, period) {
+      for (const byte of chunk.frames) bytes.push(byte);
+      return put.call(this, chunk, 1);  // as fast as they are made
+    };
+    const all = () => bytes.length >= 4 * 64 * 64 * FRAMES;
+    const trouble = () => banner.className === "trouble" && banner.textContent;
+    const packed = () => {
+      let text = "";
+      const size = 4 * 64 * 64 * FRAMES;
+      for (let at = 0; at < size; at += 16384) {
+        text += String.fromCharCode(...bytes.slice(at, at + 16384));
+      }
+      return btoa(text);
+    };
+    await until(() => all() || trouble());
+    if (trouble()) return { trouble: trouble() };
+    const report = { on: packed(), speed: page.state.speed, backend: page.state.backend };
+    const { script, chords, ...walk } = page.state;
+    memory.click();
+    bytes.length = 0;
+    await page.begin({ ...walk, chords: [...chords, ...script].slice(0, 136) });
+    await until(() => all() || trouble());
+    return { ...report, off: packed(), trouble: trouble(), agent: navigator.userAgent };
+"""
+SAY = """
+    await until(() => banner.className === "trouble" || page.ready);
+    return { text: banner.textContent, ready: page.ready };
+"""
+
+
+class Reporting(http.server.SimpleHTTPRequestHandler):
+    """The page's files, a program that is added to the page, and what that program reports."""
+
+    def do_GET(self) -> None:
+        if self.path.split("?")[0] != "/":
+            return super().do_GET()
+        extra = f'<script type="module">{TELL} tell(await (async () => {{ {self.server.program} }})());</script>'
+        text = (WEB / "index.html").read_text()
+        head, rest = text.split("<script", 1)
+        page = f"{head}{self.server.before}<script{rest}".replace("</head>", f"{extra}</head>")
+        self.answer(page.encode(), "text/html")
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.reports.put(json.loads(self.rfile.read(length)))
+        self.answer(b"", "text/plain")
+
+    def answer(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *about: object) -> None:
+        pass
+
+
+def visit(
+    browser: str, folder: Path, program: str, place: str, tmp_path: Path, before: str = ""
+) -> dict:
+    """What a program reports from the page in a real browser."""
+    path = shutil.which(browser) or shutil.which(f"{browser}-esr")
+    if path is None:
+        pytest.skip(f"needs {browser}")
+    handler = functools.partial(Reporting, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.program = program
+        server.before = before
+        server.reports = queue.Queue()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        profile = tmp_path / "profile"
+        profile.mkdir()
+        words = [word.format(profile) for word in COMMANDS[browser]]
+        url = f"http://127.0.0.1:{server.server_port}/{place}"
+        process = subprocess.Popen(
+            [path, *words, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            return server.reports.get(timeout=PATIENT)
+        finally:
+            process.kill()
+            process.wait()
+            server.shutdown()
+
+
+def needs_export() -> None:
+    if not (WEB / "model/facts.json").is_file() or not list(WEB.glob("runtime/*.gz")):
+        pytest.skip("needs npm ci --prefix web && python export.py --web web")
+
+
+def frames_of(packed: str) -> np.ndarray:
+    rgba = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(-1, 64, 64, 4)
+    return rgba[..., :3].astype(int)
+
+
+def session_frames(chords: list[str], policy: str) -> np.ndarray:
+    """The same walk in realtime.Session, with noise that a browser can draw."""
+    options = Options("tiny", decoder="light75", policy=policy, device="cpu", dtype="float32")
+    session = realtime.Session(options)
+    session.denoiser = HashedDenoiser(session.nets["dit"], session.denoiser.meta, session.options)
+    picture = export.read_picture(export.start_pictures()[3])
+    frames = [session.reset(picture, seed=42).frames]
+    while chords:
+        n = session.frames_needed
+        rows = (chords + ["_"] * n)[:n]
+        frames.append(session.step(*camera.actions_from_keys(rows)).frames)
+        chords = chords[n:]
+    return torch.cat(frames).numpy().astype(int)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("browser", COMMANDS)
+def test_a_walk_is_the_walk_of_a_session(browser: str, tmp_path: Path) -> None:
+    needs_export()
+    walked = "w:24,l:60,j:60"  # out, away, back: 144 frames
+    chords = play_chords(walked)[:136]
+    program = WALK_TWICE.replace("FRAMES", "121")
+    report = visit(browser, WEB, program, f"#seed=42&start=3&do={walked}", tmp_path)
+    assert not report["trouble"], report["trouble"]
+
+    differences = {}
+    for name, policy in (("on", "camera"), ("off", "none")):
+        got = frames_of(report[name])
+        assert got.shape == (121, 64, 64, 3)
+        expected = session_frames(chords, policy)[:121]
+        differences[name] = np.abs(got - expected).mean()
+    forgotten = np.abs(frames_of(report["on"]) - frames_of(report["off"]))[97:].mean()
+    print(
+        f"{browser}, {report['backend']}: {report['speed']:.1f} frames/s made; mean difference from "
+        f"realtime.Session {differences['on']:.3f} of 256 grey levels with memory, "
+        f"{differences['off']:.3f} without; memory on against off: {forgotten:.1f}"
+    )
+    assert max(differences.values()) <= 1
+    assert forgotten > 2, "without memory another world is seen"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "case, says",
+    [
+        ("no model", "There is no model here yet. Make one with: python export.py --web web"),
+        ("another version", "format 99, this page reads 1. Make them again with: python export"),
+        ("no runtime", "is missing. Fetch it with: npm ci --prefix web"),
+        ("damaged", "is damaged. Make it again with: python export.py --web web"),
+        ("no WebAssembly", "needs WebAssembly"),
+        ("foreign link", "The walk in this link is ignored: seed is a whole number from 0 to"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(case: str, says: str, tmp_path: Path) -> None:
+    needs_export()
+    folder = tmp_path / "web"
+    leave_out = shutil.ignore_patterns("node_modules")
+    shutil.copytree(WEB, folder, ignore=leave_out)
+    if case == "no model":
+        shutil.rmtree(folder / "model")
+    elif case == "another version":
+        (folder / "model/facts.json").write_text('{"format": 99}')
+    elif case == "no runtime":
+        shutil.rmtree(folder / "runtime")
+    elif case == "damaged":
+        (folder / "model/network.onnx.gz").write_bytes(b"cut short")
+    before = "<script>delete window.WebAssembly</script>" if case == "no WebAssembly" else ""
+    place = "#seed=x" if case == "foreign link" else ""
+    report = visit("chromium", folder, SAY, place, tmp_path, before)
+    assert says in report["text"]
+    assert report["ready"] == (case == "foreign link")

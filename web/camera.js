@@ -1,8 +1,9 @@
 // What a key does to a camera, and where its rays run: camera.py, as far as a page needs it.
 //
 // A camera is a 4x4 matrix c2w, 16 numbers row by row, OpenCV axes (x right, y DOWN, z forward),
-// metres. A pose is [x, y, z, pitch°, yaw°]; yaw > 0 turns right, pitch > 0 looks up. Action t leads
-// from frame t to frame t + 1. The derivations stand in camera.py; the numbers (1) .. (4) are its own.
+// metres. A pose is [x, y, z, pitch°, yaw°]; yaw > 0 turns right, pitch > 0 looks up. Action t
+// leads from frame t to frame t + 1. The derivations stand in camera.py, and so do the numbers of
+// its formulas, (1) .. (4).
 
 export const STEP = 0.1235; // metres per frame; a diagonal moves 1/√2 of it on each axis
 export const DEGREES = 15; // degrees per mouse unit, both axes
@@ -18,14 +19,18 @@ const RAY_CHANNELS = 15; // origin, direction, moment, six harmonics of the azim
 const radians = (degrees) => (degrees * Math.PI) / 180;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-// ---- keys -> actions -> poses --------------------------------------------------------------------
+// ---- keys -> actions -> poses -------------------------------------------------------------------
 
-/** "w+l" -> the action of one frame. Numbers are rounded to float32: the network sees those. */
+/**
+ * "w+l" -> the action of one frame; "l2.5" turns 2.5 times as far. Numbers are rounded to float32:
+ * the network sees those.
+ */
 export function actionOf(chord) {
-  const held = new Set(chord.split("+"));
+  const held = new Map(chord.split("+").map((key) => [key[0], Number(key.slice(1) || 1)]));
   const mouse = [0, 0];
   for (const [key, turn] of Object.entries(LOOK)) {
-    if (held.has(key)) turn.forEach((value, axis) => (mouse[axis] += value));
+    const times = held.get(key) ?? 0;
+    turn.forEach((value, axis) => (mouse[axis] += times * value));
   }
   return {
     keyboard: KEYS.map((key) => Number(held.has(key))),
@@ -62,7 +67,7 @@ export function invert(chords) {
   return chords.map(flip).reverse();
 }
 
-// ---- poses -> cameras ----------------------------------------------------------------------------
+// ---- poses -> cameras ---------------------------------------------------------------------------
 
 /** [Ry(yaw) Rx(pitch) | t] */
 export function poseToC2w([x, y, z, pitch, yaw]) {
@@ -94,7 +99,7 @@ export function relative(base, other) {
   return g;
 }
 
-// ---- cameras -> rays -----------------------------------------------------------------------------
+// ---- cameras -> rays ----------------------------------------------------------------------------
 
 /** Unit vectors through the centres of h x w cells, 90° across, in camera axes: [x, y, z] each. */
 export function directions(h, w) {

@@ -1,9 +1,9 @@
 // Memory, past, new: all that the network sees besides noise. context.py, anchored encoding.
 //
-//     frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...      latent L >= 1 covers frames 4L − 3 .. 4L       (1)
+//     frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...      latent L >= 1 covers frames 4L − 3 .. 4L   (1)
 //
-// Memory slot j was asked for by the new latent that lies j·new/5 before the newest (2). Latent L sees
-// the twelve actions 4L − 12 .. 4L − 1: the four that made its frames and eight before (3).
+// Memory slot j was asked for by the new latent that lies j·new/5 before the newest (2). Latent L
+// sees the twelve actions 4L − 12 .. 4L − 1: the four that made its frames and eight before (3).
 
 import { anchoredRays, poseToC2w } from "./camera.js";
 

@@ -1,5 +1,5 @@
-// Keyboard, mouse, touch and gamepad: whatever is used, it ends as the eight keys w a s d i j k l. A
-// walk is then a list of chords, which a link can hold and anybody can play again.
+// Keyboard, mouse, touch and gamepad: whatever is used, it ends as the eight keys w a s d i j k l.
+// A walk is then a list of chords, which a link can hold and anybody can play again.
 
 import { chordOf, LATENT } from "./walk.js";
 
@@ -11,7 +11,7 @@ const DEGREES_PER_FRAME = 1.5; // of a look key
 const DEGREES_PER_WIDTH = 120; // dragged across the whole picture
 const DEAD = 0.35; // of a stick: smaller deflections are rest
 
-/** What is held, tapped and dragged since the last decision. State, not events: nothing queues up. */
+/** What is held, tapped and dragged since the last decision: nothing can queue up. */
 export class Controls {
   held = new Map(); // source -> Set of keys; sources are independent of each other
   taps = new Set(); // went down and up again since the last decision
@@ -41,26 +41,28 @@ export class Controls {
     this.onChange(this.keys());
   }
 
-  /** The next n chords: held keys act throughout, taps and drags for the latents they last. */
+  /** The next n chords: held keys act throughout, taps for a latent, a drag evenly or shorter. */
   decide(n) {
     this.readGamepad();
-    const held = this.keys();
-    const turns = this.drag.map((degrees) => {
-      const latents = Math.round(Math.abs(degrees) / DEGREES_PER_FRAME / LATENT);
-      return Math.min(LATENT * latents, n);
-    });
-    const [right, up] = this.drag;
+    const held = [...this.keys()];
+    const turns = [this.turn(0, "l", "j", n), this.turn(1, "i", "k", n)];
     const chords = Array.from({ length: n }, (_, frame) => {
-      const keys = [...held];
-      if (frame < LATENT) keys.push(...this.taps);
-      if (frame < turns[0]) keys.push(right > 0 ? "l" : "j");
-      if (frame < turns[1]) keys.push(up > 0 ? "i" : "k");
-      return chordOf(keys);
+      const taps = frame < LATENT ? this.taps : [];
+      const looks = turns.filter(({ frames }) => frame < frames).map(({ key }) => key);
+      return chordOf(new Set([...held, ...taps, ...looks]));
     });
-    // what was too small to turn a latent's worth waits for more of its kind
-    this.drag = this.drag.map((degrees, axis) => (turns[axis] ? 0 : degrees));
     this.taps = new Set();
     return chords;
+  }
+
+  /** What was dragged along one axis as a look key and for how many of n frames. */
+  turn(axis, positive, negative, n) {
+    const key = this.drag[axis] > 0 ? positive : negative;
+    const keyFrames = Math.abs(this.drag[axis]) / DEGREES_PER_FRAME; // at the pace of a held key
+    const frames = Math.min(n, LATENT * Math.round(keyFrames / LATENT));
+    if (frames) this.drag[axis] = 0; // less than a latent's worth waits for more of its kind
+    const times = Math.max(1, Math.round((10 * keyFrames) / n) / 10);
+    return { frames, key: times > 1 ? key + times : key };
   }
 
   readGamepad() {
@@ -82,7 +84,7 @@ export function stickKeys(x, y, [up, left, down, right]) {
   return keys;
 }
 
-// ---- devices -------------------------------------------------------------------------------------
+// ---- devices ------------------------------------------------------------------------------------
 
 export function listen(controls, { screen, thumb, keys }) {
   listenKeyboard(controls);

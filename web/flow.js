@@ -1,13 +1,13 @@
-// Walk from noise to clean latents along the predicted velocity: the samplers of flow.py, and noise that
-// a seed decides, the same in every browser and in export.py.
+// Walk from noise to clean latents along the predicted velocity: the samplers of flow.py, and noise
+// that a seed decides, the same in every browser and in engine/exported.py.
 //
-// torch's generator does not exist here. This one is a counter: number i of segment k under a seed is
-// a hash of (seed, k, i), so nothing has to be drawn in order, and a walk can be played again.
+// torch's generator does not exist here. This one is a counter: number i of segment k under a seed
+// is a hash of (seed, k, i): nothing has to be drawn in order, and a walk can be played again.
 
 const GOLDEN = 0x6d2b79f5; // odd: a counter times it visits all 2³² values
 const SEGMENTS = 1_000_003; // as in play: seed and segment become one number
 
-// ---- noise ---------------------------------------------------------------------------------------
+// ---- noise --------------------------------------------------------------------------------------
 
 /** Uniform in [0, 1): mulberry32's hash of a counter. */
 function uniform(stream, i) {
@@ -30,7 +30,7 @@ export function gaussian(seed, segment, n) {
   return values;
 }
 
-// ---- samplers: velocity(x, σ) is the network, all noise is given ---------------------------------
+// ---- samplers: velocity(x, σ) is the network, all noise is given --------------------------------
 
 /** Σ weight · array */
 function combine(...terms) {
@@ -43,7 +43,7 @@ function combine(...terms) {
   return sum;
 }
 
-/** Jump to the clean estimate, then add fresh noise of the next level: as the student is trained. */
+/** Jump to the clean estimate, then add noise of the next level: as the student is trained. */
 async function renoise(velocity, draws, sigmas) {
   let x = draws[0];
   for (let i = 0; ; i++) {
@@ -94,7 +94,8 @@ function correct(start, clean, sigmas, lambda, i, order) {
   const weight = Math.expm1(-h); // (8)
   const scale = -(1 - sigmas[i]) * weight;
   const from = [sigmas[i] / sigmas[i - 1], start];
-  if (order === 1) return combine(from, [0.5 * scale, clean[i - 1]], [0.5 * scale, clean[i]]); // (7)
+  const half = 0.5 * scale;
+  if (order === 1) return combine(from, [half, clean[i - 1]], [half, clean[i]]); // (7)
 
   // two differences of x̂0, weighted so that the integral in (7) is exact for parabolas
   const r = (lambda[i - 2] - lambda[i - 1]) / h;

@@ -1,6 +1,6 @@
 // Find the old frames that saw what we are about to see: memory.py, rule "uniform".
 //
-//     s(q, c) ≈ (1/n)·Σ_i [p_i in V_c],   p_i evenly spread in the view V_q                       (2)
+//     s(q, c) ≈ (1/n)·Σ_i [p_i in V_c],   p_i evenly spread in the view V_q                   (2)
 //
 // The share of the new view q that the old view c has seen is the share of sample points of q that
 // lie in c's frustum as well. Five questions, each takes the best of what no other has taken; the
@@ -48,7 +48,7 @@ export function overlap(query, candidate) {
   return seen / SAMPLE.length;
 }
 
-/** Row by row of scores, the best column that is not taken yet; the last row is the sink's, if any. */
+/** Row by row of scores, the best column that is not taken yet; the last row is the sink's. */
 export function pick(scores, sink) {
   const taken = [];
   for (const row of sink === null ? scores : scores.slice(0, -1)) {
@@ -68,7 +68,7 @@ export function pick(scores, sink) {
 export class MemoryBank {
   rows = []; // {latent, cameras, time}
 
-  /** A full bank lets in only views that nothing overlaps, and every eighth: it grows with the area. */
+  /** A full bank lets in views that nothing overlaps, and every eighth: it grows with the area. */
   append(latent, cameras, time) {
     const rounded = cameras.map((c2w) => Float32Array.from(c2w));
     if (this.rows.length >= FREE && time % 8) {
@@ -78,15 +78,13 @@ export class MemoryBank {
     this.rows.push({ latent, cameras: rounded, time });
   }
 
-  /** Cameras that ask, newest first -> rows with their score, as many. Only latents before `before`. */
+  /** Cameras that ask, newest first -> as many rows with their score, all of before `before`. */
   retrieve(asking, before, useSink = true) {
     const old = this.rows.filter((row) => row.time < before);
     // latent 0 is one frame alone: it answers only where there is nothing else
     const candidates = old.length > 1 ? old.filter((row) => row.time > 0) : old;
     const queries = asking.map((c2w) => Float32Array.from(c2w));
-    const scores = queries.map((query) =>
-      candidates.map((row) => overlap(query, row.cameras[3])),
-    );
+    const scores = queries.map((query) => candidates.map((row) => overlap(query, row.cameras[3])));
     const sink = useSink ? 0 : null;
     return pick(scores, sink).map((column, slot) => ({
       ...candidates[column],

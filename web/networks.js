@@ -7,7 +7,7 @@ const INSTALL = "npm ci --prefix web";
 /** What went wrong in one sentence, and what to type; shown as it is. */
 export class Trouble extends Error {}
 
-// ---- files ---------------------------------------------------------------------------------------
+// ---- files --------------------------------------------------------------------------------------
 
 /** The bytes of a file that was packed with gzip, or a Trouble that says which command makes it. */
 async function unzip(url, command) {
@@ -35,7 +35,7 @@ export async function readFacts(folder) {
   return facts;
 }
 
-// ---- runtime -------------------------------------------------------------------------------------
+// ---- runtime ------------------------------------------------------------------------------------
 
 /** A graphics card that a browser lends us; software in its place would be slower than wasm. */
 async function hasGraphicsCard() {
@@ -44,11 +44,11 @@ async function hasGraphicsCard() {
 }
 
 /** onnxruntime-web, from beside this page and from nowhere else. */
-async function openRuntime(base) {
+async function openRuntime(base, wanted) {
   if (typeof WebAssembly !== "object") {
     throw new Trouble("This browser has no WebAssembly, which the world model needs to run in it.");
   }
-  const graphics = await hasGraphicsCard();
+  const graphics = wanted ? wanted === "webgpu" : await hasGraphicsCard();
   const backend = graphics ? "webgpu" : "wasm";
   const binary = `ort-wasm-simd-threaded${graphics ? ".asyncify" : ""}.wasm.gz`;
   const script = new URL(`runtime/ort.${backend}.bundle.min.mjs`, base);
@@ -65,7 +65,10 @@ async function openRuntime(base) {
 /** A function of named tensors out of one file. */
 async function openNetwork({ runtime, backend }, url) {
   const bytes = await unzip(url, EXPORT);
-  const options = { executionProviders: backend === "webgpu" ? ["webgpu", "wasm"] : ["wasm"] };
+  const options = {
+    executionProviders: backend === "webgpu" ? ["webgpu", "wasm"] : ["wasm"],
+    logSeverityLevel: 3, // errors alone
+  };
   const network = await runtime.InferenceSession.create(bytes, options).catch((error) => {
     const memory = /memory|allocat/i.test(error.message);
     const reason = memory ? "this device has too little memory for it" : error.message;
@@ -74,11 +77,11 @@ async function openNetwork({ runtime, backend }, url) {
   return (inputs) => network.run(inputs);
 }
 
-// ---- the three functions of session.js -----------------------------------------------------------
+// ---- the three functions of session.js ----------------------------------------------------------
 
-export async function openNetworks(base, facts, progress = () => {}) {
+export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
-  const place = await openRuntime(base);
+  const place = await openRuntime(base, wanted);
   progress("unpacking the network");
   const network = await openNetwork(place, new URL("network.onnx.gz", folder));
   const first = await openNetwork(place, new URL("decoder_first.onnx.gz", folder));

@@ -1,5 +1,5 @@
-// The page: one world in a Worker, one canvas, and whoever walks. It decides as late as possible: the
-// next chunk is asked for when what is left to show just covers the making of it.
+// The page: one world in a Worker, one canvas, and whoever walks. It decides as late as possible:
+// the next chunk is asked for when what is left to show just covers the making of it.
 
 import { Controls, listen } from "./controls.js";
 import { Game, likeness } from "./game.js";
@@ -34,7 +34,7 @@ const game = new Game(describeGame, compareWithout);
 const world = new World(say, (text) => trouble(`The model's thread did not start: ${text}`));
 Object.assign(window, { page: { state, screen, controls, game, world, begin, ready: false } });
 
-// ---- words ---------------------------------------------------------------------------------------
+// ---- words --------------------------------------------------------------------------------------
 
 let quiet = 0;
 function say(text, ms = 0) {
@@ -50,13 +50,14 @@ function trouble(text) {
   state.paused = true;
 }
 
-// ---- a walk --------------------------------------------------------------------------------------
+// ---- a walk -------------------------------------------------------------------------------------
 
 /** A new walk from a start picture; `chords` are played before the player's own. */
 async function begin({ seed = state.seed, start = state.start, fresh = null, chords = [] } = {}) {
   const mine = ++state.world;
   Object.assign(state, { seed, start, chords: [], path: [], chunks: [], fresh });
   state.script = [...chords];
+  setPaused(false);
   controls.release();
   const chunk = await world.ask("reset", { start, seed });
   if (mine !== state.world) return;
@@ -120,7 +121,7 @@ async function until(condition) {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 4));
 }
 
-// ---- every frame ---------------------------------------------------------------------------------
+// ---- every frame --------------------------------------------------------------------------------
 
 let painted = 0;
 screen.onFrame = (frame, now) => {
@@ -172,7 +173,7 @@ function drawNumbers() {
   $("numbers").replaceChildren(...cells);
 }
 
-// ---- commands ------------------------------------------------------------------------------------
+// ---- commands -----------------------------------------------------------------------------------
 
 function setMemory(on) {
   state.remember = on;
@@ -187,6 +188,7 @@ function setMemory(on) {
 let pausedAt = 0;
 function setPaused(paused) {
   if (paused === state.paused) return;
+  if (!paused && game.phase === "over") return restart(); // the walk has ended
   if (paused) pausedAt = performance.now();
   else screen.delay(performance.now() - pausedAt);
   state.paused = paused;
@@ -196,12 +198,16 @@ function setPaused(paused) {
 async function share() {
   const hash = formatHash(state, state.facts);
   history.replaceState(null, "", hash);
-  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
-  say(copied ? "The link to this walk is copied." : "The link to this walk is in the address bar.", 4000);
+  const copied = await navigator.clipboard?.writeText(location.href).then(
+    () => true,
+    () => false,
+  );
+  const where = copied ? "copied" : "in the address bar";
+  say(`The link to this walk is ${where}.`, 4000);
 }
 
 function restart(changes = {}) {
-  game.stop();
+  game.stop(); // before begin: the end of a game pauses the page
   return begin(changes);
 }
 
@@ -231,10 +237,11 @@ for (const [id, code] of Object.entries(BUTTONS)) {
   });
 }
 
-// ---- the game ------------------------------------------------------------------------------------
+// ---- the game -----------------------------------------------------------------------------------
 
 $("game-start").addEventListener("click", async () => {
   if (!state.facts) return;
+  game.stop();
   setMemory(true);
   await begin();
   await until(() => state.path.length);
@@ -246,7 +253,8 @@ $("game-stop").addEventListener("click", () => game.stop());
 function describeGame(phase, { frames, least, scores, best, first, without }, away) {
   const seconds = Math.floor(frames / SHOWN);
   const texts = {
-    off: "Walk out for half a minute, then return to where you began. How much of the first " +
+    off:
+      "Walk out for half a minute, then return to where you began. How much of the first " +
       "picture is still there, with memory and without?",
     out: `Walk out, as far and crooked as you like: ${seconds} s of ${Math.round(least / SHOWN)}.`,
     home: away
@@ -254,9 +262,11 @@ function describeGame(phase, { frames, least, scores, best, first, without }, aw
         `and ${Math.round(away.degrees)}° away.`
       : "Now return to the ring on the map, and look as you looked at first.",
     replay: "Home. The same steps are imagined once more, without memory…",
-    over: scores && `With memory the picture on return is ${scores.on.toFixed(1)} dB like the ` +
-      `first one, without ${scores.off.toFixed(1)} dB (${best.metres?.toFixed(2)} m and ` +
-      `${Math.round(best.degrees)}° off). Higher is closer.`,
+    over:
+      scores &&
+      `With memory the picture on return is ${scores.on.toFixed(1)} dB like the ` +
+        `first one, without ${scores.off.toFixed(1)} dB (${best.metres?.toFixed(2)} m and ` +
+        `${Math.round(best.degrees)}° off). Higher is closer.`,
   };
   const ready = phase === "out" && frames >= least;
   $("game-text").textContent = ready ? "Far enough. Return whenever you like." : texts[phase];
@@ -285,7 +295,7 @@ async function compareWithout(index) {
   setPaused(true);
   const mine = ++state.world; // the walk ends here
   await world.ask("reset", { start, seed });
-  for (let at = 0; at < walked.length && mine === state.world; ) {
+  for (let at = 0; at < walked.length && mine === state.world;) {
     const n = LATENT * (at ? fresh : FIRST);
     const question = { chords: walked.slice(at, at + n), remember: false };
     const { frames, first } = await world.ask("step", question);
@@ -299,10 +309,14 @@ async function compareWithout(index) {
 function cut(frames, k) {
   const { width, height } = $("screen");
   const size = 4 * width * height;
-  return new ImageData(new Uint8ClampedArray(frames.slice(k * size, (k + 1) * size)), width, height);
+  return new ImageData(
+    new Uint8ClampedArray(frames.slice(k * size, (k + 1) * size)),
+    width,
+    height,
+  );
 }
 
-// ---- opening -------------------------------------------------------------------------------------
+// ---- opening ------------------------------------------------------------------------------------
 
 function fillGallery({ starts }) {
   const buttons = starts.map((name, number) => {
@@ -329,16 +343,14 @@ function fromAddress() {
 }
 
 async function open() {
-  const { facts, backend } = await world.ask("open");
+  // ?backend=wasm for graphics cards that compute nonsense, ?backend=webgpu to insist on one
+  const wanted = new URLSearchParams(location.search).get("backend");
+  const { facts, backend } = await world.ask("open", { backend: wanted });
   Object.assign(state, { facts, backend });
   [$("screen").height, $("screen").width] = facts.frame;
   if (!facts.memory) setMemory(false);
   say("");
   fillGallery(facts);
-  const coarse = matchMedia("(pointer: coarse)").matches;
-  $("hint").textContent = coarse
-    ? "Left thumb walks. Drag on the picture to look."
-    : "W A S D walk, arrows or I J K L look, or drag on the picture. A gamepad works too.";
   await begin(fromAddress());
   window.page.ready = true;
   play().catch((error) => trouble(error.message));
@@ -349,6 +361,14 @@ listen(controls, {
   thumb: $("thumb"),
   keys: document.querySelectorAll(".key"),
 });
+function useTouch(touch) {
+  document.body.dataset.touch = touch;
+  $("hint").textContent = touch
+    ? "The thumb pad walks. Drag on the picture to look around."
+    : "W A S D walk, arrows or I J K L look, or drag on the picture. A gamepad works too.";
+}
+useTouch(matchMedia("(pointer: coarse)").matches);
+addEventListener("pointerdown", (event) => event.pointerType === "touch" && useTouch(true), true);
 addEventListener("hashchange", () => state.facts && restart(fromAddress()));
 drawStrip($("strip"), [], screen.kept);
 if (typeof WebAssembly !== "object" || typeof DecompressionStream !== "function") {

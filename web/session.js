@@ -7,7 +7,6 @@ import { WINDOW, camerasOf, makeContext, queryOffsets } from "./context.js";
 import { gaussian, sample } from "./flow.js";
 import { MemoryBank } from "./memory.js";
 
-
 export class Session {
   constructor(facts, networks) {
     const [C, h, w] = facts.latent;
@@ -85,7 +84,7 @@ export class Session {
   imagine(context, fresh) {
     const { sigmas, method } = this.facts;
     const size = fresh * this.cells;
-    const count = method === "renoise" ? sigmas.length - 1 : 1; // it adds fresh noise at every level
+    const count = method === "renoise" ? sigmas.length - 1 : 1; // it adds noise at every level
     const noise = gaussian(this.seed, this.segment, count * size);
     const draws = Array.from({ length: count }, (_, k) => noise.slice(k * size, (k + 1) * size));
     const velocity = (x, sigma) => this.networks.velocity(x, sigma, context, fresh);

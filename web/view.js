@@ -98,7 +98,7 @@ export function drawStrip(strip, memory, kept) {
   strip.replaceChildren(...slots);
 }
 
-// ---- the map -------------------------------------------------------------------------------------
+// ---- the map ------------------------------------------------------------------------------------
 
 /** Path, the cones of what is remembered, and the player's own. Poses are [x, y, z, pitch, yaw]. */
 export function drawMap(canvas, path, memory, here) {
@@ -108,7 +108,7 @@ export function drawMap(canvas, path, memory, here) {
   const pen = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   const color = (name) => style.getPropertyValue(name).trim();
-  const place = mapping(path, canvas.width, canvas.height);
+  const place = mapping(path, canvas.width, canvas.height, ratio);
 
   for (const { pose } of memory) {
     drawCone(pen, place(pose), pose, 46 * ratio, color("--good"), 0.18);
@@ -120,18 +120,21 @@ export function drawMap(canvas, path, memory, here) {
   drawScale(pen, place, canvas.height, ratio, color("--dim"));
 }
 
-/** pose -> [x, y] on the canvas: everything fits, north is up, at least six metres are seen. */
-function mapping(path, width, height) {
+/** pose -> [x, y] on the canvas: everything fits with its cone, north is up, 8 metres at least. */
+function mapping(path, width, height, ratio) {
   const [left, right] = range(path.map((pose) => pose[0]));
   const [low, high] = range(path.map((pose) => pose[2]));
-  const span = Math.max(6, 1.6 * (right - left), (1.6 * (high - low) * width) / height);
-  const middle = [(left + right) / 2, (low + high) / 2];
-  const scale = width / span; // pixels per metre
+  const margin = 2 * 62 * ratio;
+  const scale = Math.min(
+    width / 8,
+    (width - margin) / (right - left),
+    (height - margin) / (high - low),
+  ); // pixels per metre
   const place = (pose) => [
-    width / 2 + scale * (pose[0] - middle[0]),
-    height / 2 - scale * (pose[2] - middle[1]),
+    width / 2 + scale * (pose[0] - (left + right) / 2),
+    height / 2 - scale * (pose[2] - (low + high) / 2),
   ];
-  return Object.assign(place, { scale, span });
+  return Object.assign(place, { scale });
 }
 
 function range(values) {
@@ -170,8 +173,8 @@ function drawDot(pen, [x, y], radius, color, hollow = false) {
   else pen.fill();
 }
 
-function drawScale(pen, { scale, span }, height, ratio, color) {
-  const metres = span > 25 ? 5 : 1;
+function drawScale(pen, { scale }, height, ratio, color) {
+  const metres = scale < 15 * ratio ? 5 : 1;
   pen.fillStyle = color;
   pen.fillRect(8 * ratio, height - 10 * ratio, metres * scale, 2 * ratio);
   pen.font = `${11 * ratio}px system-ui`;

@@ -3,30 +3,45 @@
 
 export const LATENT = 4; // frames that one latent holds: the shortest thing an action can do
 const NAMES = [..."wasdijkl"];
+const LOOKS = "ijkl";
+const FASTEST = 4; // times: six degrees a frame, as in training
+const KEY = /^([wasd_]|[ijkl](\d(\.\d{1,2})?)?)$/;
 const MOST = 40_000; // frames: three quarters of an hour
 
-/** Which keys a frame is made with: opposite ones cancel, the order is always the same. */
+/**
+ * Which keys a frame is made with, as text. Opposite ones cancel, the order is always the same; a
+ * look key may say how many times as far it turns: l2.5
+ */
 export function chordOf(keys) {
-  const held = new Set(keys);
-  for (const [one, other] of ["ws", "ad", "ik", "jl"]) {
-    if (held.has(one) && held.has(other)) [one, other].forEach((key) => held.delete(key));
+  const times = new Map();
+  for (const key of keys) {
+    const more = (times.get(key[0]) ?? 0) + Number(key.slice(1) || 1);
+    times.set(key[0], LOOKS.includes(key[0]) ? Math.min(more, FASTEST) : 1);
   }
-  return NAMES.filter((key) => held.has(key)).join("+") || "_";
+  for (const [one, other] of ["ws", "ad", "ik", "jl"]) {
+    if (times.has(one) && times.has(other)) [one, other].forEach((key) => times.delete(key));
+  }
+  const named = (key) => (times.get(key) === 1 ? key : key + times.get(key));
+  return (
+    NAMES.filter((key) => times.has(key))
+      .map(named)
+      .join("+") || "_"
+  );
 }
 
 /** "w:40, w+l:20" -> one chord per frame. Throws what does not fit, in one sentence. */
 export function parseActions(text) {
   const chords = [];
   for (const item of text.split(",")) {
-    const [, keys, count] = /^\s*([a-z_+]+)\s*:\s*(\d{1,5})\s*$/.exec(item) ?? [];
+    const [, keys, count] = /^\s*([a-z_+.\d]+)\s*:\s*(\d{1,5})\s*$/.exec(item) ?? [];
     if (!keys) throw new Error(`“${item.slice(0, 40)}” is not keys:count, as in w:40 or w+l:20`);
-    const unknown = keys.split("+").find((key) => key !== "_" && !NAMES.includes(key));
+    const unknown = keys.split("+").find((key) => !KEY.test(key));
     if (unknown !== undefined) {
       throw new Error(`“${unknown.slice(0, 20)}” is no key; there are ${NAMES.join(" ")} and _`);
     }
     const frames = LATENT * Math.max(1, Math.round(Number(count) / LATENT));
     if (chords.length + frames > MOST) throw new Error(`the walk is longer than ${MOST} frames`);
-    chords.push(...Array(frames).fill(chordOf(keys.split("+"))));
+    chords.push(...Array(frames).fill(chordOf(keys.split("+").filter((key) => key !== "_"))));
   }
   return chords;
 }
@@ -53,6 +68,8 @@ export function parseHash(hash, { starts, lengths }) {
     else if (name === "do") walk.chords = parseActions(text);
     else throw new Error(`“${name.slice(0, 20)}” is none of seed, start, new, do`);
   }
+  // a walk that was made with the longest segments does not say so
+  if (walk.chords.length) walk.fresh ??= Math.max(...lengths);
   return walk;
 }
 

@@ -8,12 +8,14 @@ let session = null;
 
 const answers = {
   /** Facts of the model, and on what it runs. */
-  async open() {
+  async open({ backend }) {
     const folder = new URL("model/", base);
     const facts = await readFacts(folder);
-    const networks = await openNetworks(base, facts, (stage) => postMessage({ stage }));
+    const progress = (stage) => postMessage({ stage });
+    const networks = await openNetworks(base, facts, backend, progress);
     session = new Session(facts, networks);
-    session.starts = await fetch(new URL("starts.bin", folder)).then((reply) => reply.arrayBuffer());
+    const starts = await fetch(new URL("starts.bin", folder));
+    session.starts = await starts.arrayBuffer();
     return { facts, backend: networks.backend };
   },
   reset({ start, seed }) {
