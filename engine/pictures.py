@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import flow
 from context import Context
-from dataset import episode
+from dataset import film
 from engine import cli
 from engine.clips import WINDOW, Clips, draw, pixels
 from engine.run import Run, generator, record
@@ -52,7 +52,7 @@ def look(
     frames = {name: decoded(vae, context.past, z) for name, z in latents.items()}
     line = {"step": run.step}
     for name in told:
-        score = episode.psnr(frames[name], frames["truth"]).mean()
+        score = film.psnr(frames[name], frames["truth"]).mean()
         line[f"psnr {name}"] = round(float(score), 2)
     record(run, line)
     text = " · ".join(f"{name} {line[f'psnr {name}']}" for name in told)
@@ -60,9 +60,9 @@ def look(
 
     # four clips as strips of five frames; the first clip as a film, the kinds beside each other
     strips = torch.stack([*frames.values()], 1)[:4, :, 7::8]  # (4, kinds, 5, H, W, 3)
-    episode.write_png(picture_of(run), side_by_side(strips))
-    film = torch.cat([clips[0] for clips in frames.values()], 2)
-    episode.write_mp4(picture_of(run).with_suffix(".mp4"), film)
+    film.write_png(picture_of(run), side_by_side(strips))
+    movie = torch.cat([clips[0] for clips in frames.values()], 2)
+    film.write_mp4(picture_of(run).with_suffix(".mp4"), movie)
 
 
 def actions_of_the_next(context: Context) -> Context:
@@ -98,7 +98,7 @@ def look_at_vae(run: Run, model: nn.Module, encoder: nn.Module, videos: list[np.
     # every eighth frame
     strip = torch.cat([truth[:, :, ::8], again[:, :, ::8]], 2)
     strip = strip.permute(0, 2, 3, 4, 1)[:, None]  # (6, 1, 2·5, H, W, 3)
-    episode.write_png(picture_of(run), (side_by_side(strip) + 1) / 2)
+    film.write_png(picture_of(run), (side_by_side(strip) + 1) / 2)
 
 
 def plot(runs: list[str]) -> None:
