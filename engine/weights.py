@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -192,6 +192,8 @@ def write_weights(
             _sort_metadata(f)
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except SafetensorError as error:  # a full disk, above all
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -1007,6 +1007,17 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, ca
     assert same(state("runs/base-micro"), state(reference))
 
 
+def test_a_full_disk_while_episodes_are_encoded_leaves_no_half_cache(monkeypatch, capsys):
+    data.make_dataset("own", "micro", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "save_file", full)
+        assert script(patch, *MICRO, "--steps", "1", "--data", "own") == 2
+    told = capsys.readouterr().err
+    assert "error: cannot write own/latents-train-" in told
+    assert "No space left on device" in told
+    assert not list(Path("own").glob("latents-*"))
+
+
 def full(*_: object) -> None:
     raise safetensors.SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
