@@ -1,603 +1,294 @@
-"""What is claimed, and how it is judged."""
+"""What is claimed, and how it is judged.
 
-import contextlib
+One line, one claim:
+
+    where the paper speaks of it | predicted before the run, and the unit | claim | column: row
+
+Column and row are those of a run, with a value for each world; `row - other` and `row / other` are
+paired by world. "Table 2 says 31.84" is the paper's own number; "says exactly": nothing but its digits
+will do. M0 to M11 are the measures of our own suite.
+"needs ..." names hardware that was not there: such a claim is not measured. Any other row or column
+that a run did not write is an error, unless the run itself said why it left it out.
+"""
+
+import difflib
 import math
-from collections import namedtuple
-from collections.abc import Callable
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
-import numpy as np
-
-from lab import metrics, stats
+from lab import stats
 
 Raw = dict[str, list[float]]  # "row/column" -> one value per world
-PLACES, PANES = (
-    {"exact": 0.0, "0.4 m": 0.4, "0.85 m": 0.85, "1.9 m": 1.9},
-    {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"},
-)
-OUT, GAPS = (
-    {"l2:40 w:4 -:12 a:4": "", "l2:40 w:4 -:12 l2:56 s:4 -:28 j2:84": " over 8 W"},
-    (0.5, 1, 2, 4, 8),
-)  # 60 and 228 actions
-OPPOSITE = {
-    "forward, back": ("w:3", "s:3", (0, 2), 0.1),
-    "left, right": ("a:3", "d:3", (0, 2), 0.1),
-    "turn": ("j2:4", "l2:4", (4,), 2.0),
-}
-# One row: what the paper says, what we predicted ("6-10", ">= 6", "<= 2", "> 0", "" for none), how raw numbers become the measured value
-# (None: not here), whether only the paper's digits will do, and whether it is its command's in the table of all primary claims.
-Claim = namedtuple(
-    "Claim", "name paper predicted unit where measure exact primary", defaults=(None, False, False)
-)
+
+# May the measures be trusted? Fakes have to be ranked, and clean frames found where they were taken.
+SANITY = """
+  M0 | >= 1        | measures that rank fakes as expected | as expected: every measure
+  M0 | <= 0.25 deg | registration of clean frames, deg    | deg: registration, median
+  M0 | <= 0.01 m   | registration of clean frames, m      | m: registration, median
+"""
+
+# Is the memory used? Come back to the same view, or to one beside it. Bank-only: pixels that an old
+# frame saw and the last 56 frames did not; registered: with the error of the pose taken out.
+MEMORY = """
+  M1   | >= 1 dB   | exact, bank-only: memory adds  | registered bank-only: exact, camera - exact, none
+  M1   | >= 1 dB   | 0.4 m, bank-only: memory adds  | registered bank-only: 0.4 m, camera - 0.4 m, none
+  M1   | >= 1 dB   | 0.85 m, bank-only: memory adds | registered bank-only: 0.85 m, camera - 0.85 m, none
+  M1   | >= 1 dB   | 1.9 m, bank-only: memory adds  | registered bank-only: 1.9 m, camera - 1.9 m, none
+  M1   | >= 6 dB   | exact, all pixels: memory adds | psnr: exact, camera - exact, none
+  M1   | >= 7 dB   | 0.4 m, all pixels: memory adds | psnr: 0.4 m, camera - 0.4 m, none
+  M1   | >= 5 dB   | 0.85 m, all: memory adds       | psnr: 0.85 m, camera - 0.85 m, none
+  M1   | >= 3 dB   | 1.9 m, all pixels: memory adds | psnr: 1.9 m, camera - 1.9 m, none
+  §3.2 | dB        | exact: memory - copying        | psnr: exact, camera - exact, copy nearest
+  §3.2 | >= 3 dB   | 0.4 m: memory - copying        | psnr: 0.4 m, camera - 0.4 m, copy nearest
+  §3.2 | >= 3 dB   | 0.85 m: memory - copying       | psnr: 0.85 m, camera - 0.85 m, copy nearest
+  §3.2 | >= 3 dB   | 1.9 m: memory - copying        | psnr: 1.9 m, camera - 1.9 m, copy nearest
+  M1   | >= 0.5 x  | exact: gain / oracle warp's    | gain / the oracle's: exact, camera
+  M1   | >= 0.5 x  | 0.4 m: gain / oracle warp's    | gain / the oracle's: 0.4 m, camera
+  M1   | >= 0.5 x  | 0.85 m: gain / oracle warp's   | gain / the oracle's: 0.85 m, camera
+  M1   | >= 0.5 x  | 1.9 m: gain / oracle warp's    | gain / the oracle's: 1.9 m, camera
+  M1   | m         | exact: drawn from so far off   | m: exact, camera
+  M1   |           | exact: lost frames             | lost: exact, camera
+  M1   | m         | 0.4 m: drawn from so far off   | m: 0.4 m, camera
+  M1   |           | 0.4 m: lost frames             | lost: 0.4 m, camera
+  M1   | m         | 0.85 m: drawn from so far off  | m: 0.85 m, camera
+  M1   |           | 0.85 m: lost frames            | lost: 0.85 m, camera
+  M1   | m         | 1.9 m: drawn from so far off   | m: 1.9 m, camera
+  M1   |           | 1.9 m: lost frames             | lost: 1.9 m, camera
+  M2   | > 0 dB    | back from a bank: memory adds  | 2 W apart: from a bank, camera - from a bank, none
+  M2   | > 0 dB    | back from a frame: memory adds | 2 W apart: from a frame, camera - from a frame, none
+  M2   | W         | back over 8 W: half-life       | half-life: over 8 W from a bank, camera
+  M3   | 0.8-1.2 x | way there / commanded          | travelled / commanded: from a bank, camera
+  M3   | <= 0.1 m  | from home at the end, m        | m: from a bank, camera
+  M3   | <= 2 deg  | from home at the end, deg      | deg: from a bank, camera
+  §3.2 | <= 1.5 dB | exact: VAE ceiling - memory    | psnr: exact, VAE ceiling - exact, camera
+  M11  | > 0 dB    | reliance on the memory         | psnr bank-only: exact, camera - exact, zeros
+  M11  | >= 0.7    | adoption of a foreign memory   | adoption: exact, other world
+"""
+
+# Does a long rollout keep to the world? In place it looks round a room that the bank knows.
+DRIFT = """
+  §3.1 | >= -0.5 dB/100 frames | in place, memory on: slope | dB per 100 frames: in place, camera
+  §3.1 | dB/100 frames | in place, memory off: slope       | dB per 100 frames: in place, none
+  §3.3 | 0.85-1.15 x   | exploring: sharpness after 256    | sharpness after 256: exploring, camera
+  §3.3 | 0.85-1.15 x   | exploring: sharpness after 640    | sharpness after 640: exploring, camera
+  M6   |               | exploring: TWFD around frame 256  | exploring, camera: TWFD: segment 07
+  M6   |               | exploring: TWFD around frame 640  | exploring, camera: TWFD: segment 16
+  M4   | frames        | in place: until lost, or the end  | frames until lost: in place, camera
+"""
+
+# A start picture, and a minute to where nobody has been.
+EXPLORE = """
+  M4 | >= 0.6 x | 256 frames out: sharpness            | sharpness after 256: 10 at once
+  M4 | >= 0.6 x | 640 frames out: sharpness            | sharpness after 640: 10 at once
+  M4 | x        | 256 frames out: sharpness of the VAE | sharpness of the VAE after 256: 10 at once
+  M4 | x        | 640 frames out: sharpness of the VAE | sharpness of the VAE after 640: 10 at once
+  M4 | x        | 640 frames out: sharpness, 5 at once | sharpness after 640: 5 at once
+  M4 | x        | 640 frames out: sharpness, 2 at once | sharpness after 640: 2 at once
+"""
+
+# Do keys do what they say? Shuffled actions also have every turn reversed.
+ACTION = """
+  §3.1 | >= 3 dB   | true minus shuffled actions        | psnr: true actions - shuffled actions
+  M5   | 0.9-1.1 x | gain: turn                         | gain: turn
+  M5   | 0.9-1.1 x | gain: move                         | gain: move
+  M5   | >= 0.9    | KCtrl: opposite keys that both act | mean: KCtrl
+"""
+
+# What a part is worth: for models that were trained without it.
+ABLATION = """
+  §3 | dB                | revisit                      | psnr bank-only: memory
+  §3 | dB                | revisit, memory switched off | psnr bank-only: no memory
+  §3 | dB | revisit 800 latents later minus at once | psnr: memory, 800 latents later - memory
+  §3 | dB/100 frames     | in place, slope              | dB per 100 frames: in place
+  §3 | levels/100 frames | in place, colours            | grey levels per 100 frames: in place
+  §3 | frames            | in place, until lost         | frames until lost: in place
+  §3 | dB                | true minus shuffled actions  | psnr: true actions - shuffled actions
+  §3 | deg               | pose error: turn             | relative pose error: turn
+  §3 | m                 | pose error: move             | relative pose error: move
+"""
+
+# Three steps instead of fifty.
+DISTILL = """
+  §3.3 | -0.5-0.5 dB | student at 3 - teacher at 50, seen    | psnr seen: student 3 - teacher 50
+  §3.3 | > 0 dB      | student - teacher, both at 3          | psnr: student 3 - teacher 3
+  M6   | >= 0.7 x    | spread of seeds / teacher's, unseen   | rms, unseen: student 3 / teacher 50
+  M6   | >= 1 x      | sharpness / teacher's at 50           | sharpness: student 3 / teacher 50
+  M6   | x           | sharpness / guided teacher's at 50    | sharpness: student 3 / teacher 50, guided
+  §3.3 | <= 1.1 x    | TWFD / teacher's at 50                | TWFD: student 3 / teacher 50
+  §3.3 | 10-17 x     | segment time: teacher at 50 / student | ms per segment: teacher 50 / student 3
+"""
+
+# Disturbed: a float rollout that was pushed as far once, after its first segment.
+INT8 = """
+  §3.4 | >= 25 dB | velocity SQNR at sigma 0.5          | sigma 0.5: velocity SQNR dB
+  M7   | >= 0 dB  | nearness to float: int8 - disturbed | SQNR, segment 3: int8 - disturbed
+"""
+
+# Decoders with a half and a quarter of the channels.
+VAE = """
+  Table 2 says 33.79 | >= 30 dB   | Wan2.2: PSNR         | psnr: Wan2.2, 33 frames
+  Table 2 says 31.84 | dB         | 50 %: PSNR           | psnr: 50 %, 33 frames
+  Table 2 says 31.14 | dB         | 75 %: PSNR           | psnr: 75 %, 33 frames
+  Table 2 says 0.99  | >= 0.93    | Wan2.2: SSIM         | ssim: Wan2.2, 33 frames
+  Table 2 says 0.99  |            | 50 %: SSIM           | ssim: 50 %, 33 frames
+  Table 2 says 0.99  |            | 75 %: SSIM           | ssim: 75 %, 33 frames
+  Table 2 says 1.95  | <= 2.45 dB | 50 %: PSNR lost      | psnr: Wan2.2, 33 frames - 50 %, 33 frames
+  Table 2 says 2.65  | <= 3.15 dB | 75 %: PSNR lost      | psnr: Wan2.2, 33 frames - 75 %, 33 frames
+  Table 2 says 2.53  | >= 2.5 x   | 50 %: streams faster | s: Wan2.2, streaming / 50 %, streaming
+  Table 2 says 5.85  | >= 4 x     | 75 %: streams faster | s: Wan2.2, streaming / 75 %, streaming
+  §3.4               | >= 400 FPS | Wan2.2: streams      | FPS: Wan2.2, streaming
+  §3.4               | >= 100 FPS | 75 %, float32: streams | FPS: 75 %, float32, streaming
+  Table 2 says 0.99  | s | Wan2.2: encode + decode, 17 frames at 720p | needs a GPU
+  Table 2 says 0.52  | s | 50 %: encode + decode, 17 frames at 720p   | needs a GPU
+  Table 2 says 0.35  | s | 75 %: encode + decode, 17 frames at 720p   | needs a GPU
+  Table 2 says 0.76  | s | Wan2.2: decode, 17 frames at 720p          | needs a GPU
+  Table 2 says 0.3   | s | 50 %: decode, 17 frames at 720p            | needs a GPU
+  Table 2 says 0.13  | s | 75 %: decode, 17 frames at 720p            | needs a GPU
+"""
+
+# Of what the old frames could show, how much do the five chosen ones?
+RETRIEVAL = """
+  §3.2 | >= 0.75    | coverage@5 of the camera rule   | coverage@5: camera, uniform
+  §3.2 | > 0        | coverage@5: camera minus recent | coverage@5: camera, uniform - recent
+  §3.4 | -0.05-0.05 | coverage@5: sampled minus exact | coverage@5: camera, uniform - camera, exact
+"""
+
+# Does a memory from long ago still count?
+ROPE = """
+  Eq. 7 | <= 0        | likeness, sigma_theta 0.8 - 0 | likeness: sigma_theta 0.8 - sigma_theta 0.0
+  §3.2  | -0.5-0.5 dB | revisit 800 latents later     | psnr: 800 latents later - 0 latents later
+"""
+
+# Two experts beside one dense model that was trained as long.
+MOE = """
+  §3.5 | > 0 dB | experts - dense, first person          | psnr: moe-0.9, first - dense, first
+  §3.5 | > 0 dB | experts - dense, first person, actions | effect: moe-0.9, first - dense, first
+  §3.5 | > 0 dB | experts - dense, third person          | psnr: moe-0.9, third - dense, third
+  §3.5 | > 0 dB | experts - dense, third person, actions | effect: moe-0.9, third - dense, third
+"""
+
+# How fast, and how long from a key to the light that it changes?
+LATENCY = """
+  Table 1 says 40            | FPS | 5B, 8+1 GPUs, all           | needs 8+1 GPUs
+  Table 1 says 27.38         | FPS | 5B, 8+1 GPUs, no INT8       | needs 8+1 GPUs
+  Table 1 says 6.6           | FPS | 5B, 8+1 GPUs, CPU retrieval | needs 8+1 GPUs
+  Table 1 says exactly 25.79 | FPS | no LightVAE: 40 in 1.551 s  | FPS at 1.551 s: arithmetic
+  §3.1 | 905-906 TF  | a 5B segment as released   | TF as released: arithmetic
+  §3.4 | -0.5-0.5 dB | 5 latents at once minus 10 | psnr: 5 latents at once - 10 latents at once
+  §3.4 | -0.5-0.5 dB | 2 latents at once minus 10 | psnr: 2 latents at once - 10 latents at once
+  §3.4 | >= 200 FPS  | tiny here, part by part    | FPS, one after the other: tiny
+  M9   | 0.9-1.1 x   | key to photon: clock / formula | clock / formula: key to photon
+"""
 
 
-def of(column: str, row: str, other: str = "", ratio: bool = False) -> Callable[[Raw], list[float]]:
-    """The values of a row, or their paired difference from another row (or ratio to it): both sides come from one run."""
-    pairs = lambda raw: zip(raw[f"{row}/{column}"], raw[f"{other or row}/{column}"], strict=True)
-    return lambda raw: [x / y if ratio else x - y if other else x for x, y in pairs(raw)]
+class Claim(NamedTuple):
+    """What the paper says, what we predicted, and which numbers of a run decide."""
+
+    name: str
+    where: str  # the paper's section, or our own measure
+    paper: float | None  # what the paper says
+    exact: bool  # only the paper's digits will do
+    predicted: str  # ">= 6", "<= 2", "> 0", "0.9-1.1", or "" for none
+    unit: str
+    measure: str  # "column: row", "column: row - other", "column: row / other", "needs HARDWARE"
 
 
-gain = lambda raw, at, arm: np.subtract(
-    raw[f"{at}, {arm}/psnr bank-only"], raw[f"{at}, none/psnr bank-only"]
-)  # of every world
-C, S, T50, T3 = Claim, "student, 3 steps", "teacher, 50 steps", "teacher, 3 steps"
-CLAIMS: dict[str, list[Claim]] = {
-    "sanity": [
-        C(
-            "metrics that rank fakes as expected",
-            None,
-            ">= 1",
-            "",
-            "M0",
-            lambda r: [r[f"ranks fakes as expected/{m}"][0] for m in metrics.BETTER],
-        ),
-        *(
-            C(
-                f"registration of clean frames, median, {u}",
-                None,
-                f"<= {gate}",
-                u,
-                "M0",
-                lambda r, u=u: np.median(r[f"registration of clean frames/{u}"]),
-            )
-            for u, gate in (("deg", 0.25), ("m", 0.01))
-        ),
-    ],
-    "memory": [
-        *(
-            C(
-                f"{at}: memory minus none, {what}",
-                None,
-                f">= {goal}",
-                "dB",
-                "M1",
-                of(column, f"{at}, camera", f"{at}, none"),
-                False,
-                column.startswith("r") and at == "0.85 m",
-            )
-            for what, column, goals in (
-                ("registered, bank-only", "registered psnr bank-only", (1, 1, 1, 1)),
-                ("all pixels", "psnr", (6, 7, 5, 3)),
-            )
-            for at, goal in zip(PLACES, goals, strict=True)
-        ),
-        *(
-            C(
-                f"{at}: memory minus copying",
-                None,
-                ">= 3" if offset else "",
-                "dB",
-                "§3.2",
-                of("psnr", f"{at}, camera", f"{at}, copy nearest"),
-            )
-            for at, offset in PLACES.items()
-        ),
-        *(
-            C(
-                f"{at}: gain of memory / of the oracle warp, bank-only",
-                None,
-                ">= 0.5",
-                "x",
-                "M1",
-                lambda r, at=at: gain(r, at, "camera") / np.nanmean(gain(r, at, "oracle warp")),
-            )
-            for at in PLACES
-        ),
-        *(
-            C(f"{at}: {what}", None, "", unit, "M1", of(column, f"{at}, camera"))
-            for at in PLACES
-            for what, column, unit in (
-                ("pose error of what is drawn", "m", "m"),
-                ("lost frames", "lost", ""),
-            )
-        ),
-        *(
-            C(
-                f"there and back from {start}, 2 W apart: memory minus none",
-                None,
-                "> 0",
-                "dB",
-                "M2",
-                of(
-                    "2 W apart, dB",
-                    f"palindrome from {start}, camera",
-                    f"palindrome from {start}, none",
-                ),
-            )
-            for start in ("a bank", "one frame")
-        ),
-        C(
-            "there and back over 8 W from a bank: half-life",
-            None,
-            "",
-            "W",
-            "M2",
-            lambda r: [
-                stats.half_life(GAPS, x)
-                for x in np.array(
-                    [r[f"palindrome over 8 W from a bank, camera/{g} W apart, dB"] for g in GAPS]
-                ).T
-                - np.mean(r["exact, floor: other world/psnr"])
-            ],
-        ),
-        *(
-            C(
-                f"there and back from a bank: {what}",
-                None,
-                goal,
-                unit,
-                "M3",
-                of(column, "palindrome from a bank, camera"),
-            )
-            for what, column, goal, unit in (
-                ("way travelled / commanded", "travelled / commanded", "0.8-1.2", "x"),
-                ("from home at the end, m", "m", "<= 0.1", "m"),
-                ("degrees", "deg", "<= 2", "deg"),
-            )
-        ),
-        C(
-            "exact: VAE ceiling minus memory",
-            None,
-            "<= 1.5",
-            "dB",
-            "§3.2",
-            of("psnr", "exact, VAE ceiling", "exact, camera"),
-        ),
-        C(
-            "reliance on what is remembered",
-            None,
-            "> 0",
-            "dB",
-            "M11",
-            of("psnr bank-only", "exact, camera", "exact, zeros"),
-        ),
-        C(
-            "adoption of another world's memory",
-            None,
-            ">= 0.7",
-            "",
-            "M11",
-            of("adoption", "exact, other world"),
-        ),
-    ],
-    "drift": [
-        *(
-            C(
-                f"in place, memory {said}: slope",
-                None,
-                goal,
-                "dB/100 frames",
-                "§3.1",
-                of("dB per 100 frames", f"in place, {arm}"),
-                primary=said == "on",
-            )
-            for said, arm, goal in (("on", "camera", ">= -0.5"), ("off", "none", ""))
-        ),
-        *(
-            C(
-                f"exploring: sharpness after {n} frames",
-                None,
-                "0.85-1.15",
-                "x",
-                "§3.3",
-                of(f"sharpness after {n}", "exploring, camera"),
-            )
-            for n in (256, 640)
-        ),
-        *(
-            C(
-                f"exploring: TWFD around frame {n}",
-                None,
-                "",
-                "",
-                "M6",
-                of("exploring, camera: TWFD", f"segment {-(-n // 40):02d}"),
-            )
-            for n in (256, 640)
-        ),
-        C(
-            "in place: frames until lost, restricted mean",
-            None,
-            "",
-            "",
-            "M4",
-            lambda r, m="in place, camera": stats.restricted_mean(
-                t := r[f"{m}/frames until lost"], r[f"{m}/lost"], max(t) or 1
-            ),
-        ),
-    ],
-    "action": [
-        C(
-            "true minus shuffled actions",
-            None,
-            ">= 3",
-            "dB",
-            "§3.1",
-            of("psnr", "true actions", "shuffled actions"),
-            primary=True,
-        ),
-        *(
-            C(f"gain: {kind}", None, "0.9-1.1", "x", "M5", of("gain", kind))
-            for kind in ("turn", "move")
-        ),
-        C(
-            "KCtrl: opposite keys that both act",
-            None,
-            ">= 0.9",
-            "",
-            "M5",
-            lambda r: np.mean([r[f"KCtrl/{pair}"] for pair in OPPOSITE], 0),
-        ),
-        C(
-            "keys read off frames: model minus VAE",
-            None,
-            ">= -0.05",
-            "",
-            "M5",
-            lambda r: np.mean(
-                [
-                    np.subtract(r[f"keys read: model/{key}"], r[f"keys read: VAE/{key}"])
-                    for key in metrics.READ
-                ],
-                0,
-            ),
-        ),
-    ],
-    "ablation": [
-        C(name, None, "", unit, "§3", of(*how))
-        for name, unit, *how in (
-            ("revisit", "dB", "psnr bank-only", "memory"),
-            ("revisit, memory switched off", "dB", "psnr bank-only", "no memory"),
-            (
-                "revisit 800 latents later minus at once",
-                "dB",
-                "psnr",
-                "memory, 800 latents later",
-                "memory",
-            ),
-            *(
-                (f"in place, {unit}", "", unit, "in place")
-                for unit in ("dB per 100 frames", "grey levels per 100 frames", "frames until lost")
-            ),
-            ("true minus shuffled actions", "dB", "psnr", "true actions", "shuffled actions"),
-            *(
-                (f"pose error: {kind}", unit, "relative pose error", kind)
-                for kind, unit in (("turn", "deg"), ("move", "m"))
-            ),
-        )
-    ],
-    "distill": [
-        C(
-            "student at 3 steps minus teacher at 50, seen",
-            None,
-            "-0.5-0.5",
-            "dB",
-            "§3.3",
-            of("psnr seen", S, T50),
-            primary=True,
-        ),
-        C("student minus teacher, both at 3 steps", None, "> 0", "dB", "§3.3", of("psnr", S, T3)),
-        C(
-            "spread of seeds, unseen: student / teacher at 50",
-            None,
-            ">= 0.7",
-            "x",
-            "M6",
-            of("rms between seeds, unseen", S, T50, True),
-        ),
-        C(
-            "sharpness: student / teacher at 50",
-            None,
-            ">= 1",
-            "x",
-            "M6",
-            of("sharpness", S, T50, True),
-        ),
-        C(
-            "sharpness: student / guided teacher at 50",
-            None,
-            "",
-            "x",
-            "M6",
-            of("sharpness", S, f"{T50}, guided", True),
-        ),
-        C("TWFD: student / teacher at 50", None, "<= 1.1", "x", "§3.3", of("TWFD", S, T50, True)),
-        C(
-            "segment time: teacher at 50 / student",
-            None,
-            "10-17",
-            "x",
-            "§3.3",
-            of("ms per segment", T50, S, True),
-        ),
-    ],
-    "int8": [
-        C(
-            "velocity SQNR at sigma 0.5",
-            None,
-            ">= 25",
-            "dB",
-            "§3.4",
-            of("sigma 0.5", "velocity SQNR dB"),
-        ),
-        C(
-            "nearness to float: int8 minus disturbed",
-            None,
-            ">= 0",
-            "dB",
-            "M7",
-            of("latent SQNR to float, segment 3", "int8", "disturbed"),
-            primary=True,
-        ),
-    ],
-    "vae": [
-        *(
-            C(f"{row}: PSNR", paper, goal, "dB", "Table 2", of("psnr", f"{row}, 33 frames"))
-            for row, paper, goal in zip(
-                PANES, (33.79, 31.84, 31.14), (">= 30", "", ""), strict=True
-            )
-        ),
-        *(
-            C(
-                f"{row}: SSIM",
-                0.99,
-                ">= 0.93" if row == "Wan2.2" else "",
-                "",
-                "Table 2",
-                of("ssim", f"{row}, 33 frames"),
-            )
-            for row in PANES
-        ),
-        *(
-            C(
-                f"{row}: PSNR lost",
-                lost,
-                f"<= {lost + 0.5:.2f}",
-                "dB",
-                "Table 2",
-                of("psnr", "Wan2.2, 33 frames", f"{row}, 33 frames"),
-            )
-            for row, lost in (("50 %", 1.95), ("75 %", 2.65))
-        ),
-        *(
-            C(
-                f"{row}: streams faster",
-                paper,
-                goal,
-                "x",
-                "Table 2",
-                of("s for 40 frames", "Wan2.2, streaming", f"{row}, streaming", True),
-            )
-            for row, paper, goal in (("50 %", 2.53, ">= 2.5"), ("75 %", 5.85, ">= 4"))
-        ),
-        *(
-            C(
-                f"{row}: streams 40 frames",
-                None,
-                f">= {goal}",
-                "FPS",
-                "§3.4",
-                of("FPS", f"{row}, streaming"),
-            )
-            for row, goal in (("Wan2.2", 400), ("75 %, float32", 100))
-        ),
-        *(
-            C(f"{row}: {what}, 17 frames at 720p", paper, "", "s", "Table 2")
-            for what, papers in (
-                ("encode + decode", (0.99, 0.52, 0.35)),
-                ("decode", (0.76, 0.30, 0.13)),
-            )
-            for row, paper in zip(PANES, papers, strict=True)
-        ),
-    ],
-    "retrieval": [
-        C(
-            "coverage@5 of the camera rule",
-            None,
-            ">= 0.75",
-            "",
-            "§3.2",
-            of("coverage@5", "camera, uniform"),
-            primary=True,
-        ),
-        C(
-            "coverage@5: camera minus recent",
-            None,
-            "> 0",
-            "",
-            "§3.2",
-            of("coverage@5", "camera, uniform", "recent"),
-        ),
-        C(
-            "coverage@5: sampled minus exact overlap",
-            None,
-            "-0.05-0.05",
-            "",
-            "§3.4",
-            of("coverage@5", "camera, uniform", "camera, exact"),
-        ),
-    ],
-    "rope": [
-        C(
-            "likeness of distant times, sigma_theta 0.8 minus 0",
-            None,
-            "<= 0",
-            "",
-            "Eq. 7",
-            of("likeness", "sigma_theta 0.8", "sigma_theta 0.0"),
-        ),
-        C(
-            "revisit 800 latents later minus at once",
-            None,
-            "-0.5-0.5",
-            "dB",
-            "§3.2",
-            of("psnr", "800 latents later", "0 latents later"),
-        ),
-    ],
-    "moe": [
-        C(
-            f"{view} person, {what}: experts minus dense",
-            None,
-            "> 0",
-            "dB",
-            "§3.5",
-            of(column, f"moe-0.9, {view}", f"dense, {view}"),
-            primary=what == "revisit",
-        )
-        for view in ("first", "third")
-        for what, column in (("revisit", "psnr"), ("action effect", "true - shuffled actions, dB"))
-    ],
-    "latency": [
-        *(
-            C(f"5B, 8+1 GPUs, {w}", fps, "", "FPS", "Table 1")
-            for w, fps in (("all", 40.0), ("no INT8", 27.38), ("no GPU retrieval", 6.6))
-        ),
-        C(
-            "no LightVAE: 40 frames in 1.551 s",
-            25.79,
-            "",
-            "FPS",
-            "Table 1",
-            of("FPS at 1.551 s a segment", "arithmetic"),
-            True,
-        ),
-        C(
-            "a 5B segment as released",
-            None,
-            "905-906",
-            "TF",
-            "§3.1",
-            of("TF as released", "arithmetic"),
-        ),
-        *(
-            C(
-                f"{n} latents at once minus 10",
-                None,
-                "-0.5-0.5",
-                "dB",
-                "§3.4",
-                of("psnr", f"{n} latents at once", "10 latents at once"),
-            )
-            for n in (5, 2)
-        ),
-        C(
-            "tiny on this machine, one after the other",
-            None,
-            ">= 200",
-            "FPS",
-            "§3.4",
-            of("FPS, one after the other", "tiny"),
-        ),
-        C(
-            "action to photon: clock / formula",
-            None,
-            "0.9-1.1",
-            "x",
-            "M9",
-            lambda r: (
-                np.mean(r["action to photon at 40 FPS/s by the clock"])
-                / r["action to photon at 40 FPS/s by formula"][0]
-            ),
-        ),
-    ],
-    "explore": [
-        C(
-            "256 frames out: sharpness",
-            None,
-            ">= 0.6",
-            "x",
-            "M4",
-            of("sharpness after 256", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness",
-            None,
-            ">= 0.6",
-            "x",
-            "M4",
-            of("sharpness after 640", "10 at once"),
-        ),
-        C(
-            "256 frames out: sharpness of the VAE",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness of the VAE after 256", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness of the VAE",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness of the VAE after 640", "10 at once"),
-        ),
-        C(
-            "640 frames out: sharpness, 5 at once",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness after 640", "5 at once"),
-        ),
-        C(
-            "640 frames out: sharpness, 2 at once",
-            None,
-            "",
-            "x",
-            "M4",
-            of("sharpness after 640", "2 at once"),
-        ),
-    ],
+LINE = re.compile(r" *(.+?) *\| *(.*?) *\| *(.+?) *\| *(.+)")
+PAPER = re.compile(r"(.+?)(?: says (exactly )?([\d.]+))?")
+WISH = re.compile(r"((?:>=|<=|>) -?[\d.]+|-?[\d.]+-[\d.]+)? ?(.*)")
+MEASURE = re.compile(r"(.+): (.+?)(?: ([-/]) (.+))?")
+
+
+def claim(line: str) -> Claim:
+    """A line of a table, read from left to right."""
+    source, wish, name, measure = LINE.fullmatch(line.rstrip()).groups()
+    where, exact, paper = PAPER.fullmatch(source).groups()
+    predicted, unit = WISH.fullmatch(wish).groups()
+    number = float(paper) if paper else None
+    return Claim(name, where, number, bool(exact), predicted or "", unit, measure)
+
+
+def table(text: str) -> list[Claim]:
+    return [claim(line) for line in text.splitlines() if line]
+
+
+CLAIMS = {
+    "sanity": table(SANITY),
+    "memory": table(MEMORY),
+    "drift": table(DRIFT),
+    "explore": table(EXPLORE),
+    "action": table(ACTION),
+    "distill": table(DISTILL),
+    "int8": table(INT8),
+    "vae": table(VAE),
+    "retrieval": table(RETRIEVAL),
+    "rope": table(ROPE),
+    "moe": table(MOE),
+    "latency": table(LATENCY),
+    "ablation": table(ABLATION),
 }
 
 
-def judge(claim: Claim, raw: Raw) -> dict:
-    """Value, interval and verdict: met, missed, unclear, reported, or not measured."""
-    row = {
-        name: getattr(claim, name)
-        for name in ("name", "paper", "predicted", "unit", "where", "exact", "primary")
-    }
-    x: list[float] = []
-    with contextlib.suppress(KeyError):
-        x = [
-            v
-            for v in np.atleast_1d(claim.measure(raw) if claim.measure else []).tolist()
-            if math.isfinite(v)
-        ]
-    if not x:
-        return row | {"value": None, "interval": None, "verdict": "not measured"}
-    said, p, interval = stats.verdict(x, claim.predicted)
-    said = (
-        {True: "met", False: "missed"}[round(sum(x) / len(x), 2) == claim.paper]
-        if claim.exact
-        else said
+# ---- judging ------------------------------------------------------------------------------
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, sorted(known), 1, 0)
+    return close[0] if close else "nothing"
+
+
+def look_up(claim: Claim, row: str, column: str, raw: Raw) -> list[float]:
+    """The values of a cell; or an error with the name that comes nearest."""
+    if f"{row}/{column}" in raw:
+        return raw[f"{row}/{column}"]
+    rows = {key.split("/", 1)[0] for key in raw}
+    if row not in rows:
+        raise ValueError(
+            f"the claim {claim.name!r} asks for the row {row!r}, which the run did not write; "
+            f"the nearest is {nearest(row, rows)!r}"
+        )
+    columns = {key.split("/", 1)[1] for key in raw if key.split("/", 1)[0] == row}
+    raise ValueError(
+        f"the claim {claim.name!r} asks for the column {column!r} of {row!r}, which the run did "
+        f"not write; the nearest is {nearest(column, columns)!r}"
     )
-    return row | {
-        "value": sum(x) / len(x),
-        "interval": interval,
-        "n": len(x),
-        "verdict": said,
-        "p": p if claim.primary else None,
-    }
+
+
+def left_out(claim: Claim, raw: Raw, absent: dict[str, str]) -> bool:
+    """Did the run say that it leaves a row or column of this claim out? "*" is all the rest."""
+    column, row, _, other = MEASURE.fullmatch(claim.measure).groups()
+    names = [name for name in (column, row, other) if name in absent]
+    keys = {f"{name}/{column}" for name in (row, other) if name}
+    return bool(names) or ("*" in absent and not keys <= set(raw))
+
+
+def values(claim: Claim, raw: Raw) -> list[float]:
+    """What a claim is about, a number per world; a difference or ratio is taken world by world."""
+    column, row, sign, other = MEASURE.fullmatch(claim.measure).groups()
+    x = look_up(claim, row, column, raw)
+    if sign:
+        pairs = list(zip(x, look_up(claim, other, column, raw), strict=True))
+        x = [a - b if sign == "-" else a / b for a, b in pairs]
+    return [v for v in x if math.isfinite(v)]
+
+
+def unmeasured(claim: Claim) -> dict:
+    """A claim as it is stored before the run."""
+    empty = {"value": None, "interval": None, "n": 0, "verdict": "not measured"}
+    return claim._asdict() | empty
+
+
+def judge(claim: Claim, raw: Raw, absent: dict[str, str]) -> dict:
+    """Value, interval and verdict: met, missed, unclear, reported, or not measured."""
+    if claim.measure.startswith("needs ") or left_out(claim, raw, absent):
+        return unmeasured(claim)
+    x = values(claim, raw)
+    if not x:
+        raise ValueError(f"the claim {claim.name!r} has no finite value: {claim.measure}")
+    mean = sum(x) / len(x)
+    word, interval = stats.verdict(x, claim.predicted)
+    if claim.exact:
+        word = "met" if round(mean, 2) == claim.paper else "missed"
+    found = {"value": mean, "interval": interval, "n": len(x), "verdict": word}
+    return claim._asdict() | found

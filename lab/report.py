@@ -1,273 +1,214 @@
-"""Tables and figures from results/*.json alone."""
+"""Tables from results/*.json alone, and the pages that show them.
+
+A page asks for a table by its name, <!-- table:NAME -->: a command (its claims on test worlds),
+final-COMMAND (on the last worlds), COMMAND:raw (every row and column), compare-FOLDER (arms by seed),
+bench-PRESET-SUITE, or `summary`, the README's. What stands between the marks of README.md is written
+anew; results/README.md is made whole by lab/summary.py. The same json give the same bytes.
+"""
 
 import base64
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from engine import weights
-from lab import metrics, stats, summary
+from lab import figures, metrics, stats, summary
 from lab.claims import CLAIMS
+
+MARK = re.compile(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", re.S)
+CLAIM_HEAD = ("claim", "where", "paper", "predicted", "measured [95 %]", "n", "verdict")
+ARM_HEAD = ("claim", "arm", "each seed", "mean", "difference [95 % over seeds]")
+
+Rows = Iterable[Iterable[str]]
+Results = dict[str, dict]  # command -> what it stored
+
+
+# ---- cells --------------------------------------------------------------------------------
 
 
 def number(x: float | None) -> str:
-    return (
-        "-"
-        if x is None
-        else "nan"
-        if not math.isfinite(x)
-        else f"{x:.0f}"
-        if abs(x) >= 1000
-        else f"{x:.4g}"
-    )
+    if x is None:
+        return "-"
+    if not math.isfinite(x):
+        return "nan"
+    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
-def together(
-    claims: Sequence[tuple[float, str, str]],
-) -> list[str]:  # p, where it was measured, claim
-    """Holm as a table: which claims hold when all of them are asked at once, at 5 %."""
-    rows = sorted(claims)
-    held = ["holds" if yes else "does not" for yes in stats.holm([p for p, _, _ in rows])]
-    return [
-        "| command | primary claim | p | with all the others |",
-        "|---|---|---|---|",
-        *(
-            f"| {where} | {claim} | {number(p)} | {said} |"
-            for (p, where, claim), said in zip(rows, held, strict=True)
-        ),
-    ]
+def table(head: Iterable[str], rows: Rows) -> list[str]:
+    """In Markdown."""
+    head = list(head)
+    lines = [head, *rows]
+    written = [f"| {' | '.join(line)} |" for line in lines]
+    return [written[0], "|---" * len(head) + "|", *written[1:]]
 
 
-def arms(
-    found: dict[tuple[str, str], dict[str, float]], against: str
-) -> list[str]:  # (claim, arm) -> seed -> value
-    """Arms trained several times as a table: every claim by seed, and the difference from the arm `against`, paired by seed."""
-    table = [
-        "| claim | arm | each seed | mean | difference [95 % over seeds] |",
-        "|---|---|---|---|---|",
-    ]
-    for (name, arm), values in sorted(
-        found.items(), key=lambda row: (row[0][0], row[0][1] != against, row[0][1])
-    ):
-        base = found.get((name, against), {})
-        m, half = stats.student([values[seed] - base[seed] for seed in values if seed in base])
-        every = sorted(
-            {seed for (other, _), seeds in found.items() if other == name for seed in seeds}
-        )
-        cells = [
-            ", ".join(number(values.get(seed)) for seed in every),
-            number(sum(values.values()) / len(values)),
-        ]
-        table.append(
-            f"| {name} | {arm} | {' | '.join([*cells, '-' if arm == against else f'{m:+.3g} [{m - half:+.3g}, {m + half:+.3g}]'])} |"
-        )
-    return table
+def measured(claim: dict) -> str:
+    """The value, its interval and its unit."""
+    if claim["value"] is None:
+        return "not measured"
+    cell = number(claim["value"])
+    if claim["interval"]:
+        low, high = map(number, claim["interval"])
+        cell += f" [{low}, {high}]"
+    return f"{cell} {claim['unit']}".rstrip()
 
 
-def claim_table(result: dict) -> str:
-    lines = [
-        "| claim | where | paper | predicted | measured [95 %] | n | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for c in result["claims"]:
-        span = f" [{', '.join(map(number, c['interval']))}]" if c["interval"] else ""
-        got = (
-            "not measured"
-            if c["value"] is None
-            else f"{number(c['value'])}{span} {c['unit']}".rstrip()
-        )
-        lines.append(
-            f"| {c['name']} | {c['where']} | {number(c['paper'])} | {c['predicted'] or '-'} | {got} | {c.get('n', '-')} | {c['verdict']} |"
-        )
-    return "\n".join([*lines, "", footer(result)])
-
-
-def raw_table(result: dict) -> str:  # rows and columns as the keys say; means over worlds
-    keys = [key.split("/", 1) for key in result["raw"]]
-    rows, columns = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
-    mean = lambda x: number(float(np.nanmean(x))) if np.isfinite(x).any() else "nan" if x else ""
-    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {' | '.join([r, *(mean(result['raw'].get(f'{r}/{c}', [])) for c in columns)])} |"
-        for r in rows
-    ]
-    return "\n".join([*lines, "", footer(result)])
+def mean(values: list[float]) -> str:
+    """Over the worlds that have it; nothing where the run has no such cell."""
+    if not values:
+        return ""
+    return number(float(np.nanmean(values))) if np.isfinite(values).any() else "nan"
 
 
 def footer(result: dict) -> str:
-    v, worlds = result["versions"], f"{len(result['worlds'])} {result['split']} worlds"
-    return " · ".join(
-        [
-            f"`{result['command']}`",
-            worlds,
-            f"{result['machine']}, {result['threads']} threads",
-            f"torch {v['torch']}",
-            f"{result['date']} UTC",
-            *result.get("notes", []),
-        ]
-    )
+    """What to type for these numbers, and where they were measured."""
+    parts = [
+        f"`{result['command']}`",
+        f"{len(result['worlds'])} {result['split']} worlds",
+        f"{result['machine']}, {result['threads']} threads",
+        f"torch {result['versions']['torch']}",
+        f"{result['date']} UTC",
+        *result.get("notes", []),
+    ]
+    return " · ".join(parts)
+
+
+# ---- tables -------------------------------------------------------------------------------
+
+
+def claim_table(result: dict) -> str:
+    """A row for every claim of a command."""
+    rows = []
+    for claim in result["claims"]:
+        row = [claim["name"], claim["where"], number(claim["paper"])]
+        row += [claim["predicted"] or "-", measured(claim), str(claim["n"] or "-")]
+        rows.append([*row, claim["verdict"]])
+    return "\n".join([*table(CLAIM_HEAD, rows), "", footer(result)])
+
+
+def raw_table(result: dict) -> str:
+    """Rows and columns as the keys say; means over worlds."""
+    raw = result["raw"]
+    keys = [key.split("/", 1) for key in raw]
+    rows = dict.fromkeys(row for row, _ in keys)
+    columns = dict.fromkeys(column for _, column in keys)
+    lines = []
+    for row in rows:
+        cells = [mean(raw.get(f"{row}/{column}", [])) for column in columns]
+        lines.append([row, *cells])
+    return "\n".join([*table(["", *columns], lines), "", footer(result)])
+
+
+def difference(values: dict[str, float], base: dict[str, float]) -> str:
+    """Mean over seeds that both arms have, with Student's interval."""
+    paired = [values[seed] - base[seed] for seed in values if seed in base]
+    if not paired:
+        return "-"
+    middle, half = stats.student(paired)
+    return f"{middle:+.3g} [{middle - half:+.3g}, {middle + half:+.3g}]"
+
+
+def arms(
+    found: dict[tuple[str, str], dict[str, float]],  # (claim, arm) -> seed -> value
+    against: str,  # the arm that the others are compared with
+) -> list[str]:
+    """Arms trained several times as a table: every claim by seed, differences paired by seed."""
+    rows = []
+    for claim, arm in sorted(found, key=lambda key: (key[0], key[1] != against, key[1])):
+        values = found[claim, arm]
+        every = {seed for (name, _), seeds in found.items() if name == claim for seed in seeds}
+        each = ", ".join(number(values.get(seed)) for seed in sorted(every))
+        apart = "-"
+        if arm != against:
+            apart = difference(values, found.get((claim, against), {}))
+        rows.append([claim, arm, each, number(sum(values.values()) / len(values)), apart])
+    return table(ARM_HEAD, rows)
 
 
 def contrast(
-    folder: Path, against: str
-) -> dict:  # folder/ARM-SEED/*.json; the last command of each kind stands for all
-    found, each = {}, {}
+    folder: Path,  # with ARM-SEED/*.json
+    against: str,
+) -> dict:
+    """The arms of a folder side by side; the last command of each kind stands for all."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    last = {}
     for path in sorted(folder.glob("*-*/*.json")):
-        (arm, seed), each[path.stem] = (
-            path.parent.name.rsplit("-", 1),
-            footer(result := json.loads(path.read_text())),
-        )
-        for c in (c for c in result["claims"] if c["value"] is not None):
-            found.setdefault((f"{c['name']}, {c['unit']}".rstrip(", "), arm), {})[seed] = c["value"]
-    said = f"`python evaluate.py compare --out {folder} --against {against}` · each seed: {'; '.join(each.values())}"
-    return {"table": [*arms(found, against), "", said]}
+        arm, seed = path.parent.name.rsplit("-", 1)
+        result = json.loads(path.read_text())
+        last[path.stem] = footer(result)
+        for claim in result["claims"]:
+            if claim["value"] is not None:
+                name = f"{claim['name']}, {claim['unit']}".rstrip(", ")
+                found.setdefault((name, arm), {})[seed] = claim["value"]
+    command = f"`python evaluate.py compare --out {folder} --against {against}`"
+    source = f"{command} · each seed: {'; '.join(last.values())}"
+    return {"table": [*arms(found, against), "", source]}
 
 
-def results(out: Path) -> dict[str, dict]:
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted(out.glob("*.json"))
-        if path.stem in CLAIMS
-    }
+# ---- pages --------------------------------------------------------------------------------
 
 
-def report(out: Path, readme: Path, figures: Path) -> None:
-    """Rewrite what stands between <!-- table:NAME --> (or NAME:raw, final-NAME) and <!-- /table -->, and the figures, from the json."""
-    found, final = results(out), results(out / "final")
-    if wrong := [
-        m
-        for m in metrics.BETTER
-        if found.get("sanity", {}).get("raw", {}).get(f"ranks fakes as expected/{m}", [1])[0] < 1
-    ]:
-        raise ValueError(
-            f"{', '.join(wrong)}: ranks fakes wrongly (see {out}/sanity.json), so nothing is reported"
-        )
-    tables = {
-        name: claim_table(result)
-        for name, result in [
-            *found.items(),
-            *((f"final-{name}", result) for name, result in final.items()),
-        ]
-    }
-    others = {
-        path.stem: json.loads(path.read_text())["table"]
-        for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json"))
-    }
-    primary = {
-        (c["p"], name, c["name"])
-        for name, result in (found | final).items()
-        for c in result["claims"]
-        if c.get("p") is not None
-    }
-    holm = [
-        *together(primary),
-        "",
-        f"`python evaluate.py report` · {len(primary)} tests, Holm at 5 %, p by bootstrap over worlds",
-    ]
-    tables |= {f"{name}:raw": raw_table(result) for name, result in found.items()}
-    tables |= {name: "\n".join(lines) for name, lines in (others | {"holm": holm}).items()}
-    print(tables["holm"])
+def results(out: Path) -> Results:
+    paths = [path for path in sorted(out.glob("*.json")) if path.stem in CLAIMS]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def check_measures(found: Results, out: Path) -> None:
+    """Nothing is reported while a measure ranks fakes wrongly."""
+    raw = found.get("sanity", {}).get("raw", {})
+    ranked = {name: raw.get(f"ranks fakes as expected/{name}", [1])[0] for name in metrics.METRICS}
+    wrong = ", ".join(name for name, right in ranked.items() if right < 1)
+    if wrong:
+        path = out / "sanity.json"
+        raise ValueError(f"{wrong}: ranks fakes wrongly (see {path}), so nothing is reported")
+
+
+def all_tables(out: Path, found: Results) -> dict[str, str]:
+    tables = {}
+    for name, result in found.items():
+        tables[name] = claim_table(result)
+        tables[f"{name}:raw"] = raw_table(result)
+    for name, result in results(out / "final").items():
+        tables[f"final-{name}"] = claim_table(result)
+    for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json")):
+        tables[path.stem] = "\n".join(json.loads(path.read_text())["table"])
+    return tables
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with the tables that it asks for."""
+
+    def between(mark: re.Match) -> str:
+        content = tables.get(mark[1], "not measured")
+        return f"<!-- table:{mark[1]} -->\n{content}\n<!-- /table -->"
+
+    return MARK.sub(between, page)
+
+
+def report(out: Path, readme: Path, pictures: Path) -> None:
+    """Both pages and all figures."""
+    found = results(out)
+    check_measures(found, out)
+    tables = all_tables(out, found)
     summary.write_page(out, tables)
     if set(found) >= {row.source for row in summary.ROWS}:
         tables["summary"] = summary.table(found)
-    fill = lambda at: (
-        f"<!-- table:{at[1]} -->\n{tables.get(at[1], 'not measured')}\n<!-- /table -->"
-    )
-    readme.exists() and weights.write_text(
-        readme,
-        re.sub(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", fill, readme.read_text(), flags=re.S),
-    )
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        pair for result in found.values() for pair in result.get("pictures", {}).items()
-    ):
-        (figures / f"{name}.png").write_bytes(base64.b64decode(content))
+        print(tables["summary"])
+    if readme.exists():
+        weights.write_text(readme, fill(readme.read_text(), tables))
+
+    # pictures of the runs, and figures drawn anew
+    pictures.mkdir(parents=True, exist_ok=True)
+    for result in found.values():
+        for name, content in result.get("pictures", {}).items():
+            (pictures / f"{name}.png").write_bytes(base64.b64decode(content))
+    ladder = out / "bench-tiny-ladder.json"
+    rows = json.loads(ladder.read_text())["rows"] if ladder.exists() else []
     try:
-        plot(
-            found,
-            json.loads(path.read_text())["rows"]
-            if (path := out / "bench-tiny-ladder.json").exists()
-            else [],
-            figures,
-        )
+        figures.plot(found, rows, pictures)
     except ModuleNotFoundError:
         print("figures need: pip install matplotlib (the tables are written)")
-
-
-def plot(found: dict, ladder: list[list], figures: Path) -> None:
-    """Revisits by arm with floors and ceiling; drift by segment; what is looked back at, from above; where the time of a segment goes."""
-    import matplotlib.figure  # optional
-
-    for name, source, pattern, label in (
-        ("memory", "memory", r"exact, ([^/]+)/psnr", "PSNR of an exact revisit, dB"),
-        ("drift", "drift", r"segment \d+/(.+): psnr", "PSNR by segment, dB"),
-        ("sharpness", "drift", r"segment \d+/(.+): sharpness", "sharpness by segment, 1 = truth"),
-    ):
-        axes, curves = (
-            (figure := matplotlib.figure.Figure((7, 3))).subplots(subplot_kw={"title": label}),
-            {},
-        )
-        for key, values in sorted(found.get(source, {}).get("raw", {}).items()):
-            if at := re.fullmatch(pattern, key):
-                curves.setdefault(at[1], []).append(np.mean(values))
-        for arm, ys in curves.items():
-            axes.barh(arm, ys) if name == "memory" else axes.plot(
-                range(1, len(ys) + 1), ys, label=arm
-            )
-        if curves:
-            axes.legend(*axes.get_legend_handles_labels()).set_visible(name != "memory")
-            figure.savefig(figures / f"{name}.png", bbox_inches="tight", dpi=110)
-    if facts := found.get("retrieval", {}).get("facts"):
-        figure, poses, past = (
-            matplotlib.figure.Figure((5, 5)),
-            np.array(facts["poses"]),
-            range(facts["bank"]),
-        )
-        axes = figure.subplots(
-            subplot_kw={
-                "title": "the old frames that are looked back at; metres",
-                "aspect": "equal",
-            }
-        )
-        axes.pcolormesh(np.array(facts["solid"]).T, cmap="Greys", vmax=2)
-        for label, which, colour in (
-            ("bank", past, "silver"),
-            ("chosen", facts["chosen"], "tab:blue"),
-            ("next views", facts["asks"], "tab:red"),
-        ):
-            x, z, yaw = poses[list(which)].T
-            axes.quiver(
-                x,
-                z,
-                np.sin(np.radians(yaw)),
-                np.cos(np.radians(yaw)),
-                color=colour,
-                label=label,
-                scale=18,
-                width=0.006,
-            )
-        axes.set(
-            xlim=(poses[:, 0].min() - 3, poses[:, 0].max() + 3),
-            ylim=(poses[:, 1].min() - 3, poses[:, 1].max() + 3),
-        )
-        axes.legend(loc="upper right")
-        figure.savefig(figures / "retrieval.png", bbox_inches="tight", dpi=110)
-    if ladder:  # rows "name: 81.0 ms, ...", the release first; "5 new" makes fewer frames a segment
-        times = [
-            (row[0].split(":")[0], float(re.search(r": ([\d.]+) ms", row[0])[1]))
-            for row in ladder
-            if " new:" not in row[0]
-        ]
-        axes = (figure := matplotlib.figure.Figure((7, 3))).subplots(
-            subplot_kw={"title": "ms per segment; green: saved against the release"}
-        )
-        for name, ms in times:
-            axes.barh(name, ms, color="tab:gray")
-            axes.barh(name, times[0][1] - ms, left=ms, color="tab:green")
-            axes.annotate(f"{ms:.0f} ", (ms, name), va="center", ha="right", color="white")
-        axes.invert_yaxis()
-        figure.savefig(figures / "ladder.png", bbox_inches="tight", dpi=110)

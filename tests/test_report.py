@@ -1,23 +1,104 @@
-"""What report.py promises."""
+"""What report.py, summary.py and figures.py promise."""
 
-from lab import report
-from lab.claims import CLAIMS, Claim, judge
+import json
+from pathlib import Path
+
+import pytest
+
+from lab import metrics, report
+from lab.claims import CLAIMS, judge
+
+PROVENANCE = ("command", "split", "machine", "date", "threads")
+SLOPES = {
+    "none-1": -1.0,
+    "none-2": -2.0,
+    "none-3": -3.0,
+    "both-1": -0.9,
+    "both-2": -1.7,
+    "both-3": -2.5,
+}
 
 
-def test_primary_claims_are_asked_together() -> None:
-    claims = [
-        Claim(name, None, "> 0", "dB", "", lambda raw, k=name: raw[k], primary=name != "c")
-        for name in "abc"
-    ]
-    raw = {
-        "a": [1.0, 1.1, 0.9, 1.2, 1.05, 0.95],
-        "b": [-2.0, 3.0, -1.0, 2.0, 0.5, -0.5],
-        "c": [1.0, 1.1, 0.9],
+def result(**more: object) -> dict:
+    """What a run stores, of a run that measured nothing."""
+    said = dict.fromkeys(PROVENANCE, "x")
+    return said | {"worlds": [1], "versions": {"torch": "t"}, "claims": [], "raw": {}} | more
+
+
+def store(path: Path, stored: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored))
+
+
+def test_numbers_are_short() -> None:
+    assert report.number(None) == "-"
+    assert report.number(float("nan")) == "nan"
+    assert report.number(1234.56) == "1235"
+    assert report.number(0.123456) == "0.1235"
+
+
+def test_nothing_is_reported_while_a_measure_ranks_fakes_wrongly(tmp_path: Path) -> None:
+    raw = {f"ranks fakes as expected/{name}": [1.0] for name in metrics.METRICS}
+    store(tmp_path / "sanity.json", result(raw=raw))
+    report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+
+    raw["ranks fakes as expected/ssim"] = [0.0]
+    store(tmp_path / "sanity.json", result(raw=raw))
+    with pytest.raises(ValueError, match="ssim: ranks fakes wrongly"):
+        report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+
+
+def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="intervals need scipy; pip install scipy")
+    absent = {"*": "only this claim is measured"}
+    for name, slope in SLOPES.items():
+        raw = {"in place, camera/dB per 100 frames": [slope]}
+        claim = judge(CLAIMS["drift"][0], raw, absent)
+        store(tmp_path / "buffer" / name / "drift.json", result(claims=[claim]))
+
+    contrast = report.contrast(tmp_path / "buffer", "none")
+    header, _, none, both, *_ = contrast["table"]
+    assert "each seed" in header
+    assert none.endswith("| -1, -2, -3 | -2 | - |")
+    # .1, .3, .5: .3 ± 4.303·.2/√3
+    assert both.endswith("| -0.9, -1.7, -2.5 | -1.7 | +0.3 [-0.197, +0.797] |")
+
+    store(tmp_path / "compare-buffer.json", contrast)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:compare-buffer -->\n<!-- /table -->")
+    report.report(tmp_path, readme, tmp_path / "figures")
+    assert both in readme.read_text()
+
+
+def test_a_table_that_nobody_measured_says_so_and_all_else_is_kept(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    empty = "<!-- table:rope:raw -->\nold\n<!-- /table -->\n"
+    readme.write_text(f"# x\n{empty}kept\n")
+    report.report(tmp_path, readme, tmp_path / "figures")
+    filled = "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->\n"
+    assert readme.read_text() == f"# x\n{filled}kept\n"
+
+
+def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    facts = {
+        "solid": [[True, False], [False, False]],
+        "poses": [[1.0, 1.0, 0.0], [1.5, 1.0, 30.0], [1.5, 1.5, 60.0]],
+        "bank": 2,
+        "asks": [2],
+        "chosen": [0],
     }
-    judged = [judge(claim, raw) for claim in claims]
-    table = report.together([(c["p"], "x", c["name"]) for c in judged if c["p"] is not None])
-    assert any("| a |" in row and row.endswith("| holds |") for row in table)
-    assert any("| b |" in row and row.endswith("| does not |") for row in table) and not any(
-        "| c |" in row for row in table
-    )
-    assert sum(c.primary for claims in CLAIMS.values() for c in claims) >= 7
+    store(tmp_path / "retrieval.json", result(facts=facts))
+    memory = {f"exact, {arm}/psnr": [20.0, 21.0] for arm in ("camera", "none")}
+    store(tmp_path / "memory.json", result(raw=memory))
+    drift = {f"segment 0{k}/in place, camera: psnr": [20.0 - k] for k in (1, 2)}
+    store(tmp_path / "drift.json", result(raw=drift))
+    rows = [
+        [f"{name}: {ms} ms, IQR 1; times faster", None, None, 1.0, None]
+        for name, ms in (("whole", 100.0), ("slower", 120.0), ("5 new", 50.0))
+    ]
+    store(tmp_path / "bench-tiny-ladder.json", {"rows": rows, "table": ["x"]})
+    report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
+    assert set(sizes) == {"retrieval.png", "ladder.png", "memory.png", "drift.png"}
+    assert max(sizes.values()) < 200_000
