@@ -283,6 +283,9 @@ def inspect(path: Path, hashes: bool = False) -> tuple[Episode | None, list[str]
 
 
 def read_files(path: Path) -> Episode:
+    for file in FILES:  # a device or a pipe could be read for ever
+        if (path / file).exists() and not (path / file).is_file():
+            raise ValueError(f"{file} is not a regular file")
     meta = json.loads((path / "meta.json").read_text())
     prompt = json.loads((path / WORDS).read_text())
     values = {}

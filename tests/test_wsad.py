@@ -12,11 +12,11 @@ from game.scene import make_scene
 
 @pytest.fixture(scope="module")
 def walks() -> list[dict]:
-    return [
-        world.simulate(make_scene(i), i, 241, behaviour)
-        for i in range(6)
-        for behaviour in ("rl", "loop")
-    ]
+    runs = []
+    for seed in range(6):
+        for behaviour in ("rl", "loop"):
+            runs.append(world.simulate(make_scene(seed), seed, 241, behaviour))
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -24,70 +24,93 @@ def bumps() -> list[dict]:
     return [world.simulate(make_scene(i), i, 241, "random") for i in range(8)]
 
 
-def infer(run: dict, noise: float = 0.0, **options: object) -> wsad.Labels:
-    player = run["player"] + np.pad(
-        noise * np.random.default_rng(0).standard_normal((len(run["player"]), 3)), ((0, 0), (0, 2))
-    )
-    return wsad.infer_wsad(player[:, :3], player[:, 4], player[:, 3], camera.STEP, **options)
+def infer(player: np.ndarray, step: float | None = camera.STEP, **options: object) -> wsad.Labels:
+    x_y_z = player[:, :3]
+    pitch, yaw = player[:, 3:].T
+    return wsad.infer_wsad(x_y_z, yaw, pitch, step, **options)
+
+
+def score(run: dict, labels: wsad.Labels) -> dict[str, float]:
+    return wsad.wsad_report(labels, run["keyboard"], run["contact"])
 
 
 def mean(runs: list[dict], key: str, noise: float = 0.0) -> float:
-    return float(
-        np.nanmean(
-            [
-                wsad.wsad_report(infer(run, noise), run["keyboard"], run["contact"])[key]
-                for run in runs
-            ]
-        )
-    )
+    shares = []
+    for run in runs:
+        player = run["player"].copy()
+        jitter = np.random.default_rng(0).standard_normal((len(player), 3))
+        player[:, :3] += noise * jitter
+        shares.append(score(run, infer(player))[key])
+    return float(np.nanmean(shares))
 
 
 def test_keys_are_recovered_from_positions(walks: list[dict]) -> None:
-    assert mean(walks, "free") >= 0.999 and mean(walks, "valid") >= 0.999
+    assert mean(walks, "free") >= 0.999
+    assert mean(walks, "valid") >= 0.999
     assert mean(walks, "free", noise=0.01) >= 0.99
 
 
 def test_known_inertia_is_undone(walks: list[dict]) -> None:
     for run in walks[:4]:
-        player, d = run["player"].copy(), np.diff(run["player"][:, [0, 2]], axis=0)
+        player = run["player"].copy()
+        ground = run["player"][:, [0, 2]]
+        d = np.diff(ground, axis=0)
         for t in range(1, len(d)):
             d[t] = 0.5 * d[t] + 0.5 * d[t - 1]  # v_t = k·u_t + (1−k)·v_{t−1}
-        player[1:, [0, 2]] = player[0, [0, 2]] + np.cumsum(d, 0)
-        labels = wsad.infer_wsad(
-            player[:, :3], player[:, 4], player[:, 3], camera.STEP, inertia=0.5
-        )
-        assert wsad.wsad_report(labels, run["keyboard"], run["contact"])["free"] == 1
+        player[1:, [0, 2]] = ground[0] + np.cumsum(d, 0)
+        assert score(run, infer(player, inertia=0.5))["free"] == 1
 
 
 def test_a_blocked_player_is_flagged_not_guessed(bumps: list[dict]) -> None:
-    wrong = flagged = 0
+    wrong = 0
+    flagged = 0
     for run in bumps:
-        labels, contact = infer(run), run["contact"][:-1]
+        labels = infer(run["player"])
+        contact = run["contact"][:-1]
         true = run["keyboard"][:-1, :4].astype(bool)
-        moved = (
-            np.linalg.norm(np.diff(run["player"][:, :3], axis=0), axis=1) > 0.1 * camera.STEP
-        )  # a full stop looks like no key
+        step = np.diff(run["player"][:, :3], axis=0)
+        moved = np.linalg.norm(step, axis=1) > 0.1 * camera.STEP  # a full stop looks like no key
         miss = contact & moved & (labels.keyboard[:-1, :4] != true).any(1)
-        wrong, flagged = wrong + miss.sum(), flagged + (miss & ~labels.valid[:-1]).sum()
-    assert wrong > 100 and flagged / wrong >= 0.95
+        wrong += miss.sum()
+        flagged += (miss & ~labels.valid[:-1]).sum()
+    assert wrong > 100
+    assert flagged / wrong >= 0.95
 
 
-def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror() -> None:
-    keyboard, mouse = torch.zeros(60, 6), torch.zeros(60, 2)
-    keyboard[:, 0], keyboard[:, 3], mouse[:, 1] = 1, 1, 0.1
+@pytest.fixture(scope="module")
+def bend() -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """A walk to the front right that turns across ±180 degrees."""
+    keyboard = torch.zeros(60, 6)
+    mouse = torch.zeros(60, 2)
+    keyboard[:, [0, 3]] = 1
+    mouse[:, 1] = 0.1
     player = camera.integrate((0, -1.6, 0, 0, 150), keyboard, mouse).numpy()
-    wrapped = (player[:, 4] + 180) % 360 - 180
-    labels = wsad.infer_wsad(player[:, :3], wrapped, player[:, 3], camera.STEP)
-    assert (
-        (labels.keyboard[:-1] == keyboard.numpy()).all()
-        and np.allclose(labels.mouse[:-1], mouse, atol=1e-5)
-        and labels.valid[:-1].all()
-    )
-    mirror = wsad.infer_wsad(player[:, :3] * [-1, 1, 1], -player[:, 4], player[:, 3], camera.STEP)
-    assert (mirror.keyboard[:, [0, 1, 3, 2]] == labels.keyboard[:, :4]).all()
-    assert (
-        wsad.infer_wsad(player[:, :3] * 7, player[:, 4], player[:, 3]).valid[:-1].all()
-    )  # unknown scale: v0 from the data
+    return player, keyboard, mouse
+
+
+def test_labels_cross_the_yaw_seam_and_swap_in_a_mirror(bend: tuple) -> None:
+    player, keyboard, mouse = bend
+    wrapped = player.copy()
+    wrapped[:, 4] = (player[:, 4] + 180) % 360 - 180
+    labels = infer(wrapped)
+    assert (labels.keyboard[:-1] == keyboard.numpy()).all()
+    assert np.allclose(labels.mouse[:-1], mouse, atol=1e-5)
+    assert labels.valid[:-1].all()
+
+    mirrored = player * [-1, 1, 1, 1, -1]
+    left_for_right = infer(mirrored).keyboard[:, [0, 1, 3, 2]]
+    assert (left_for_right == labels.keyboard[:, :4]).all()
+
+
+def test_the_length_of_a_step_is_found_where_the_scale_is_unknown(bend: tuple) -> None:
+    player, _, _ = bend
+    labels = infer(player * [7, 7, 7, 1, 1], step=None)
+    assert labels.valid[:-1].all()
+
+
+def keys(words: tuple[str, ...]) -> np.ndarray:
+    rows = [[key in word.split() for key in camera.KEYS] for word in words]
+    return np.array(rows, np.uint8)
 
 
 def test_the_score_of_the_keys_by_hand() -> None:
@@ -101,10 +124,6 @@ def test_the_score_of_the_keys_by_hand() -> None:
         ("w", "", False, True),  # wrong
         ("w", "s", True, True),  # the last row leads nowhere and is not scored
     )
-
-    def keys(words: tuple[str, ...]) -> np.ndarray:
-        return np.array([[key in word.split() for key in camera.KEYS] for word in words], np.uint8)
-
     held, read, valid, contact = zip(*rows, strict=True)
     labels = wsad.Labels(keys(read), np.zeros((8, 2)), np.array(valid))
     assert wsad.wsad_report(labels, keys(held), np.array(contact)) == {
@@ -115,4 +134,5 @@ def test_the_score_of_the_keys_by_hand() -> None:
         "coverage": 3 / 7,
     }
     nowhere = wsad.wsad_report(labels, keys(held), np.zeros(8, bool))
-    assert np.isnan(nowhere["contact"]) and nowhere["free"] == nowhere["all"] == 4 / 7
+    assert np.isnan(nowhere["contact"])
+    assert nowhere["free"] == nowhere["all"] == 4 / 7
