@@ -304,6 +304,13 @@ class VAE(nn.Module):
 
     # ---- what comes in must fit
 
+    def check_weights(self) -> None:
+        """A decoder of NaN draws black frames, and nobody is told."""
+        for name, weight in self.named_parameters():
+            if not weight.isfinite().all():
+                help = "the file is damaged: download or train it again"
+                raise ValueError(f"{name} holds NaN or infinite numbers; {help}")
+
     def check_video(self, video: Tensor) -> None:
         if self.encoder is None:
             help = "encode with the full VAE, its latents fit"

@@ -338,6 +338,7 @@ def vae_from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
     _check_vae(vae.state_dict(), named)
     vae = vae.to_empty(device="cpu")
     vae.load_state_dict(named, strict=True)
+    vae.check_weights()
     vae.set_statistics(cfg.mean, cfg.std)  # these are not among the released weights
     return vae
 

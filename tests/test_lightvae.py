@@ -21,20 +21,19 @@ def micro() -> VAE:
 def clip(seed: int) -> torch.Tensor:
     """Smooth coloured waves that move: (2, 3, 5, 16, 16)."""
     g = torch.Generator().manual_seed(seed)
-    phase, speed = (
-        torch.rand(2, 3, 1, 1, 1, generator=g) * 6,
-        torch.randn(2, 3, 1, 1, 1, generator=g) * 0.3,
-    )
-    t, y, x = torch.meshgrid(
-        torch.arange(5.0), torch.arange(16.0), torch.arange(16.0), indexing="ij"
-    )
+    phase = torch.rand(2, 3, 1, 1, 1, generator=g) * 6
+    speed = torch.randn(2, 3, 1, 1, 1, generator=g) * 0.3
+    side = torch.arange(16.0)
+    t, y, x = torch.meshgrid(torch.arange(5.0), side, side, indexing="ij")
     return torch.sin(phase + speed * t + 0.2 * x - 0.15 * y) * 0.8
 
 
 def test_vae_loss_falls_on_one_batch_in_float32_and_bfloat16() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        model, norm, video = VAE(MICRO), LatentNorm(16), clip(0)
+        model = VAE(MICRO)
+        norm = LatentNorm(16)
+        video = clip(0)
         opt = torch.optim.AdamW(model.parameters(), 1e-2)
         losses = []
         for _ in range(10):
@@ -98,3 +97,11 @@ def test_structure_sees_blur_and_ignores_brightness() -> None:
     )
     assert lightvae.structure(video, video) == 0 and lightvae.structure(video + 0.3, video) < 1e-6
     assert lightvae.structure(blurred, video) > 0.1
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_a_share_of_the_width_costs_its_square(rate: float) -> None:
+    tiny = PRESETS["tiny"]
+    whole = lightvae.multiply_adds(VAE(tiny))
+    share = lightvae.multiply_adds(VAE(pruned(tiny, rate))) / whole
+    assert (1 - rate) ** 2 < share < 1.2 * (1 - rate) ** 2
