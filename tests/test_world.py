@@ -256,6 +256,26 @@ def test_floor_and_ceiling_show_the_texel_that_was_painted_there(monkeypatch, ab
     assert agree > 0.999, agree
 
 
+@pytest.mark.parametrize("pitch", [0.0, 15.0])
+def test_the_sky_shows_the_texel_of_its_heading_and_height(monkeypatch, pitch):
+    """Row: h/(1 + h), h the tangent of the elevation. Column: the heading, clockwise from +z."""
+    scene = make_scene(2, "plaza")
+    sky = np.random.default_rng(0).random((3, *paint.SKY), np.float32)
+    monkeypatch.setattr(paint, "paint_sky", lambda scene: sky)
+    everything = seen_points(scene, pitch)
+    seen = everything.where(everything.forward > 999)
+    x, down, z = seen.way.T
+    rise = -down / np.hypot(x, z)
+    rows, columns = paint.SKY
+    row = rise / (1 + rise) * rows
+    column = np.arctan2(x, z) / (2 * np.pi) * columns % columns
+    sure = in_the_middle(row) & in_the_middle(column)
+    expected = 255 * sky[:, row[sure].astype(int), column[sure].astype(int)].T  # no fog in the sky
+    agree = np.abs(seen.rgb[sure] - expected).max(-1) < 1
+    assert len(agree) > 3000
+    assert agree.mean() > 0.999
+
+
 @pytest.mark.parametrize(
     "kind, view",
     [

@@ -136,3 +136,87 @@ def test_the_score_of_the_keys_by_hand() -> None:
     nowhere = wsad.wsad_report(labels, keys(held), np.zeros(8, bool))
     assert np.isnan(nowhere["contact"])
     assert nowhere["free"] == nowhere["all"] == 4 / 7
+
+
+# ---- what is sure, and what is not -------------------------------------------------------------------------
+
+
+def straight(length: float, degrees: float = 0.0) -> np.ndarray:
+    """Nine equal steps of a player who looks along z, `degrees` to the right of that: (10, 5)."""
+    player = np.zeros((10, 5))
+    steps = length * np.arange(10)
+    player[:, 0] = steps * np.sin(np.radians(degrees))
+    player[:, 2] = steps * np.cos(np.radians(degrees))
+    return player
+
+
+@pytest.mark.parametrize(
+    "share, pressed, valid",
+    [
+        (0.05, 0, True),  # stands
+        (0.2, 0, False),  # neither stands nor walks
+        (0.5, 1, False),  # a walk that something slows down
+        (1.0, 1, True),
+        (1.3, 1, False),  # too fast for a walk
+    ],
+)
+def test_a_step_is_a_walk_a_stand_or_unsure(share: float, pressed: int, valid: bool) -> None:
+    labels = infer(straight(share * camera.STEP))
+    assert (labels.keyboard[:-1, 0] == pressed).all()
+    assert not labels.keyboard[:, 1:].any()
+    assert (labels.valid[:-1] == valid).all()
+
+
+@pytest.mark.parametrize(
+    "degrees, keys_held, valid",
+    [
+        (0, "w", True),
+        (9, "w", True),
+        (20, "w", False),  # crooked: between two sectors
+        (25, "w d", False),
+        (45, "w d", True),
+        (90, "d", True),
+        (180, "s", True),
+        (-90, "a", True),
+        (-135, "s a", True),
+    ],
+)
+def test_eight_sectors_begin_half_way(degrees: float, keys_held: str, valid: bool) -> None:
+    labels = infer(straight(camera.STEP, degrees))
+    assert (labels.keyboard[:-1] == keys((keys_held,))[0]).all()
+    assert (labels.valid[:-1] == valid).all()
+
+
+def test_the_last_row_moves_nothing_and_is_never_valid() -> None:
+    labels = infer(straight(camera.STEP))
+    assert not labels.valid[-1]
+    assert not labels.keyboard[-1].any()
+    assert not labels.mouse[-1].any()
+
+
+def test_a_turn_below_the_dead_zone_is_none() -> None:
+    player = straight(camera.STEP)
+    player[:, 4] = 0.9 * camera.DEAD_ZONE * camera.DEGREES * np.arange(10)
+    assert not infer(player).mouse.any()
+    player[:, 4] *= 2
+    assert infer(player).mouse[:-1, 1].all()
+
+
+def test_standing_about_does_not_change_what_a_step_is() -> None:
+    rest = np.zeros((30, 5))
+    rest[:, 0] = 1e-4 * (np.arange(30) % 2)
+    player = np.concatenate([rest, straight(0.7), rest + straight(0.7)[-1]])
+    assert infer(player, step=None).valid[30:38].all()
+
+
+def test_noise_is_smoothed_where_it_would_hide_a_step(walks: list[dict]) -> None:
+    right = []
+    for smooth in (None, False):
+        shares = []
+        for run in walks[:6]:
+            player = run["player"].copy()
+            jitter = np.random.default_rng(0).standard_normal((len(player), 3))
+            player[:, :3] += 0.03 * jitter
+            shares.append(score(run, infer(player, smooth=smooth))["free"])
+        right.append(np.mean(shares))
+    assert right[0] > right[1] + 0.05, right
