@@ -190,6 +190,7 @@ class Context:
     mouse: Tensor  # (B, M+P+N, 12, 2)
     keyboard: Tensor  # (B, M+P+N, 12, 6)
     text: Tensor  # (B, n, text_dim)
+    null_text: Tensor  # (B, n, text_dim) what guidance subtracts: the negative prompt, or zeros
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -223,7 +224,10 @@ class Context:
         return bare.mute(torch.ones(len(self.past), dtype=torch.bool))
 
     def mute(self, where: Tensor) -> "Context":  # (B,) bool
-        """Null actions, zero text for some samples: so training learns the branch guidance subtracts."""
+        """Null actions, zero text for some samples.
+
+        So training learns the branch that guidance subtracts.
+        """
         where = where.to(self.text.device)
         muted = where.view(-1, 1, 1, 1)
         return replace(
@@ -233,10 +237,11 @@ class Context:
             text=torch.where(where.view(-1, 1, 1), 0.0, self.text),
         )
 
-    def null(self, text: Tensor | None = None) -> "Context":
+    def null(self) -> "Context":
         """The branch guidance subtracts: no memory, null actions, the negative prompt or zeros."""
-        bare = self.drop_memory().mute(torch.ones(len(self.past), dtype=torch.bool))
-        return bare if text is None else replace(bare, text=text)
+        everyone = torch.ones(len(self.past), dtype=torch.bool)
+        bare = self.drop_memory().mute(everyone)
+        return replace(bare, text=self.null_text)
 
 
 @dataclass(frozen=True)
@@ -316,6 +321,7 @@ class Segment:
             mouse=torch.cat([no_turn, self.mouse], 1),
             keyboard=torch.cat([no_key, self.keyboard], 1),
             text=text,
+            null_text=torch.zeros_like(text),
         )
 
     def rays_of(self, cameras: Tensor, P: int, size: tuple[int, int], lens: Lens) -> Tensor:

@@ -135,6 +135,19 @@ PRESETS["14b"] = replace(
 )
 
 
+# what guidance subtracts in place of the prompt, with the released base model: its wording is part of
+# the published settings, and the network was trained to be steered away from just that
+NEGATIVE_PROMPTS = {
+    "5b": (
+        "Vibrant colors, overexposure, static, blurred details, subtitles, style, artwork, painting, "
+        "still image, overall grayness, worst quality, low quality, JPEG compression residue, ugly, "
+        "mutilated, extra fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, "
+        "malformed limbs, fused fingers, still image, cluttered background, three legs, crowded "
+        "background, walking backwards"
+    ),
+}
+
+
 def timestep(sigma: Tensor, mode: str = "exact") -> Tensor:  # float64, 0..1000
     """The t that the network is told.
 

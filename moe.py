@@ -70,7 +70,8 @@ class Experts(nn.Module):
         self.view = next(iter(high))  # of this session; see look()
 
     @property
-    def config(self) -> MoEConfig:  # what a checkpoint stores
+    def config(self) -> MoEConfig:
+        """What a checkpoint stores."""
         return MoEConfig(self.cfg, self.boundary, tuple(self.high))
 
     def look(self, view: str) -> "Experts":
@@ -86,7 +87,7 @@ class Experts(nn.Module):
         return self.view if high.all() else "low"
 
     def at(self, name: str, device: torch.device) -> nn.Module:
-        """The expert of this name, on the device it is needed on."""
+        """The expert of this name, on the device where it is needed."""
         experts = {**self.high, "low": self.low}
         if self.offload:
             for other, idle in experts.items():
@@ -99,21 +100,16 @@ class Experts(nn.Module):
         """Filled by the first step of an expert, emptied when the next one takes over."""
         return {"inputs": (context, group)}
 
-    def forward(
-        self,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        context,
-        prepared: dict | None = None,
-        return_past: bool = False,
-    ) -> Tensor:  # as DiT.forward
+    def forward(self, x_sigma, sigma, context, prepared=None, return_past=False) -> Tensor:
+        """As DiT.forward."""
         name = self.which(sigma)
         expert = self.at(name, x_sigma.device)  # (1)
         if prepared is None:
             return expert(x_sigma, sigma, context, return_past=return_past)
         if name not in prepared:
             inputs = prepared["inputs"]
-            prepared.clear()  # the other expert's share is large and not needed again
+            # the other expert's share is large and not needed again
+            prepared.clear()
             prepared.update({"inputs": inputs, name: expert.prepare(*inputs)})
         return expert(x_sigma, sigma, context, prepared=prepared[name], return_past=return_past)
 
@@ -131,14 +127,14 @@ def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu
         return Experts(high, DiT(cfg.expert), cfg.boundary)
 
 
-def decided(sigma: float, power: float) -> float:
+def decided(sigma: float, power: float) -> float:  # 0: all is open, 1: nothing is
     snr = ((1 - sigma) / sigma) ** 2  # (2)
     return snr * power / (1 + snr * power)  # (3)
 
 
 def main() -> None:
     experts = build("micro-moe", "meta")
-    for sigma in (0.99, 0.95, 0.9, 0.89, 0.75, 0.5):
+    for sigma in (0.99, 0.9, 0.89, 0.5):
         layout, detail = decided(sigma, 81), decided(sigma, 1)
         who = experts.which(torch.tensor([sigma]))
         print(f"σ {sigma:.2f}: decided of layout {layout:3.0%}, of detail {detail:3.0%}: {who}")

@@ -29,7 +29,7 @@ import flow
 import vae
 from context import Context, Lens, Memory, Segment, Window, segment_cameras
 from engine import ranks
-from engine.parts import PIECE, SIZES, Options, load_parts, vae_config
+from engine.parts import PIECE, SIZES, Options, load_parts, null_text, vae_config
 from memory import MemoryBank
 
 UNDO = 4  # segments that can be taken back
@@ -91,6 +91,7 @@ class Denoiser:
         self.options = options
         self.group = group
         self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.null_text = null_text(options)
         self.now: Walk | None = None
         self.history: deque = deque(maxlen=UNDO)
         self.camera = camera.pose_to_c2w
@@ -192,7 +193,10 @@ class Denoiser:
         if now.segment and policy != "none":
             found, picks = self.recall(segment.asking(n)[0].float(), now.count - P, policy)
         lens = Lens(self.meta["encoding"], vae_config(self.options.preset).stride[1])
-        context = segment.context(now.past, now.text, found, lens).to(**self.place)
+        context = segment.context(now.past, now.text, found, lens)
+        if self.null_text is not None:
+            context = replace(context, null_text=self.null_text)
+        context = context.to(**self.place)
         new_cameras = segment.cameras[0, P:].float()
         return Plan(context, picks, rows, segment.times[0, P:], new_cameras)
 

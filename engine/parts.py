@@ -271,6 +271,14 @@ def embed(options: Options, prompt: str) -> Tensor:
     return encode_umt5(prompt, root / "google/umt5-xxl", encoder, root)
 
 
+def null_text(options: Options) -> Tensor | None:
+    """(1, n, text_dim): the negative prompt of this preset, where guidance asks for it."""
+    words = dit.NEGATIVE_PROMPTS.get(options.preset)
+    if options.guidance == 1 or words is None:
+        return None
+    return embed(options, words)[None]
+
+
 # ---- what it costs -----------------------------------------------------------------------------------------
 
 

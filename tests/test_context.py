@@ -1,5 +1,6 @@
 """What context.py promises."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import camera
+import dit
 from camera import relative
 from context import (
+    Clip,
     Window,
     action_windows,
     query_offsets,
@@ -109,3 +112,36 @@ def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
     lengths = image[:, 3:].norm(dim=1)
     assert origins.abs().max() == 0
     assert_close(lengths, torch.ones_like(lengths))
+
+
+def clip_context(null_text: Tensor | None):
+    clip = Clip(
+        latents=torch.randn(2, 3, 20, 4, 4),
+        c2w=torch.eye(4).expand(2, 77, 4, 4),
+        keyboard=torch.zeros(2, 77, 6),
+        mouse=torch.zeros(2, 77, 2),
+        text=torch.randn(2, 5, 8),
+    )
+    start = torch.tensor([6, 8])
+    _, context = clip.window(start, 3, 2, torch.tensor([[1, 2], [3, 1]]))
+    return context if null_text is None else replace(context, null_text=null_text)
+
+
+def test_the_null_branch_carries_the_negative_prompt_if_there_is_one() -> None:
+    negative = torch.randn(2, 4, 8)
+    context = clip_context(negative).to(dtype=torch.float64)
+    null = context.null()
+    assert torch.equal(null.text, negative.double())
+    assert null.memory.shape[2] == 0
+    assert (null.mouse == 1).all()
+    assert (null.keyboard == -1).all()
+
+    without = clip_context(None).null()
+    assert not without.text.any()
+
+
+def test_the_released_base_model_has_its_published_negative_prompt() -> None:
+    words = dit.NEGATIVE_PROMPTS["5b"]
+    assert words.startswith("Vibrant colors, overexposure, static, ")
+    assert words.endswith(", crowded background, walking backwards")
+    assert len(words.split(", ")) == 27

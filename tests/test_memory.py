@@ -702,7 +702,8 @@ def test_the_null_branch_has_no_memory_no_actions_and_its_own_text() -> None:
         **window([15, 30]),
         memory_index=torch.ones(2, 5, dtype=torch.long),
     )[1]
-    null = context.null(torch.full((2, 3, 8), 7.0))
+    negative = torch.full((2, 3, 8), 7.0)
+    null = dataclasses.replace(context, null_text=negative).null()
     assert null.memory.shape[2] == 0
     assert (null.mouse == 1).all()
     assert (null.keyboard == -1).all()

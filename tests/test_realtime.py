@@ -32,7 +32,7 @@ import moe
 import realtime
 import world
 from dit import DiT
-from engine import actors, ranks, weights
+from engine import actors, parts, ranks, weights
 from game import render
 from game.scene import make_scene
 
@@ -826,3 +826,18 @@ def test_old_states_of_a_decoder_leave_a_device_that_is_short_of_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 2000))
     assert actors.parked(state, "cuda") is not state
     assert actors.parked(state, "cpu") is state and actors.parked(None, "cuda") is None
+
+
+def test_guidance_subtracts_the_negative_prompt_of_the_preset(
+    session: realtime.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dit.NEGATIVE_PROMPTS, "micro", "blurred, still image")
+    session.reset(IMAGE)
+    assert session.denoiser.null_text is None  # without guidance nothing is subtracted
+
+    options = replace(session.options, guidance=5.0)
+    guided = realtime.Denoiser(session.nets["dit"], session.denoiser.meta, options)
+    guided.start(session.denoiser.now)
+    context = guided.plan(torch.zeros(56, 6), torch.zeros(56, 2), "none").context
+    assert torch.equal(context.null().text[0], parts.embed(options, "blurred, still image"))
+    assert not torch.equal(context.null().text[0], context.text[0])
