@@ -32,7 +32,7 @@ import moe
 import realtime
 import world
 from dit import DiT
-from engine import actors, parts, ranks, weights
+from engine import actors, configs, parts, ranks, weights
 from game import render
 from game.scene import make_scene
 
@@ -382,7 +382,7 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
     saved = load_file(GOLDEN / "dit.safetensors")
     said = json.loads((GOLDEN / "meta.json").read_text())["dit_config"]
     cfg = replace(
-        weights.from_released(said | {"sigma_theta": 0.0}),
+        configs.from_released(said | {"sigma_theta": 0.0}),
         text_dim=64,
         text_len=said.get("text_len", 16),
         timestep="integer",
