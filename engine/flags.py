@@ -229,7 +229,11 @@ def parse(argv: list[str]) -> TrainConfig:
     shipped = f"assets/{preset}/base.safetensors"
     if stage in ("distill", "moe") and cli.beside(shipped).exists():
         typed.setdefault("init", shipped)
-    return TrainConfig(**changes_of(stage, preset) | typed)
+    cfg = TrainConfig(**changes_of(stage, preset) | typed)
+    for name in ("steps", "batch", "accum", "log_every", "keep"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
+    return cfg
 
 
 # ---- what some of the flags mean ---------------------------------------------------------------------------
@@ -237,9 +241,6 @@ def parse(argv: list[str]) -> TrainConfig:
 
 def check(cfg: TrainConfig, world: int) -> None:
     """Refuse what cannot be trained, before anything is touched."""
-    for name in ("steps", "batch", "accum", "log_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
     if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {cfg.device!r}")
     if cfg.decoder_only and not (cfg.init and cfg.stage == "vae"):

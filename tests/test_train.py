@@ -973,6 +973,7 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
         (["--net", "dim"], "got 'dim'"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--accum", "0"], "--accum must be 1 or more, got 0"),
+        (["--accum", "0", "--dry-run"], "--accum must be 1 or more, got 0"),
         (["--steps", "-3"], "--steps must be 1 or more, got -3"),
         (["--stage", "bse"], "did you mean base?"),
         (["--dtype", "float31"], "did you mean float32?"),
