@@ -45,9 +45,8 @@ import numpy as np
 import torch
 
 import camera
-import realtime
 from dataset.chords import read_actions
-from engine import cli
+from engine import cli, parts
 from page import folder, panels
 from page.controls import FILE_FPS, SHOW_FPS, legal
 from page.opening import options_of
@@ -252,7 +251,7 @@ def bench(args: argparse.Namespace) -> int:
         return 1  # the player has said why
 
     # the second half of what was shown
-    moments, parts = zip(*seen[len(seen) // 2 :], strict=True)
+    moments, costs = zip(*seen[len(seen) // 2 :], strict=True)
     gaps = 1000 * np.diff(moments)
     row = {
         "preset": "fake" if args.fake else args.preset,
@@ -262,7 +261,7 @@ def bench(args: argparse.Namespace) -> int:
         "first frame s": f"{seen[0][0] - began:.2f}",
     }
     for part in ("retrieve", "denoise", "decode", "encode"):
-        row[f"{part} ms"] = f"{np.median([ms.get(part, 0) for ms in parts]):.1f}"
+        row[f"{part} ms"] = f"{np.median([ms.get(part, 0) for ms in costs]):.1f}"
     for cells in (row, ["---"] * len(row), row.values()):
         print("| " + " | ".join(cells) + " |")
     return 0
@@ -276,7 +275,7 @@ def check(args: argparse.Namespace) -> int:
     print(f"python {sys.version.split()[0]} · torch {torch.__version__} · {device}")
     found = "no weights: the game itself"
     if not args.fake:
-        gigabytes = realtime.estimate(realtime.resolve(options_of(args)))
+        gigabytes = parts.estimate(parts.resolve(options_of(args)))
         found = f"weights {args.weights} · memory about {gigabytes:.2f} GB"
     print(f"preset {args.preset} · {found}")
     return 0
@@ -293,7 +292,7 @@ def make_start(args: argparse.Namespace) -> int:
 # ---- the command line --------------------------------------------------------------------------------------
 
 
-PRESETS = tuple(sorted(realtime.SIZES, key="tiny".__ne__))  # tiny first
+PRESETS = tuple(sorted(parts.SIZES, key="tiny".__ne__))  # tiny first
 FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the first), help
     "image": (
         str(cli.beside("assets/start.png")),
@@ -322,7 +321,7 @@ FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the fi
     "device": ("auto", "cpu, cuda, cuda:1"),
     "dtype": ("auto", "float32 or bfloat16; auto measures which is faster"),
     "int8": (False, "INT8 attention projections"),
-    "vae": (tuple(realtime.DECODERS), "decoder; the light ones are pruned"),
+    "vae": (tuple(parts.DECODERS), "decoder; the light ones are pruned"),
     "compile": (False, "torch.compile: first time ~60-150 s"),
     "size": ("128x128", "of the fake world; models have one size"),
     "dit-ranks": (0, "denoising processes beside the one that decodes"),

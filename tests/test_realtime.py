@@ -502,16 +502,14 @@ def test_impossible_options_fail_before_anything_is_allocated() -> None:
 
 def test_a_small_gpu_is_told_what_would_fit() -> None:
     options = realtime.Options(preset="5b", device="cuda:0", dtype="bfloat16")
-    text = realtime.will_not_fit(options, 22.1)
+    text = parts.will_not_fit(options, 22.1)
     assert (
         text.startswith("5b bfloat16 at 1280×704 needs ~")
         and "cuda:0 has 22.1 GB free. Options, cheapest first:" in text
     )
     assert "--vae light75 (−" in text and "--int8 (−1.1)" in text
-    assert (
-        19 < realtime.estimate(options) < 40
-    )  # 12.9 weights, 6.2 camera cache, decoder, activations
-    assert realtime.estimate(OPTIONS) < 0.2
+    assert 19 < parts.estimate(options) < 40  # 12.9 weights, 6.2 camera cache, decoder, activations
+    assert parts.estimate(OPTIONS) < 0.2
 
 
 def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session) -> None:
@@ -677,7 +675,7 @@ def with_lengths(tmp_path: Path, lengths: str) -> realtime.Options:
     config = asdict(dit.PRESETS["micro"])
     said = {"config": config, "stage": "base", "preset": "micro", "new": lengths}
     weights.write_weights(file, tensors, said)
-    shutil.copy(realtime.ROOT / "assets/tiny/vae.safetensors", tmp_path)
+    shutil.copy(parts.ROOT / "assets/tiny/vae.safetensors", tmp_path)
     return realtime.Options("micro", str(file), device="cpu", dtype="float32", steps=1)
 
 
@@ -773,7 +771,7 @@ def test_orders_are_signed_for_their_place_and_say_only_what_json_can() -> None:
 def test_ranks_end_with_the_process_that_started_them(after: float, tmp_path: Path) -> None:
     """Slow: kills rank 0 while the others start, load and wait."""
     program = f"""
-import sys; sys.path.insert(0, {str(realtime.ROOT)!r})
+import sys; sys.path.insert(0, {str(parts.ROOT)!r})
 import realtime
 if __name__ == "__main__":
     session = realtime.open_session(realtime.Options(**{vars(OPTIONS)!r}), 2)
