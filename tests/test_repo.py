@@ -348,6 +348,12 @@ def test_the_project_speaks_of_itself_alone() -> None:
             assert not re.search(r"/(work|root|farm)/", text), f"path of a machine in {path.name}"
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    for path in [*law.tracked(), *ROOT.glob("*.md"), *ROOT.glob("results/*.md")]:
+        for name in re.findall(r"tests/test_\w+\.py", path.read_text()):
+            assert (ROOT / name).exists(), f"{name_of(path)} names {name}"
+
+
 def test_the_tables_of_the_readme_and_of_results_are_what_the_json_say(tmp_path: Path) -> None:
     results = shutil.copytree(ROOT / "results", tmp_path / "results")
     readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
