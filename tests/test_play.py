@@ -646,7 +646,9 @@ def chromium():
 @contextlib.contextmanager
 def tab_on(chromium, server, width: int = 1280, height: int = 800):
     """The page in a tab that has begun to play. Errors of the page are errors of the test."""
-    complaints, tab = [], chromium.new_page(viewport={"width": width, "height": height})
+    complaints = []
+    size = {"width": width, "height": height}
+    tab = chromium.new_page(viewport=size, bypass_csp=True)
     tab.set_default_timeout(1000 * PATIENT)
     tab.on(
         "console",
@@ -658,6 +660,24 @@ def tab_on(chromium, server, width: int = 1280, height: int = 800):
     yield tab
     tab.close()
     assert not complaints
+
+
+@pytest.mark.browser
+def test_the_page_plays_under_its_own_policy(chromium, tmp_path: Path) -> None:
+    """The other tests switch the policy off: they ask the page in strings, which it forbids."""
+    with page(tmp_path) as (player, server):
+        complaints = []
+        tab = chromium.new_page()
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.goto(f"http://127.0.0.1:{server.server_port}", wait_until="commit")
+        wait_for(lambda: player.screen.viewers, PATIENT)
+        tab.keyboard.down("KeyW")
+        wait_for(lambda: player.controls.held, PATIENT)
+        began = player.frame
+        wait_for(lambda: player.frame > began + 40, PATIENT)
+        tab.wait_for_selector("#gallery img", timeout=1000 * PATIENT)
+        tab.close()
+    assert not [text for text in complaints if "Content Security Policy" in text]
 
 
 @pytest.mark.browser
