@@ -409,7 +409,8 @@ class Reporting(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.split("?")[0] != "/":
             return super().do_GET()
-        extra = f'<script type="module">{TELL} tell(await (async () => {{ {self.server.program} }})());</script>'
+        told = f"tell(await (async () => {{ {self.server.program} }})());"
+        extra = f'<script type="module">{TELL}{told}</script>'
         text = (WEB / "index.html").read_text()
         head, rest = text.split("<script", 1)
         page = f"{head}{self.server.before}<script{rest}".replace("</head>", f"{extra}</head>")

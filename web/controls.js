@@ -17,6 +17,7 @@ export class Controls {
   taps = new Set(); // went down and up again since the last decision
   drag = [0, 0]; // degrees to the right and up that are still to be turned
   pressed = new Map(); // key -> when it went down, until a picture shows it
+  shown = new Set(); // keys that the picture on screen was made with
   onCommand = () => {};
   onChange = () => {};
 
@@ -26,7 +27,9 @@ export class Controls {
     const after = this.keys();
     for (const key of after) {
       this.taps.add(key);
-      if (!before.has(key) && !this.pressed.has(key)) this.pressed.set(key, performance.now());
+      // of a key whose doing is still on screen, nobody could tell when it shows again
+      const clear = !before.has(key) && !this.shown.has(key) && !this.pressed.has(key);
+      if (clear) this.pressed.set(key, performance.now());
     }
     this.onChange(after);
   }

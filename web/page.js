@@ -2,7 +2,7 @@
 // the next chunk is asked for when what is left to show just covers the making of it.
 
 import { Controls, listen } from "./controls.js";
-import { Game, likeness } from "./game.js";
+import { Game } from "./game.js";
 import { Screen, drawMap, drawStrip, figure } from "./view.js";
 import { LATENT, formatHash, parseHash } from "./walk.js";
 import { World } from "./world.js";
@@ -19,6 +19,7 @@ const state = {
   fresh: null, // new latents per segment; null until the first segment says how fast this device is
   remember: true, // is the memory on?
   paused: false,
+  homeward: false, // lead me home, from the next decision on
   script: [], // chords of a link or of the way home, before the player's own
   chords: [], // all that was walked
   path: [], // poses, frame by frame
@@ -57,6 +58,7 @@ async function begin({ seed = state.seed, start = state.start, fresh = null, cho
   const mine = ++state.world;
   Object.assign(state, { seed, start, chords: [], path: [], chunks: [], fresh });
   state.script = [...chords];
+  state.homeward = false;
   setPaused(false);
   controls.release();
   const chunk = await world.ask("reset", { start, seed });
@@ -95,6 +97,9 @@ function lead() {
 }
 
 function decide(n) {
+  // only now is everything that was walked known
+  if (state.homeward) state.script = game.wayHome();
+  state.homeward = false;
   const given = state.script.splice(0, n);
   return given.length < n ? [...given, ...controls.decide(n).slice(given.length)] : given;
 }
@@ -127,7 +132,8 @@ let painted = 0;
 screen.onFrame = (frame, now) => {
   state.path[frame.index] = frame.pose;
   state.frames = frame.index;
-  for (const key of frame.chord.split("+")) {
+  controls.shown = new Set(frame.chord.split("+").map((key) => key[0]));
+  for (const key of controls.shown) {
     if (!controls.pressed.has(key)) continue;
     state.latency = [...state.latency.slice(-8), now - controls.pressed.get(key)];
     controls.pressed.delete(key);
@@ -185,6 +191,13 @@ function setMemory(on) {
     : "It sees its last frames only";
 }
 
+function toggleMemory() {
+  const playing = game.phase === "out" || game.phase === "home";
+  if (playing) say("The game walks without memory by itself, at the end.", 4000);
+  else if (!state.facts.memory) say("This model was trained without a memory.", 4000);
+  else setMemory(!state.remember);
+}
+
 let pausedAt = 0;
 function setPaused(paused) {
   if (paused === state.paused) return;
@@ -212,7 +225,7 @@ function restart(changes = {}) {
 }
 
 const COMMANDS = {
-  KeyM: () => setMemory(!state.remember),
+  KeyM: toggleMemory,
   KeyP: () => setPaused(!state.paused),
   Space: () => setPaused(!state.paused),
   KeyR: () => restart(),
@@ -247,7 +260,7 @@ $("game-start").addEventListener("click", async () => {
   await until(() => state.path.length);
   game.begin(screen.kept.get(0), state.path[0]);
 });
-$("game-home").addEventListener("click", () => (state.script = game.wayHome()));
+$("game-home").addEventListener("click", () => (state.homeward = true));
 $("game-stop").addEventListener("click", () => game.stop());
 
 function describeGame(phase, { frames, least, scores, best, first, without }, away) {
