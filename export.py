@@ -94,19 +94,19 @@ class VelocityGraph(nn.Module):
             times=times[None],
             text=torch.zeros(1, cfg.text_len, cfg.text_dim),
         )
-        prepared = self.network.prepare(context, blocks=False)
+        prepared = self.network.share(context)
         prepared = replace(prepared, action_rope=action_rope(clock, cfg))
         x = noisy.transpose(0, 1)[None]
         return self.network(x, sigma, context, prepared=prepared)[0].transpose(0, 1)
 
 
 def action_rope(clock: Tensor, cfg: dit.DiTConfig) -> Tensor:
-    """(T,) -> (T, 1, head_dim/2, 2): attention.action_angles of a given clock."""
+    """(T,) -> (T, 1, head_dim/2, 2): actions.clock of given times."""
     base = torch.full((1,), 256.0, dtype=torch.float64)
     omega = attention.frequencies(base, cfg.action_rope // 2)
     still = cfg.action_width // cfg.action_heads - cfg.action_rope  # channels that do not turn
     angles = F.pad(clock[:, None, None] * omega, (0, still // 2))
-    return torch.stack([angles.cos(), angles.sin()], -1).float()
+    return attention.cos_sin(angles)
 
 
 class DecoderGraph(nn.Module):
@@ -131,11 +131,18 @@ def plain_norm_silu(x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:
     return torch.cat([past, F.silu(normed)], 2)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention.attention in two products and a softmax, (B, L, heads, d) each."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
 @contextlib.contextmanager
 def standard_operators() -> Iterator[None]:
     """While tracing, kernels that a CPU is fast with give way to forms that any runtime knows."""
     with (
-        mock.patch.object(attention, "pick_backend", return_value="softmax"),
+        mock.patch.object(attention, "attention", plain_attention),
         mock.patch.object(vae_blocks, "norm_silu", plain_norm_silu),
         warnings.catch_warnings(),
         torch.no_grad(),
@@ -204,10 +211,21 @@ def to_onnx(
             verbose=False,
         )
     model = exported.model_proto
-    # a file is for a browser: it need not know
-    for node in model.graph.node:
-        del node.metadata_props[:]  # where in Python it came from
+    simplify(model.graph)
     return model
+
+
+def simplify(graph: object) -> None:
+    """A browser need not know where in Python a node came from; and its graphics card has no CastLike."""
+    values = [*graph.value_info, *graph.input, *graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        del node.metadata_props[:]
+        if node.op_type == "CastLike" and types.get(node.input[1]):
+            node.op_type = "Cast"
+            node.attribute.add(name="to", type=2, i=types[node.input[1]])  # 2: a whole number
+            del node.input[1]
 
 
 def latent_size() -> tuple[int, int]:

@@ -98,10 +98,16 @@ def test_the_plain_norm_is_the_fast_one() -> None:
 
 
 def test_after_the_export_everything_is_as_fast_as_before() -> None:
-    before = attention.pick_backend, vae_blocks.norm_silu
+    before = attention.attention, vae_blocks.norm_silu
     with export.standard_operators():
-        assert attention.pick_backend(None, None, False) == "softmax"
-    assert (attention.pick_backend, vae_blocks.norm_silu) == before
+        assert attention.attention is export.plain_attention
+    assert (attention.attention, vae_blocks.norm_silu) == before
+
+
+def test_the_plain_attention_is_the_fast_one() -> None:
+    q, k, v = torch.randn(3, 2, 7, 4, 8)
+    fast = attention.attention(q, k, v)
+    torch.testing.assert_close(export.plain_attention(q, k, v), fast)
 
 
 def test_half_of_the_bytes() -> None:

@@ -20,9 +20,9 @@ import camera
 import export
 import flow
 import memory
-import play
 import realtime
 from context import Window, query_offsets
+from dataset.chords import latents_of
 from engine.actors import Plan
 from engine.exported import HashedDenoiser, gaussian
 from engine.parts import Options
@@ -308,7 +308,7 @@ def test_a_link_is_the_walk_and_the_language_is_that_of_play() -> None:
 
 
 def play_chords(text: str) -> list[str]:
-    return play.parse_actions(text)[0]
+    return latents_of(text)[0]
 
 
 def actions_set(chord: str) -> str:

@@ -2,6 +2,7 @@
 
 export const FORMAT = 1; // of model/facts.json; export.py writes the same number
 const EXPORT = "python export.py --web web";
+const FILES = ["network.onnx.gz", "decoder_first.onnx.gz", "decoder_next.onnx.gz"];
 const INSTALL = "npm ci --prefix web";
 
 /** What went wrong in one sentence, and what to type; shown as it is. */
@@ -81,11 +82,16 @@ async function openNetwork({ runtime, backend }, url) {
 
 export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
-  const place = await openRuntime(base, wanted);
+  let place = await openRuntime(base, wanted);
   progress("unpacking the network");
-  const network = await openNetwork(place, new URL("network.onnx.gz", folder));
-  const first = await openNetwork(place, new URL("decoder_first.onnx.gz", folder));
-  const next = await openNetwork(place, new URL("decoder_next.onnx.gz", folder));
+  const open = () => Promise.all(FILES.map((name) => openNetwork(place, new URL(name, folder))));
+  const opened = await open().catch(async (error) => {
+    if (place.backend === "wasm" || wanted) throw error;
+    // what this graphics card cannot run, the processor can
+    place = await openRuntime(base, "wasm");
+    return open();
+  });
+  const [network, first, next] = opened;
 
   const [C, h, w] = facts.latent;
   const { Tensor } = place.runtime;
