@@ -1,6 +1,13 @@
 """What a segment costs: counted, then timed.
 
-Counted: FLOPs of every part by formula, and what they would take on eight H200s. Timed: one suite of variants, as a table and as json.
+Counted: FLOPs of every part by formula, and what they would take on eight H200s. Timed: variants of a
+segment in turns, so that a busy moment of the machine hits all alike. Every quantity is of one suite:
+
+    model      FLOPs of every part, frames per second on n GPUs by arithmetic
+    ladder     from the released order of work to ours, and fewer latents at once
+    ablation   the paper's Table 1 and 2: INT8, thinner decoders, retrieval
+    pipeline   two processes, one denoises while the other decodes
+
     python lab/bench.py --suite model --preset 5b --decoder light75
     python lab/bench.py --suite ablation --weights assets/tiny
 """
@@ -16,297 +23,375 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 import dit
 import realtime
 from dit import DiT
+from engine import actors, cli, parts
+from vae import VAEConfig
+
+# FLOP/s that others reached: FastWan2.2's DiT, the published decoders
+H200 = {"denoise": 587e12, "full": 377e12, "light50": 239e12, "light75": 139e12}
+EXCHANGE = 0.022  # seconds among ranks, per segment
+CLEAN = 9  # memory and past latents of a later segment
+RETRIEVAL = 5 * 441 * 0.0019  # seconds: five queries, 441 frames, 1.9 ms for a pair of meshes
+SUITES = ("model", "ablation", "ladder", "pipeline")
+HEAD = "| what | paper | predicted | measured | error |"
+
+
+class Row(NamedTuple):
+    what: str
+    paper: float | None = None
+    predicted: float | None = None  # before the run
+    measured: float | None = None
+    error: float | None = None  # of the latents, relative
+
+
+class Cost(NamedTuple):
+    """FLOPs, 2 per multiply-add."""
+
+    once: float  # ours: before the first step of a segment
+    step: float  # ours: of every step
+    released: float  # of every step, where everything is computed anew for every token
+
+
+# ---- counted ------------------------------------------------------------------------------
 
 
 def dit_flops(
-    c,  # dit.DiTConfig
+    c: dit.DiTConfig,
     S: int,  # places per latent
-    clean: int = 9,  # memory and past latents
+    clean: int = CLEAN,
     new: int = 10,
-) -> dict[str, tuple[float, float, float]]:
-    """FLOPs (2 per multiply-add) of a segment by part: ours once, ours per step, and as released, where everything
-    is computed at every step for every token. A test counts the modules themselves."""
-    T, D, patch, w, A = clean + new, c.dim, math.prod(c.patch), c.action_width, len(c.action_blocks)
-    L, layers, text = S * T, c.layers, c.text_len
+) -> dict[str, Cost]:
+    """A segment by part. A test counts the modules themselves."""
+    T = clean + new
+    D = c.dim
+    L = S * T
+    w = c.action_width
+    patch = math.prod(c.patch)
+    layers = c.layers
+
     # queries of all blocks: the last one asks for new tokens only, unless it has actions
-    Q = (layers - 1) * L + (S * new if layers - 1 not in c.action_blocks else L)
-    camera, rays = layers * 8 * L * D * D, 2 * L * (c.ray_channels * patch * D + 2 * D * D)
+    last = L if layers - 1 in c.action_blocks else S * new
+    Q = (layers - 1) * L + last
+
+    # linear maps are 2·in·out per token; a product with keys and one with values 4·D per pair
+    camera = layers * 8 * L * D * D
+    rays = 2 * L * (c.ray_channels * patch * D + 2 * D * D)
+    text = c.text_len
     words = 2 * text * (c.text_dim * D + D * D) + layers * 4 * text * D * D
-    actions = A * 2 * L * ((4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w)
+    asking = 4 * D * D + 4 * text * D
+
+    # actions: a window of keys per latent, then attention over time at every place
+    A = len(c.action_blocks)
     keys = A * T * 2 * c.action_window * c.action_hidden * (6 + c.action_hidden + 2 * w)
-    time_row, ends = 2 * (c.freq_dim * D + 7 * D * D), 2 * S * patch * c.in_dim * D
+    per_token = (4 * D + 2 * c.action_window + 4 * w) * w + 4 * T * w
+    actions = A * 2 * L * per_token
+
+    time_row = 2 * (c.freq_dim * D + 7 * D * D)
+    ends = 2 * S * patch * c.in_dim * D
+    qkvo = 4 * D * D * (Q + layers * L)
     return {
-        "self-attention qkvo": (0, 4 * D * D * (Q + layers * L), layers * 8 * L * D * D),
-        "self-attention": (0, 4 * Q * L * D, layers * 4 * L * L * D),
-        "text attention": (
-            words,
-            4 * Q * (D * D + text * D),
-            words + layers * 4 * L * (D * D + text * D),
-        ),
-        "feed-forward": (0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
-        "camera": (camera, 0, camera),
-        "rays": (rays, 0, rays),
-        "actions": (keys, actions, keys + actions),
-        "time": (0, 2 * time_row, L * time_row),
-        "patches, head": (ends * clean, 2 * ends * new, 2 * ends * T),
+        "self-attention qkvo": Cost(0, qkvo, layers * 8 * L * D * D),
+        "self-attention": Cost(0, 4 * Q * L * D, layers * 4 * L * L * D),
+        "text attention": Cost(words, Q * asking, words + layers * L * asking),
+        "feed-forward": Cost(0, 4 * Q * D * c.ffn, layers * 4 * L * D * c.ffn),
+        "camera": Cost(camera, 0, camera),
+        "rays": Cost(rays, 0, rays),
+        "actions": Cost(keys, actions, keys + actions),
+        "time": Cost(0, 2 * time_row, L * time_row),
+        "patches, head": Cost(ends * clean, 2 * ends * new, 2 * ends * T),
     }
+
+
+def total(parts_of_segment: dict[str, Cost]) -> Cost:
+    return Cost(*map(sum, zip(*parts_of_segment.values(), strict=True)))
 
 
 def vae_flops(
-    c, h: int, w: int
-) -> float:  # vae.VAEConfig: to decode one later latent of h x w cells
-    dims, p, t = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], h * w, 1
+    c: VAEConfig,
+    h: int,  # cells of a latent
+    w: int,
+) -> float:
+    """To decode one later latent."""
+    widths = [c.dec_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])]
+    places = h * w
+    frames = 1
 
-    def block(a: int, b: int) -> int:  # two 27-tap convolutions, a shortcut if the widths differ
-        return 2 * t * p * (27 * a * b + 27 * b * b + (a * b if a != b else 0))
+    def block(a: int, b: int) -> int:
+        """Two 27-tap convolutions, and a shortcut if the widths differ."""
+        shortcut = a * b if a != b else 0
+        return 2 * frames * places * (27 * a * b + 27 * b * b + shortcut)
 
-    total = 2 * p * (
-        c.z_dim**2 + 27 * c.z_dim * dims[0] + 4 * dims[0] ** 2 + 2 * p * dims[0]
-    ) + 2 * block(dims[0], dims[0])
-    for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
-        total += block(a, b) + c.res_blocks * block(b, b)
-        if i < len(c.temporal):  # time doubles first, then space
-            total, t = (total + 12 * t * p * b * b, 2 * t) if c.temporal[::-1][i] else (total, t)
-            p *= 4
-            total += 2 * t * p * 9 * b * b
-    return total + 2 * t * p * 27 * dims[-1] * 3 * c.patch**2
+    # the way in: two convolutions, attention among the places, two blocks
+    first = widths[0]
+    count = 2 * places * (c.z_dim**2 + 27 * c.z_dim * first)
+    count += 2 * places * (4 * first**2 + 2 * places * first)
+    count += 2 * block(first, first)
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        count += block(a, b) + c.res_blocks * block(b, b)
+        if i == len(c.temporal):
+            continue
+        # time doubles first, then space
+        if c.temporal[::-1][i]:
+            count += 12 * frames * places * b * b
+            frames *= 2
+        places *= 4
+        count += 2 * frames * places * 9 * b * b
+    return count + 2 * frames * places * 27 * widths[-1] * 3 * c.patch**2
 
 
-def predicted(c, S: int, clean: int, new: int, steps: int) -> dict[str, float]:
+def exact_reuse(options: parts.Options) -> float:
     """How many times faster than the release a segment must be if only multiply-adds count."""
-    once, step, released = map(sum, zip(*dit_flops(c, S, clean, new).values(), strict=True))
-    return {"exact reuse": steps * released / (once + steps * step)}
+    cost = total(costs_of(options))
+    return options.steps * cost.released / (cost.once + options.steps * cost.step)
 
 
-H200 = {
-    "denoise": 587e12,
-    "full": 377e12,
-    "light50": 239e12,
-    "light75": 139e12,
-}  # FLOP/s: FastWan2.2's DiT, the published decoders
+def costs_of(options: parts.Options) -> dict[str, Cost]:
+    """Of a later segment."""
+    config = dit.PRESETS[options.preset]
+    return dit_flops(config, parts.places(options), CLEAN, options.new)
 
 
-def projection(
-    parts: dict[str, tuple[float, float, float]],  # of dit_flops
-    steps: int,
-    frames: int,  # of a segment
-    decode: float,  # FLOPs to decode it
-    decoder: str,
-) -> list[tuple[str, float]]:
+def segment_flops(options: parts.Options) -> tuple[float, float, float]:
+    """Of a later segment: (denoise as here, denoise as released, decode)."""
+    config = parts.vae_config(options.preset, options.decoder)
+    H, W = parts.SIZES[options.preset]
+    latent = vae_flops(config, H // config.stride[1], W // config.stride[2])
+    cost = total(costs_of(options))
+    ours = cost.once + options.steps * cost.step
+    return ours, options.steps * cost.released, options.new * latent
+
+
+def model(options: parts.Options) -> list[Row]:
     """TFLOP of a segment by part, and frames per second on n H200 of which the last decodes."""
-    ours = sum(once + steps * step for once, step, _ in parts.values())
-    rows = [
-        (f"TF of {part}", (once + steps * step) / 1e12) for part, (once, step, _) in parts.items()
-    ]
-    rows += [("TF to denoise", ours / 1e12), ("TF to decode", decode / 1e12)]
+    ours, released, decode = segment_flops(options)
+    rows = [Row("as released", None, released / 1e12), Row("GB", None, parts.estimate(options))]
+    for part, cost in costs_of(options).items():
+        count = cost.once + options.steps * cost.step
+        rows.append(Row(f"TF of {part}", None, count / 1e12))
+    rows.append(Row("TF to denoise", None, ours / 1e12))
+    rows.append(Row("TF to decode", None, decode / 1e12))
+
+    frames = realtime.WINDOW.stride * options.new
     for n in range(1, 10):
-        D, V = (
-            ours / H200["denoise"] / max(1, n - 1) + 0.022 * (n > 2),
-            decode / H200[decoder],
-        )  # 22 ms: exchange among ranks
-        rows.append((f"FPS on {n} H200, projected", frames / (max(D, V) if n > 1 else D + V)))
+        denoise_s = ours / H200["denoise"] / max(1, n - 1)
+        if n > 2:
+            denoise_s += EXCHANGE
+        decode_s = decode / H200[options.decoder]
+        segment_s = max(denoise_s, decode_s) if n > 1 else denoise_s + decode_s
+        rows.append(Row(f"FPS on {n} H200, projected", None, frames / segment_s))
     return rows
 
 
-def segment_flops(options: realtime.Options) -> tuple[float, float, float]:
-    """Of a later segment: (denoise as here, denoise as released, decode)."""
-    v, (H, W) = realtime.vae_config(options.preset, options.decoder), realtime.SIZES[options.preset]
-    once, step, released = map(
-        sum,
-        zip(
-            *dit_flops(
-                dit.PRESETS[options.preset], realtime.places(options), 9, options.new
-            ).values(),
-            strict=True,
-        ),
-    )
-    return (
-        once + options.steps * step,
-        options.steps * released,
-        options.new * vae_flops(v, H // v.stride[1], W // v.stride[2]),
-    )
+# ---- timed --------------------------------------------------------------------------------
+
+
+class Timed(NamedTuple):
+    quartiles: dict[str, list[float]]  # seconds
+    errors: dict[str, float | None]  # of the latents, against the release; None: other latents
+
+    def median(self, name: str) -> float:
+        return self.quartiles[name][1]
+
+
+def plain_and_fast(options: parts.Options) -> tuple[parts.Options, parts.Options]:
+    """As the release computes, and as this device is fastest."""
+    cpu = options.device == "cpu"
+    plain = replace(options, dtype="float32" if cpu else "bfloat16")
+    return plain, replace(options, dtype="bfloat16", compile=not cpu)
+
+
+def denoiser_of(session: realtime.Session, options: parts.Options) -> actors.Denoiser:
+    """One that stands where the session stands."""
+    network = parts.load_parts(options, "dit")[0]["dit"]
+    denoiser = actors.Denoiser(network, session.denoiser.meta, options)
+    denoiser.load(session.denoiser.dump())
+    return denoiser
+
+
+def keep_nothing(network: DiT) -> None:
+    """As released: nothing is kept from one step to the next."""
+
+    def prepare(context: object, group: object = None, blocks: bool = True) -> object:
+        return None if blocks else DiT.prepare(network, context, group, False)
+
+    network.prepare = prepare
+
+
+def first_segment(options: parts.Options) -> realtime.Session:
+    """A session after its first segment, from noise as a start picture."""
+    session = realtime.Session(options)
+    g = torch.Generator().manual_seed(0)
+    size = (*parts.SIZES[options.preset], 3)
+    session.reset(torch.randint(0, 256, size, dtype=torch.uint8, generator=g))
+    session.step(*realtime.walk_actions(session.frames_needed))
+    return session
 
 
 def compete(
-    options: realtime.Options, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """One segment in every variant, A B C … A B C … after a warm-up: quartiles of its seconds, relative errors of its latents."""
-    cpu, seconds, errors, right = options.device == "cpu", {}, {}, torch.zeros(0)
-    slow, fast = (
-        replace(options, dtype="float32" if cpu else "bfloat16"),
-        replace(options, dtype="bfloat16", compile=not cpu),
-    )
+    options: parts.Options,  # of the release, which all are compared with
+    variants: dict[str, parts.Options],
+    decoders: Sequence[str],
+    rounds: int,
+) -> Timed:
+    """One segment in every variant, A B C … A B C …; the first round is a warm-up."""
+    session = first_segment(options)
+    runs: dict = {"as released": denoiser_of(session, options)}
+    keep_nothing(runs["as released"].model)
+    for name, choice in variants.items():
+        runs[name] = denoiser_of(session, choice)
+    fast = plain_and_fast(options)[1]
+    for name in decoders:
+        choice = replace(fast, decoder=name)
+        runs[name] = actors.Decoder(parts.load_parts(choice, "decoder")[0]["decoder"], choice)
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    errors: dict[str, float | None] = {}
+    right = torch.zeros(0)
+    for name, actor in [*runs.items()] * (rounds + 1):
+        if isinstance(actor, actors.Decoder):
+            seconds[name].append(actor.decode(right)[1] / 1e3)
+            continue
+        frames = realtime.WINDOW.stride * actor.options.new
+        x0, info = actor.run(*realtime.walk_actions(frames), options.policy)
+        actor.undo()
+        seconds[name].append(info["ms"]["denoise"] / 1e3)
+        right = x0.float() if name == "as released" else right
+        errors[name] = relative_error(x0.float(), right)
+    quarters = torch.tensor([0.25, 0.5, 0.75])
+    quartiles = {
+        name: torch.tensor(x[1:]).quantile(quarters).tolist() for name, x in seconds.items()
+    }
+    return Timed(quartiles, errors)
+
+
+def relative_error(x: torch.Tensor, right: torch.Tensor) -> float | None:
+    """Of latents; none where a segment has others."""
+    if x.shape != right.shape:
+        return None
+    return float((x - right).norm() / right.norm())
+
+
+def ladder(options: parts.Options, rounds: int) -> list[Row]:
+    """Times faster than the release, step by step."""
+    plain, fast = plain_and_fast(options)
     variants = {
-        "as released": slow,
-        "exact reuse": slow,
-        "int8": replace(slow, quantize="qkvo"),
+        "exact reuse": plain,
         "fast": fast,
         "5 new": replace(fast, new=5),
         "2 new": replace(fast, new=2),
-    } | {f"fast {which}": replace(fast, quantize=which) for which in ("qkvo", "all")}
-    session = realtime.Session(slow)
-    session.reset(
-        torch.randint(
-            0,
-            256,
-            (*realtime.SIZES[options.preset], 3),
-            dtype=torch.uint8,
-            generator=torch.Generator().manual_seed(0),
-        )
-    )
-    session.step(*realtime.walk_actions(session.frames_needed))
-    runs = {
-        name: realtime.Denoiser(realtime.load_parts(o, "dit")[0]["dit"], session.denoiser.meta, o)
-        for name, o in variants.items()
     }
-    for denoiser in runs.values():
-        denoiser.load(session.denoiser.dump())
-    every = runs["as released"].model  # nothing is kept from one step to the next
-    every.prepare = lambda context, group=None, blocks=True: (
-        None if blocks else DiT.prepare(every, context, group, False)
-    )
-    runs |= {
-        name: realtime.Decoder(
-            realtime.load_parts(o := replace(fast, decoder=name), "decoder")[0]["decoder"], o
-        )
-        for name in realtime.DECODERS
-    }
-    for name, actor in [*runs.items()] * (rounds + 1):
-        if isinstance(actor, realtime.Decoder):
-            seconds.setdefault(name, []).append(actor.decode(right)[1] / 1e3)
-            continue
-        x0, info = actor.run(
-            *realtime.walk_actions(realtime.WINDOW.stride * actor.options.new), options.policy
-        )
-        right = actor.undo() or (x0.float() if name == "as released" else right)
-        seconds.setdefault(name, []).append(info["ms"]["denoise"] / 1e3)
-        errors[name] = (
-            float((x0.float() - right).norm() / right.norm()) if x0.shape == right.shape else None
-        )
-    return {
-        name: torch.tensor(times[1:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        for name, times in seconds.items()
-    }, errors
+    timed = compete(plain, variants, (), rounds)
+    rows = []
+    for name, (low, middle, high) in timed.quartiles.items():
+        what = f"{name}: {1e3 * middle:.1f} ms, IQR {1e3 * (high - low):.1f}; times faster"
+        wish = exact_reuse(options) if name == "exact reuse" else None
+        faster = timed.median("as released") / middle
+        rows.append(Row(what, None, wish, faster, timed.errors[name]))
+    return rows
 
 
-def bench(options: realtime.Options, suite: str, rounds: int) -> list[tuple]:
-    """Rows of one suite: (what, the paper's value, predicted before the run, measured, relative error of the latents)."""
-    c, S, (_, released, decode) = (
-        dit.PRESETS[options.preset],
-        realtime.places(options),
-        segment_flops(options),
-    )
-    if suite == "model":
-        return [
-            (what, None, value, None, None)
-            for what, value in [
-                ("as released", released / 1e12),
-                ("GB", realtime.estimate(options)),
-                *projection(
-                    dit_flops(c, S, 9, options.new),
-                    options.steps,
-                    realtime.WINDOW.stride * options.new,
-                    decode,
-                    options.decoder,
-                ),
-            ]
-        ]
-    if suite == "pipeline":
-        with contextlib.closing(realtime.open_session(replace(options, threads=1), 1)) as session:
-            session.reset(torch.zeros(*realtime.SIZES[options.preset], 3, dtype=torch.uint8))
-            t = realtime.time_segment(session, rounds)
-        return [
-            ("FPS of 1+1 processes", None, t["predicted"], t["fps"], None),
-            ("key to photon, mean s", None, None, t["mean"], None),
-            (
-                "side by side over serial",
-                None,
-                t["predicted"] / t["serial"],
-                t["fps"] / t["serial"],
-                None,
-            ),
-        ]
-    quartiles, errors = compete(options, rounds)
-    t = {name: q[1] for name, q in quartiles.items()}
-    if suite == "ladder":
-        return [
-            (
-                f"{name}: {1e3 * q[1]:.1f} ms, IQR {1e3 * (q[2] - q[0]):.1f}; times faster",
-                None,
-                predicted(c, S, 9, options.new, options.steps).get(name),
-                t["as released"] / q[1],
-                errors[name],
-            )
-            for name, q in quartiles.items()
-            if name in errors
-        ]
-    D, V, light = t["fast"], t["full"], t["light75"]
-    rows = [
-        ("− INT8, slow projections", 1.461, 0.6, t["exact reuse"] / t["int8"], "int8"),
-        ("− INT8, bfloat16", None, 0.5, D / t["fast qkvo"], "fast qkvo"),
-        ("− INT8, all layers", None, 0.4, D / t["fast all"], "fast all"),
-        ("− light VAE, async", 1.551, 3, max(D, V) / max(D, light), ""),
-        ("− light VAE, serial", None, 2, (D + V) / (D + light), ""),
-        ("50 % VAE", 2.53, 2.5, V / t["light50"], ""),
-        ("75 % VAE", 5.85, 5, V / light, ""),
-        ("− async", None, 2, (D + V) / max(D, V), ""),
-        (
-            "− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms",
-            6.06,
-            None,
-            1 + 5 * 441 * 0.0019 / D,
-            "",
-        ),
-        ("time per frame, 5 new", None, 1.3, 2 * t["5 new"] / D, ""),
-        ("time per frame, 2 new", None, 2.4, 5 * t["2 new"] / D, ""),
+def ablation(options: parts.Options, rounds: int) -> list[Row]:
+    """How much slower without one part."""
+    plain, fast = plain_and_fast(options)
+    variants = {"exact": plain, "int8": replace(plain, quantize="qkvo"), "fast": fast}
+    for which in ("qkvo", "all"):
+        variants[f"fast {which}"] = replace(fast, quantize=which)
+    timed = compete(plain, variants, tuple(parts.DECODERS), rounds)
+    # ratios of medians: without a part over with it
+    exact = timed.median("exact")
+    D = timed.median("fast")
+    V = timed.median("full")
+    half = timed.median("light50")
+    light = timed.median("light75")
+    slow = exact / timed.median("int8")
+    qkvo = D / timed.median("fast qkvo")
+    every = D / timed.median("fast all")
+    mesh = "− fast retrieval, by formula: 5 x 441 pairs of trimesh at 1.9 ms"
+    return [
+        Row("− INT8, slow projections", 1.461, 0.6, slow, timed.errors["int8"]),
+        Row("− INT8, bfloat16", None, 0.5, qkvo, timed.errors["fast qkvo"]),
+        Row("− INT8, all layers", None, 0.4, every, timed.errors["fast all"]),
+        Row("− light VAE, async", 1.551, 3, max(D, V) / max(D, light)),
+        Row("− light VAE, serial", None, 2, (D + V) / (D + light)),
+        Row("50 % VAE", 2.53, 2.5, V / half),
+        Row("75 % VAE", 5.85, 5, V / light),
+        Row(mesh, 6.06, None, 1 + RETRIEVAL / D),
     ]
-    return [(*row, errors.get(name)) for *row, name in rows]
+
+
+def pipeline(options: parts.Options, rounds: int) -> list[Row]:
+    """Two processes with one thread each, beside one after the other."""
+    opened = realtime.open_session(replace(options, threads=1), 1)
+    with contextlib.closing(opened) as session:
+        session.reset(torch.zeros(*parts.SIZES[options.preset], 3, dtype=torch.uint8))
+        t = realtime.time_segment(session, rounds)
+    gain = t["predicted"] / t["serial"]
+    return [
+        Row("FPS of 1+1 processes", None, t["predicted"], t["fps"]),
+        Row("key to photon, mean s", None, None, t["mean"]),
+        Row("side by side over serial", None, gain, t["fps"] / t["serial"]),
+    ]
+
+
+# ---- the program --------------------------------------------------------------------------
+
+
+def bench(options: parts.Options, suite: str, rounds: int) -> list[Row]:
+    """The rows of a suite; the counted one needs neither the device nor the weights."""
+    if suite == "model":
+        return model(options)
+    timed = {"ladder": ladder, "ablation": ablation, "pipeline": pipeline}
+    return timed[suite](parts.resolve(options), rounds)
+
+
+def written(rows: list[Row], command: str, about: str) -> list[str]:
+    """As a table, with what to type for it and where it ran."""
+    lines = [HEAD, "|---" * 5 + "|"]
+    for what, *numbers in rows:
+        cells = ["" if x is None else f"{x:.3g}" for x in numbers]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return [*lines, "", f"`{command}` · {about}"]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.Parser("lab/bench.py", __doc__.splitlines()[0])
+    parser.add_argument("--suite", default="model", choices=SUITES)
+    parser.add_argument("--preset", default="tiny", choices=[*parts.SIZES])
+    parser.add_argument("--weights", default="random", help="folder or file")
+    parser.add_argument("--decoder", default="full", choices=[*parts.DECODERS])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="of every variant, after one more")
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves them")
+    parser.add_argument("--out", default=str(cli.beside("results")), help="folder of the json")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     """One suite as a table and as json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--suite", default="model", choices=("model", "ablation", "ladder", "pipeline")
-    )
-    for flag, default in dict(
-        preset="tiny",
-        weights="random",
-        decoder="full",
-        device="cpu",
-        rounds=7,
-        threads=0,
-        out="results",
-    ).items():
-        parser.add_argument(f"--{flag}", default=default, type=type(default))
-    a = parser.parse_args(argv)
+    a = parse(argv)
     torch.set_num_threads(a.threads or torch.get_num_threads())
-    options = realtime.Options(a.preset, a.weights, a.decoder, device=a.device, dtype="bfloat16")
-    rows = bench(options if a.suite == "model" else realtime.resolve(options), a.suite, a.rounds)
-    about = f"{a.preset} on {a.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    cells = [
-        f"| {what} | {' | '.join('' if x is None else f'{x:.3g}' for x in numbers)} |"
-        for what, *numbers in rows
-    ]
-    table = [
-        "| what | paper | predicted | measured | error |",
-        "|---" * 5 + "|",
-        *cells,
-        "",
-        f"`python lab/bench.py {' '.join(argv)}` · {about}",
-    ]
+    options = parts.Options(
+        a.preset,
+        a.weights,
+        a.decoder,
+        device=a.device,
+        dtype="bfloat16",
+    )
+    rows = bench(options, a.suite, a.rounds)
+    threads = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    about = f"{a.preset} on {a.device}, torch {torch.__version__}, {threads}"
+    table = written(rows, f"python lab/bench.py {' '.join(argv)}", about)
     print("\n".join(table))
     Path(a.out).mkdir(exist_ok=True)
-    (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(
-        json.dumps({"rows": rows, "table": table}, indent=1)
-    )
+    stored = json.dumps({"rows": rows, "table": table}, indent=1)
+    (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(stored)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

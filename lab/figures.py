@@ -51,6 +51,7 @@ def plot(
 
 
 def bars(curves: dict[str, list[float]], title: str) -> object:
+    """One bar for every arm."""
     figure, axes = blank(title)
     for arm, values in curves.items():
         axes.barh(arm, values)
@@ -58,6 +59,7 @@ def bars(curves: dict[str, list[float]], title: str) -> object:
 
 
 def lines(curves: dict[str, list[float]], title: str) -> object:
+    """One line for every arm, segment by segment."""
     figure, axes = blank(title)
     for arm, values in curves.items():
         segments = range(1, len(values) + 1)

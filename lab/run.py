@@ -15,14 +15,14 @@ from numpy import ndarray
 from torch import Tensor
 
 from dataset.film import psnr
-from lab import metrics, players, truth, worlds
+from lab import metrics, players, registration, truth, worlds
 from lab.claims import Raw
 
 SOME = 6  # worlds for what is slow, unless all are asked for
 LOST = 0.75  # ZNCC under which a frame is lost, where nobody has measured it yet
 
 
-def off(found: truth.Found, pose: ndarray) -> dict[str, float]:
+def off(found: registration.Found, pose: ndarray) -> dict[str, float]:
     """How far from a pose a frame was taken."""
     x, _, z, _, yaw = np.abs(found.pose - pose)
     return {"m": np.hypot(x, z), "deg": yaw, "ambiguous": found.ambiguous}

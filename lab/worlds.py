@@ -19,7 +19,7 @@ from torch import Tensor
 import camera
 import world
 from dataset import chords
-from lab import truth
+from lab import registration
 
 SIZE = 64  # pixels
 KNOWN = 177  # true frames in the bank: 45 latents
@@ -70,7 +70,7 @@ def register(
     scene: world.Scene,
     frame: ndarray | Tensor,  # (H, W, 3)
     pose: Sequence[float],  # (5,) where to search
-) -> truth.Found:
+) -> registration.Found:
     """Where in this world was a frame taken, near a pose and not inside a wall?"""
     side = len(scene.solid) - 1
 
@@ -82,7 +82,7 @@ def register(
         return torch.from_numpy(~scene.solid[x, z])
 
     frame = torch.as_tensor(frame)
-    found = truth.register(look, free, frame, torch.as_tensor(pose))
+    found = registration.register(look, free, frame, torch.as_tensor(pose))
     return found._replace(pose=found.pose.numpy())
 
 

@@ -71,6 +71,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
     "lab": {
         "metrics",
         "truth",
+        "registration",
         "stats",
         "claims",
         "worlds",
