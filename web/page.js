@@ -204,9 +204,17 @@ function setPaused(paused) {
   if (!paused && game.phase === "over") return restart(); // the walk has ended
   if (paused) pausedAt = performance.now();
   else screen.delay(performance.now() - pausedAt);
-  state.paused = paused;
+  state.paused = screen.frozen = paused;
   $("pause").setAttribute("aria-pressed", paused);
 }
+
+/** Nobody looks: nothing is imagined. */
+let away = false;
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden === away || (document.hidden && state.paused)) return;
+  away = document.hidden;
+  setPaused(away);
+});
 
 async function share() {
   const hash = formatHash(state, state.facts);

@@ -7,6 +7,7 @@ export class Screen {
   waiting = [];
   due = 0; // when the last frame that waits has had its time, ms
   kept = new Map(); // frame index -> pixels, one per latent: thumbnails of what is recalled
+  frozen = false; // while the page is paused
   drawn = []; // when frames were drawn, last two seconds
   onFrame = () => {};
 
@@ -53,6 +54,7 @@ export class Screen {
   }
 
   tick(now) {
+    if (this.frozen) return;
     let frame = null;
     while (this.waiting.length && this.waiting[0].due <= now) {
       frame = this.waiting.shift();
