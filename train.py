@@ -48,10 +48,9 @@ from engine import checkpoint, cli, optim, sizes, weights
 from engine.clips import (
     VAES,
     WINDOW,
+    Ahead,
     Clips,
-    batch,
     draw,
-    draw_cut,
     draw_length,
     frame_batch,
     lens_of,
@@ -211,13 +210,13 @@ def train_base(run: Run) -> None:
     errors = start_errors(cfg)
     saved = restore(run, {MODEL: model}, ema, opts)
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
+    ahead = Ahead(clips, run)
     low = optim.low_precision_copy(model, run.dtype, cfg.checkpoint_activations)
     progress = Progress(run)
 
     while run.step < cfg.steps and not run.stop:
         # which windows of which episodes, and how noisy
-        cut = draw_cut(clips, run, run.step)
-        x0, context = batch(clips, run, cut)  # x0 (B, C, N, h, w)
+        cut, x0, context = ahead(run.step)  # x0 (B, C, N, h, w)
         g = generator(cfg, run.step + 500_000_000)
         sigma = share(run, draw_sigma(cfg, g)).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)

@@ -1,7 +1,8 @@
 """Episodes as cached latents, and the batch of a step.
 
 A training never sees a video twice: load_clips encodes every episode once and keeps the latents beside
-the dataset, in a file whose name is a digest of the episodes and of the encoder. What a step takes out
+the dataset, in a folder whose name is a digest of the episodes and of the encoder. Its files are mapped,
+not read: a dataset may be larger than memory, and every rank reads its own rows alone. What a step takes out
 of them is a Cut (which episodes, from where, what to remember), drawn by draw_cut from (seed, step)
 alone; windows() turns it into what the network is told and asked.
 """
@@ -10,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +34,46 @@ from engine.run import Run, generator, share
 VAES = vae.PRESETS | {"5b": vae.PRESETS["wan2.2"], "14b": vae.PRESETS["wan2.2"]}
 WINDOW = Window()
 SPLITS = {"first": ["train"], "third": ["third"], "both": ["train", "third"]}  # by view
+SHARD = 64  # episodes in a file of cached latents: about 10 MB of the small model's
 LENGTHS_OF_FILM = ((9, 1), (9, 1), (17, 2), (33, 4))  # frames, and by how much a batch shrinks
+
+
+class Column:
+    """One field of all episodes. The rows lie in mapped files: only what is asked for is read."""
+
+    def __init__(self, parts: list[Tensor], order: Tensor | None = None) -> None:
+        self.parts = parts  # (rows of a file, ...) each
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.order = torch.arange(int(self.ends[-1])) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self.parts[0].shape[1:]
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
+        found = self.order[rows]
+        if found.dim() == 0:
+            return self.row(int(found))
+        return torch.stack([self.row(number) for number in found.tolist()])
+
+    def row(self, number: int) -> Tensor:
+        part = int(np.searchsorted(self.ends, number, side="right"))
+        return self.parts[part][number - int(self.ends[part])]
 
 
 @dataclass
 class Clips:
-    """A dataset as latents in memory; row e is one episode."""
+    """A dataset as latents; row e is one episode."""
 
-    latents: Tensor  # (E, C, T, h, w) float16
-    c2w: Tensor  # (E, F, 4, 4)
-    keyboard: Tensor  # (E, F, 6)
-    mouse: Tensor  # (E, F, 2)
-    text: Tensor  # (E, n, D_text)
-    revisit: Tensor  # (E, T) how much of a window that starts here was seen before its past
+    latents: Column  # (E, C, T, h, w) float16
+    c2w: Column  # (E, F, 4, 4)
+    keyboard: Column  # (E, F, 6)
+    mouse: Column  # (E, F, 2)
+    text: Column  # (E, n, D_text)
+    revisit: Column  # (E, T) how much of a window that starts here was seen before its past
 
 
 # ---- pixels: what a VAE learns from ------------------------------------------------------------------------
@@ -132,31 +161,53 @@ def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Path]) -> None:
+    """Every missing file, SHARD episodes each: what a kill leaves behind is whole, and kept."""
+    encoder = copy.deepcopy(vae).to(run.dtype)
+    name = files[0].parent.name
+    bar = tqdm(total=len(paths), desc=f"encoding {name}", disable=not sys.stderr.isatty())
+    for number, file in enumerate(files):
+        mine = paths[number * SHARD :][:SHARD]
+        if not file.exists():
+            rows = [encode(encoder, read_episode(path), run) for path in mine]
+            tensors = {field: torch.stack([row[field] for row in rows]) for field in rows[0]}
+            weights.write_weights(file, tensors, {})
+        bar.update(len(mine))
+
+
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
-    """Episodes as latents: encoded once per encoder and dataset, then read from the cache."""
+    """Episodes as latents: encoded once per encoder and dataset, then mapped from the cache."""
     paths = episodes_for(run, root, split)
-    cache = root / f"latents-{split}-{digest_of(vae, root, paths)}.safetensors"
-    if run.rank == 0 and not cache.exists():
-        encoder = copy.deepcopy(vae).to(run.dtype)
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(paths, desc=f"encoding {split}", disable=quiet)
-        rows = [encode(encoder, read_episode(path), run) for path in bar]
-        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        weights.write_weights(cache, tensors, {"split": split})
+    cache = root / f"latents-{split}-{digest_of(vae, root, paths)}"
+    count = -(-len(paths) // SHARD)
+    files = [cache / f"{number:05d}.safetensors" for number in range(count)]
+    if run.rank == 0:
+        encode_episodes(run, vae, paths, files)
     if run.world > 1:
         dist.barrier()
-    return Clips(**weights.read_weights(cache)[0])
+    return joined([weights.read_weights(file)[0] for file in files])
+
+
+def joined(shards: list[dict[str, Tensor]]) -> Clips:
+    names = [field.name for field in dataclasses.fields(Clips)]
+    return Clips(**{name: Column([shard[name] for shard in shards]) for name in names})
 
 
 def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
     """The episodes of a view, or of both in equal shares."""
     parts = [load_clips(run, vae, root, split) for split in SPLITS[view]]
     most = max(len(part.latents) for part in parts)
+
+    # the smaller part comes round again until it is as long as the larger
+    first = 0
+    order = []
+    for part in parts:
+        order.append(first + torch.arange(most) % len(part.latents))
+        first += len(part.latents)
     columns = {}
     for field in dataclasses.fields(Clips):
-        tensors = [getattr(part, field.name) for part in parts]
-        # the smaller part comes round again until it is as long as the larger
-        columns[field.name] = torch.cat([x[torch.arange(most) % len(x)] for x in tensors])
+        files = [shard for part in parts for shard in getattr(part, field.name).parts]
+        columns[field.name] = Column(files, torch.cat(order))
     return Clips(**columns)
 
 
@@ -262,11 +313,36 @@ def windows(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
     return clip.window(cut.start, cut.n_new, cut.n_past, cut.memory, lens_of(run.cfg))
 
 
-def batch(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
-    """What a step learns from, on its device: x0 (B, C, N, h, w) and its context."""
+def host_batch(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
+    """What a step learns from, before it goes to the device: x0 (B, C, N, h, w) and its context."""
     x0, context = windows(clips, run, cut)
     context.times[:, context.memory.shape[2] :] += cut.later[:, None]
-    return x0.to(run.device), context.mute(cut.null).to(run.device)
+    return x0, context.mute(cut.null)
+
+
+def batch(clips: Clips, run: Run, cut: Cut) -> tuple[Tensor, Context]:
+    x0, context = host_batch(clips, run, cut)
+    return x0.to(run.device), context.to(run.device)
+
+
+class Ahead:
+    """The next step's batch is read while this step is learnt from: it depends on its number alone."""
+
+    def __init__(self, clips: Clips, run: Run) -> None:
+        self.clips = clips
+        self.run = run
+        self.pool = ThreadPoolExecutor(1)
+        self.coming: dict[int, Future] = {}  # by step
+
+    def make(self, step: int) -> tuple[Cut, Tensor, Context]:
+        cut = draw_cut(self.clips, self.run, step)
+        return cut, *host_batch(self.clips, self.run, cut)
+
+    def __call__(self, step: int) -> tuple[Cut, Tensor, Context]:
+        now = self.coming.pop(step, None) or self.pool.submit(self.make, step)
+        self.coming = {step + 1: self.pool.submit(self.make, step + 1)}
+        cut, x0, context = now.result()
+        return cut, x0.to(self.run.device), context.to(self.run.device)
 
 
 def draw(clips: Clips, run: Run, step: int) -> tuple[Tensor, Context]:

@@ -1086,7 +1086,7 @@ def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
         flags.parse(["--preset", preset, "--batch", "2", "--p-i2v", "0", "--p-memory-off", "0"]),
     )
     clips = dataclasses.replace(
-        clips, latents=clips.latents[:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
+        clips, latents=clips.latents[:][:, :1, :, :4, :4].expand(-1, 48, -1, -1, -1)
     )
     x0, context = draw(clips, Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32), 0)
     assert x0.shape == (2, 48, 10, 4, 4)

@@ -1,0 +1,101 @@
+"""A dataset larger than memory: cached latents in mapped files, read row by row."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_studio
+
+import vae
+from engine import clips, flags, run
+from engine.clips import Column
+
+ROOT = Path(clips.__file__).parents[1]
+
+
+def test_a_column_over_several_files_is_one_tensor():
+    whole = torch.arange(70).view(7, 2, 5)
+    column = Column(list(whole.split([3, 1, 3])))
+    assert len(column) == 7 and column.shape == (7, 2, 5)
+    assert torch.equal(column[torch.tensor([6, 0, 3, 2])], whole[[6, 0, 3, 2]])
+    assert torch.equal(column[2:5], whole[2:5]) and torch.equal(column[3], whole[3])
+    again = Column(column.parts, torch.tensor([4, 4, 0]))
+    assert torch.equal(again[:], whole[[4, 4, 0]])
+
+
+def test_a_kill_while_encoding_loses_one_file_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_studio(tmp_path)
+    monkeypatch.setattr(clips, "SHARD", 2)
+    cfg = flags.parse(["--preset", "micro"])
+    here = run.Run(tmp_path / "run", cfg, torch.device("cpu"), torch.float32)
+    root = tmp_path / "datasets/micro"
+    torch.manual_seed(0)
+    encoder = vae.VAE(vae.PRESETS["micro"]).eval()
+
+    # killed in the second file
+    encode, seen = clips.encode, []
+
+    def until_the_third(*arguments: object) -> dict:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return encode(*arguments)
+
+    monkeypatch.setattr(clips, "encode", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        clips.load_clips(here, encoder, root, "train")
+    assert len(list(root.glob("latents-train-*/*"))) == 1
+
+    # the next start encodes the other two alone, and the rows are those of one go
+    seen.clear()
+    monkeypatch.setattr(clips, "encode", lambda *arguments: seen.append(1) or encode(*arguments))
+    found = clips.load_clips(here, encoder, root, "train")
+    assert len(seen) == 2 and len(found.latents) == 4
+    for row, path in enumerate(clips.list_episodes(root, "train")):
+        alone = encode(encoder, clips.read_episode(path), here)
+        assert torch.equal(found.latents[row], alone["latents"])
+        assert torch.equal(found.revisit[row], alone["revisit"])
+
+
+# ---- how much memory a training holds, for datasets of different size
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from engine import clips, weights
+folder, episodes = Path(sys.argv[1]), int(sys.argv[2])
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+files = []
+for first in range(0, episodes, clips.SHARD):
+    files.append(folder / f"{{first:05d}}.safetensors")
+    shape = (clips.SHARD, 16, 61, 8, 8)
+    weights.write_weights(files[-1], {{"latents": torch.randn(shape).half()}}, {{}})
+before = held()
+column = clips.Column([weights.read_weights(file)[0]["latents"] for file in files])
+total = 0.0
+for step in range(200):
+    rows = torch.randint(len(column), (8,), generator=torch.Generator().manual_seed(step))
+    total += column[rows].float().sum().item()
+print(len(column), held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own numbers")
+def test_ten_times_as_many_episodes_hold_the_same_memory(tmp_path: Path):
+    grown = {}
+    for episodes in (clips.SHARD, 10 * clips.SHARD):
+        folder = tmp_path / str(episodes)
+        folder.mkdir()
+        command = [sys.executable, "-c", MEASURE.format(root=str(ROOT)), folder, str(episodes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows, grown[episodes] = map(int, done.stdout.split())
+        print(f"{rows} episodes: {grown[episodes] / 1024:.1f} MB held by 200 batches")
+    few, many = grown.values()
+    assert many < few + 8 * 1024  # kB; ten times as many latents are 70 MB more
