@@ -32,7 +32,7 @@ save = torch.save
 aten = torch.ops.aten
 
 # these may read a tensor of the host: copies, and lists of places to look up
-READS_HOST = (aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_)
+READS_HOST = (aten.copy_, aten._to_copy, aten.to, aten.index, aten.index_put, aten.index_put_)
 
 
 class Labelled(Tensor):
@@ -78,8 +78,9 @@ def compute(func, args: tuple, kwargs: dict, memory: str) -> object:  # noqa: AN
     """One operation: on hidden tensors, after a look at where its arguments are."""
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [isinstance(x, Labelled) for x in leaves]
-    asked = kwargs.get("device")
-    if not any(ours) and (asked is None or torch.device(asked).type != GPU):
+    devices = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.device)]
+    asked = devices[0] if devices else None
+    if not any(ours) and (asked is None or asked.type != GPU):
         return func(*args, **kwargs)
 
     host = [x for x, mine in zip(leaves, ours, strict=True) if not mine and x.dim()]
@@ -89,10 +90,15 @@ def compute(func, args: tuple, kwargs: dict, memory: str) -> object:  # noqa: AN
         raise RuntimeError(f"two devices meet in {func}: {shapes}, on the GPU {ours}")
 
     # where the result is: where it was asked for, else where its first argument is
-    stays = ours[0] if asked is None and leaves else torch.device(asked or GPU).type == GPU
-    if asked is not None:
-        kwargs = kwargs | {"device": memory if stays else "cpu"}
-    bare_args, bare = tree_map(hidden_of, (args, kwargs))
+    stays = ours[0] if asked is None else asked.type == GPU
+    place = torch.device(memory if stays else "cpu")
+
+    def bare_of(x: object) -> object:
+        if isinstance(x, torch.device):
+            return place
+        return x.hidden if isinstance(x, Labelled) else x
+
+    bare_args, bare = tree_map(bare_of, (args, kwargs))
     if func is aten._local_scalar_dense.default and bare_args[0].is_meta:
         return 1  # a number read off a device without numbers
     result = func(*bare_args, **bare)
@@ -103,10 +109,6 @@ def compute(func, args: tuple, kwargs: dict, memory: str) -> object:  # noqa: AN
     if func._schema.is_mutable and leaves and isinstance(result, Tensor):
         return args[0]
     return tree_map(label, result) if stays else result
-
-
-def hidden_of(x: object) -> object:
-    return x.hidden if isinstance(x, Labelled) else x
 
 
 def label(x: object) -> object:
