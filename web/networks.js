@@ -78,18 +78,24 @@ async function openNetwork({ runtime, backend }, url) {
   return (inputs) => network.run(inputs);
 }
 
+/** One after the other: a graphics card opens one at a time. */
+async function openAll(place, folder) {
+  const opened = [];
+  for (const name of FILES) opened.push(await openNetwork(place, new URL(name, folder)));
+  return opened;
+}
+
 // ---- the three functions of session.js ----------------------------------------------------------
 
 export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
   let place = await openRuntime(base, wanted);
   progress("unpacking the network");
-  const open = () => Promise.all(FILES.map((name) => openNetwork(place, new URL(name, folder))));
-  const opened = await open().catch(async (error) => {
+  const opened = await openAll(place, folder).catch(async (error) => {
     if (place.backend === "wasm" || wanted) throw error;
     // what this graphics card cannot run, the processor can
     place = await openRuntime(base, "wasm");
-    return open();
+    return openAll(place, folder);
   });
   const [network, first, next] = opened;
 
