@@ -55,6 +55,9 @@ PRESET = "tiny"
 DECODER = "light75"
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 SEED = 42
+FLOAT = 1  # types of tensors, as ONNX counts them
+DOUBLE = 11
+WHOLE_NUMBER = 2  # of attributes
 GREY = 1  # level of 256 that the page may differ by
 
 
@@ -216,16 +219,40 @@ def to_onnx(
 
 
 def simplify(graph: object) -> None:
-    """A browser need not know where in Python a node came from; and its graphics card has no CastLike."""
+    """What a browser need not know, or what its graphics card lacks: Python's lines, CastLike, doubles.
+
+    Only angles of clocks are computed in double. They stay below a few thousand in play, and a
+    float32 knows them to a ten-thousandth of a turn.
+    """
     values = [*graph.value_info, *graph.input, *graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
         del node.metadata_props[:]
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                types[node.output[0]] = attribute.t.data_type
+                narrow(attribute.t)
         if node.op_type == "CastLike" and types.get(node.input[1]):
             node.op_type = "Cast"
-            node.attribute.add(name="to", type=2, i=types[node.input[1]])  # 2: a whole number
+            node.attribute.add(name="to", type=WHOLE_NUMBER, i=types[node.input[1]])
             del node.input[1]
+        if node.op_type == "Cast" and node.attribute[0].i == DOUBLE:
+            node.attribute[0].i = FLOAT
+    for tensor in graph.initializer:
+        narrow(tensor)
+    for value in values:
+        if value.type.tensor_type.elem_type == DOUBLE:
+            value.type.tensor_type.elem_type = FLOAT
+
+
+def narrow(tensor: object) -> None:
+    """A stored double becomes a float."""
+    import onnx
+
+    if tensor.data_type == DOUBLE:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 
 def latent_size() -> tuple[int, int]:

@@ -281,7 +281,7 @@ def test_every_segment_is_told_the_same() -> None:
 
 
 def same(got: list[float], expected: torch.Tensor, atol: float) -> None:
-    numbers = torch.tensor(got, dtype=torch.float32)
+    numbers = torch.tensor(got, dtype=torch.float32).flatten()
     torch.testing.assert_close(numbers, expected.float().flatten(), atol=atol, rtol=0)
 
 
@@ -336,6 +336,16 @@ def test_a_link_that_says_nothing_is_explained(text: str, says: str) -> None:
         catch (error) { return error.message; }
     """
     assert says in javascript(program, text)
+
+
+@needs_node
+def test_a_look_key_says_how_far() -> None:
+    program = "return walk.parseActions(given).map(camera.actionOf);"
+    text = "w+l2.5:8,i4:4,j1.5+k:4"
+    actions = javascript(program, text)
+    keyboard, mouse = camera.actions_from_keys(play_chords(text))
+    assert [action["keyboard"] for action in actions] == keyboard.tolist()
+    same([action["mouse"] for action in actions], mouse, 0)
 
 
 @needs_node
