@@ -251,12 +251,13 @@ def train_base(run: Run) -> None:
             look(run, optim.averaged(model, ema), decoder, held)
 
 
-def start_model(run: Run) -> nn.Module:
-    """A fresh model of the preset, or the weights of --init, in float32 and sharded over the ranks."""
+def start_model(run: Run, init: str = "") -> nn.Module:
+    """A fresh model of the preset, or weights (--init's), in float32 and sharded over the ranks."""
     cfg = run.cfg
+    init = init or cfg.init
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model, _ = weights.start_from(cli.find(cfg.init), network(cfg))
+    if init:
+        model, _ = weights.start_from(cli.find(init), network(cfg))
         model.train()
     else:
         model = moe.build(network(cfg))
@@ -303,8 +304,8 @@ def train_distill(run: Run) -> None:
 
     # one network is asked, one is the student, one learns what the student makes; the judge is optional
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
-    student = Learner.start(run, cfg.lr, recompute=cfg.checkpoint_activations)
-    critic = Learner.start(run, cfg.lr_critic)
+    student = Learner.start(run, cfg.lr, cfg.student)
+    critic = Learner.start(run, cfg.lr_critic, recompute=False)
     judge = start_judge(run)
     ema = optim.average(student.model)
     learners = {MODEL: student, "critic": critic} | ({"judge": judge} if cfg.adversarial else {})
@@ -362,10 +363,11 @@ class Learner:
     opts: list
 
     @classmethod
-    def start(cls, run: Run, rate: float, recompute: bool = False) -> "Learner":
-        """Another copy of the base."""
+    def start(cls, run: Run, rate: float, init: str = "", recompute: bool = True) -> "Learner":
+        """Another copy of the base, or of other weights."""
         cfg = run.cfg
-        model = start_model(run)
+        model = start_model(run, init)
+        recompute = recompute and cfg.checkpoint_activations
         opts = optim.optimizers(model, rate, cfg.muon, cfg.decay, (0.0, 0.95), run.dtype)
         return cls(model, optim.low_precision_copy(model, run.dtype, recompute), opts)
 

@@ -24,7 +24,7 @@ GROUPS = {  # the headings of --help, and the flag that each begins with
     "gamma": "error buffer",
     "decoder_only": "light VAE",
     "expert": "experts",
-    "cold_start": "distillation",
+    "student": "distillation",
 }
 
 
@@ -102,6 +102,7 @@ class TrainConfig:
     boundary: float = opt(0.9, "σ at which the experts change", "by SNR, value not stated")
 
     # distillation: whose turn it is, and how far the student walks on its own (dmd.py)
+    student: str = opt("", "weights the student goes on from (default: those of --init)")
     cold_start: int = opt(60, "iterations on one segment with true past", "600, §5.1")
     ratio_cold: int = opt(5, "critic updates per student update in the cold start", "5")
     ratio: int = opt(3, "critic updates per student update afterwards", "3")

@@ -778,6 +778,19 @@ def test_revisits_are_drawn_as_often_as_asked(clips):
     assert worth[1.0] > 1.2 * worth[0.0] > 0
 
 
+def test_a_student_may_go_on_from_another_one():
+    assert start("--steps", "1", "--run", "teacher") == 0
+    assert start("--steps", "1", "--run", "earlier", "--seed", "5") == 0
+    flags_of_both = ["--stage", "distill", "--init", "runs/teacher"]
+    cfg = parse([*MICRO, *flags_of_both, "--student", "runs/earlier"])
+    here = Run(Path("runs/none"), cfg, torch.device("cpu"), torch.float32)
+    student = train.Learner.start(here, cfg.lr, cfg.student).model
+    critic = train.Learner.start(here, cfg.lr_critic).model
+    for model, name in ((student, "earlier"), (critic, "teacher")):
+        started_as = weights.load(f"runs/{name}")[0]
+        assert same(model.state_dict(), started_as.state_dict())
+
+
 def test_ranks_share_a_batch_without_loss(clips):
     whole = draw(*clips, 7)[0]
     parts = [
