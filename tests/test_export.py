@@ -132,6 +132,32 @@ def test_half_of_the_bytes() -> None:
     np.testing.assert_allclose(got, x @ matrix.astype(np.float16).astype(np.float32), atol=1e-4)
 
 
+def test_no_double_and_no_cast_like_is_left() -> None:
+    onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    make, to_tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    third = to_tensor(np.array([1 / 3]))
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3]) for name in ("x", "y")
+    ]
+    nodes = [
+        make("Constant", [], ["third"], value=third),
+        make("Cast", ["x"], ["wide"], to=onnx.TensorProto.DOUBLE),
+        make("Mul", ["wide", "third"], ["product"]),
+        make("CastLike", ["product", "x"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "a third", ends[:1], ends[1:])
+    export.simplify(graph)
+    assert [node.op_type for node in graph.node] == ["Constant", "Cast", "Mul", "Cast"]
+    assert export.DOUBLE not in [node.attribute[0].i for node in graph.node if node.attribute]
+
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    x = np.arange(3, dtype=np.float32)
+    (got,) = runtime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_allclose(got, x / 3, atol=1e-6)
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
