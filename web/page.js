@@ -364,7 +364,6 @@ function fromAddress() {
 }
 
 async function open() {
-  // ?backend=wasm for graphics cards that compute nonsense, ?backend=webgpu to insist on one
   const wanted = new URLSearchParams(location.search).get("backend");
   const { facts, backend } = await world.ask("open", { backend: wanted });
   Object.assign(state, { facts, backend });
