@@ -1,41 +1,52 @@
 """Memory, past, new: all that the network sees besides noise.
 
-What it does. A segment is made in one go: a few clean latents of the past, noise in the place of
-the new ones, five old latents that memory.py found, and for every latent the cameras and actions
-that belong to it. Training, distillation, play and evaluation build this context here and nowhere
-else.
+What it does. Video is made in segments, and a segment in latents: small tensors that the VAE turns
+into frames. The network gets noise in the place of the new latents, and beside it a context: the
+last clean latents before them (past), five older ones that memory.py found (memory), and for
+every latent its index in time, its cameras and its actions. Training, distillation, play and
+evaluation build this context here and nowhere else.
 
-Time. The first frame is alone in its latent, every later latent holds four (vae.py has the
-reason):
+Time. Latent 0 holds frame 0 alone, every later latent holds four frames (vae.py has the reason):
 
-    frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...            latent L >= 1: frames 4L − 3 .. 4L     (1)
     latents    0 |    1    |    2    | 3 ...
+    frames     0 | 1 2 3 4 | 5 6 7 8 | 9 ...
 
-    segment 0  [0 | 1 ........... 14]                   the image is the past of 14: 57 frames
-    segment 1             [11 .. 14 | 15 ........ 24]   four of the past, ten new: 40 frames
-    segment 2                       [21 .. 24 | 25 ...  or 5 or 2: the fewer, the sooner a key acts
+    latent L >= 1 holds the frames 4L − 3 .. 4L                                                (1)
 
-Sequence. [memory | past | new] is ONE sequence for attention. Memory and past enter clean, at t =
-0, and carry no loss; only the new latents are noise. What tells an old latent from a new one is
-its time (a clock, see attention.py) and its camera (rays, see camera.py).
+A segment is [past | new], and only its new latents are made:
 
-Memory. Five questions are spread over the segment, so that what comes into view late is asked for
-too. For 10 new latents the newest asks, and those 2, 4, 6 and 8 before it:
+    segment 0      [0 | 1 .. 14]               the image is its past: 57 frames with it
+    segment 1      [11 .. 14 | 15 .. 24]       4 past, 10 new: 40 frames more
+    segment 2      [21 .. 24 | 25 .. 34]       and so on
 
-    slot j was asked for by the new latent ⌊j·new/5⌋ before the newest                         (2)
+A key acts from the next segment on. Our own models are therefore trained for 5 and 2 new latents
+as well: the shorter the segment, the sooner the key acts.
 
-Actions. action[t] leads from frame t to t + 1. A latent sees the four that made its frames and
-eight before, so that a start or stop is seen coming:
+Sequence. Attention runs over [memory | past | new] as ONE sequence. Memory and past are clean, are
+told noise level 0 and carry no loss; only the new latents are noisy. The network tells old latents
+from new ones by that level (block.py), by their time (attention.py) and their camera (camera.py).
 
-    latent L sees actions 4L − 12 .. 4L − 1                                                    (3)
+Memory. A memory slot holds the answer to one query. The query is the camera of a new latent, the
+answer an old latent that saw much of the same (memory.py). Queries are spread over the segment, so
+that what comes into view late is asked for too. Of 10 new latents, the newest asks and those 2, 4,
+6 and 8 before it; of N new latents, with M slots:
 
-Guidance subtracts what the network says without knowing: no memory, null actions (mouse +1,
-keyboard −1, as released; memory tokens carry them too), no text. Training mutes a share of its
-samples so that it can answer.
+    the query of slot j lies ⌊j·N/M⌋ latents before the newest,    j = 0 .. M − 1              (2)
 
-What differs. The released windows slip by one frame after segment 0 and repeat the last action,
-which is not known yet; whoever plays released weights, or trains for that encoding, gets them
-(released_windows).
+Actions. action[f] leads from frame f to f + 1, so the frames of latent L were made by the actions
+4L − 4 .. 4L − 1. The latent sees these and the eight before them, which show what has just begun or
+stopped; where there are none yet, action 0 stands in:
+
+    latent L sees the actions 4L − 12 .. 4L − 1                                                (3)
+
+Guidance (flow.sample) needs a second prediction, made without being told what is special here: no
+memory, null actions (mouse +1, keyboard −1, as released), and the negative prompt or zeros for
+text. Training does the same to the actions and text of some samples (mute), so that the network
+has learned to answer. Memory latents always carry null actions.
+
+What differs. From segment 1 on, a released latent sees the actions 4L − 11 .. 4L, one later than
+(3). The very last of them is not known yet, so the one before is repeated. released_actions does
+this for released weights, and for training with their encoding.
 
 Try it: python context.py      Tests: pytest tests/test_context.py tests/test_memory.py
 """
@@ -50,7 +61,7 @@ import camera
 NULL_MOUSE = 1.0  # "no action": memory tokens and the branch that guidance subtracts
 NULL_KEY = -1.0
 ACTIONS_SEEN = 12  # per latent
-ENCODINGS = ("anchored", "absolute", "none", "released")  # of rays
+ENCODINGS = ("anchored", "absolute", "none", "released")  # of cameras, see Segment.rays_of
 LENGTHS = (10, 5, 2)  # new latents of a segment that our own models are trained for
 
 
@@ -58,13 +69,13 @@ LENGTHS = (10, 5, 2)  # new latents of a segment that our own models are trained
 
 
 def query_offsets(new: int, memory: int) -> list[int]:
-    """Memory slot j asks this many latents before the newest: 0 2 4 6 8 of 10 new ones."""
+    """For every memory slot, how far before the newest latent its query lies: 0 2 4 6 8 of 10 new."""
     return [slot * new // memory for slot in range(memory)]  # (2)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Every number of time."""
+    """Which frames make a latent, and which latents a segment."""
 
     stride: int = 4  # pixel frames per latent after the first
     first: int = 15  # latents of segment 0: the image and 14 new ones
@@ -73,7 +84,7 @@ class Window:
     memory: int = 5  # retrieved latents
 
     def latents(self, segments: int) -> int:
-        """How many there are after so many segments."""
+        """How many there are when so many segments are made."""
         return self.first + self.new * (segments - 1)
 
     def frames(self, segments: int) -> int:
@@ -101,9 +112,9 @@ class Window:
 
 
 def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) -> Tensor:
-    """Frames 4L + step of x (B, F, ...) for each of n latents: (B, n, S, ...).
+    """Entries 4L + step of x (B, F, ...), for n latents L and S steps: (B, n, S, ...).
 
-    Frames before 0 are frame 0; frames past the end are refused.
+    Before entry 0, entry 0 is repeated; to ask for more than there is, is an error.
     """
     first = torch.as_tensor(first_latent, device=x.device).expand(len(x))
     latents = first[:, None] + torch.arange(n, device=x.device)  # (B, n)
@@ -127,12 +138,15 @@ def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
 
 
 def action_windows(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, A) from frame 0 -> (B, n, 12, A): what each latent sees of the actions."""
+    """(B, F, A) from frame 0, A = 6 keys or 2 of the mouse -> (B, n, 12, A) what each latent sees."""
     return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))  # (3)
 
 
 def released_windows(actions: Tensor) -> Tensor:  # (B, 57 | 56, A) -> (B, 15 | 14, 12, A)
-    """Of one segment: 12 copies of its own first action in front of 4k+1 frames, 8 in front of 4k."""
+    """Windows of 12, four apart, over the actions of one segment, one action per frame.
+
+    Its first action is repeated in front: 12 times for segment 0 (4k + 1 frames), else 8 times.
+    """
     frames = actions.shape[1]
     copies = ACTIONS_SEEN if frames % Window.stride == 1 else ACTIONS_SEEN - Window.stride
     before = actions[:, :1].expand(-1, copies, -1)
@@ -144,7 +158,7 @@ def released_windows(actions: Tensor) -> Tensor:  # (B, 57 | 56, A) -> (B, 15 | 
 def released_actions(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
     """(B, F, A) from frame 0 -> (B, n, 12, A): the release's windows of one segment.
 
-    It lists one action per frame of the segment; the last frame has none yet and repeats the one before.
+    Every frame of the segment has its action, but the last, which repeats the one before.
     """
     first = torch.as_tensor(first_latent, device=actions.device).expand(len(actions))
     begins = (Window.stride * (first - 1) + 1).clamp(min=0)  # the segment's first frame
@@ -163,11 +177,10 @@ def released_actions(actions: Tensor, first_latent: int | Tensor, n: int) -> Ten
 class Lens:
     """How cameras are told to the network."""
 
-    encoding: str = "anchored"  # see camera.py
+    encoding: str = "anchored"  # one of ENCODINGS
     stride: int = 8  # pixels per latent cell
-    K: Tensor | None = (
-        None  # (4,) pixels; anchored also (B, 4); None: 90° across (released: both ways)
-    )
+    # intrinsics in pixels: (4,), or (B, 4) if anchored; None: 90° across, if released 90° down too
+    K: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -181,15 +194,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Context:
-    """[memory | past | new] on every time axis; the noisy new latents themselves travel separately."""
+    """What the network is told about M memory, P past and N new latents, always in this order.
+
+    The noisy new latents themselves are not part of it: they change from step to step.
+    """
 
     past: Tensor  # (B, C, P, h, w)
     memory: Tensor  # (B, C, M, h, w), M may be 0
-    times: Tensor  # (B, M+P+N) long
-    rays: Tensor  # (B, R, M+P+N, h, w)
+    times: Tensor  # (B, M+P+N) long, absolute latent indices
+    rays: Tensor  # (B, R, M+P+N, h, w), R numbers per cell: 60 if anchored, 6·stride² if released
     mouse: Tensor  # (B, M+P+N, 12, 2)
     keyboard: Tensor  # (B, M+P+N, 12, 6)
-    text: Tensor  # (B, n, text_dim)
+    text: Tensor  # (B, n, text_dim), n words
     null_text: Tensor  # (B, n, text_dim) what guidance subtracts: the negative prompt, or zeros
 
     def to(
@@ -202,32 +218,29 @@ class Context:
             moved[field.name] = x.to(device, dtype if x.is_floating_point() else None)
         return Context(**moved)
 
-    def without(self, rows: int) -> "Context":
-        """All that belongs to the first latents of the sequence is gone, but for them themselves."""
+    def forget_first(self, count: int) -> "Context":
+        """Without times, rays and actions of the first latents; the caller drops the latents."""
         return replace(
             self,
-            times=self.times[:, rows:],
-            rays=self.rays[:, :, rows:],
-            mouse=self.mouse[:, rows:],
-            keyboard=self.keyboard[:, rows:],
+            times=self.times[:, count:],
+            rays=self.rays[:, :, count:],
+            mouse=self.mouse[:, count:],
+            keyboard=self.keyboard[:, count:],
         )
 
     def drop_memory(self) -> "Context":
-        remembered = self.memory.shape[2]
-        return replace(self.without(remembered), memory=self.memory[:, :, :0])
+        shorter = self.forget_first(self.memory.shape[2])
+        return replace(shorter, memory=self.memory[:, :, :0])
 
     def alone(self) -> "Context":
-        """The new latents and their cameras, without anything that came before, text or actions."""
+        """Times and cameras of the new latents: no memory, no past, no actions, no text."""
         bare = self.drop_memory()
-        bare = bare.without(self.past.shape[2])
+        bare = bare.forget_first(self.past.shape[2])
         bare = replace(bare, past=self.past[:, :, :0])
         return bare.mute(torch.ones(len(self.past), dtype=torch.bool))
 
     def mute(self, where: Tensor) -> "Context":  # (B,) bool
-        """Null actions, zero text for some samples.
-
-        So training learns the branch that guidance subtracts.
-        """
+        """Null actions and zero text where a sample is marked, so that guidance has been learned."""
         where = where.to(self.text.device)
         muted = where.view(-1, 1, 1, 1)
         return replace(
@@ -238,7 +251,7 @@ class Context:
         )
 
     def null(self) -> "Context":
-        """The branch guidance subtracts: no memory, null actions, the negative prompt or zeros."""
+        """What guidance compares with: no memory, null actions, the negative prompt or zeros."""
         everyone = torch.ones(len(self.past), dtype=torch.bool)
         bare = self.drop_memory().mute(everyone)
         return replace(bare, text=self.null_text)
@@ -281,8 +294,8 @@ class Segment:
     def asking(self, new: int, slots: int = Window.memory) -> Tensor:
         """(B, M, 4, 4): the cameras of the new latents that ask for memory, newest first."""
         newest = self.times.shape[1] - 1
-        asks = [newest - offset for offset in query_offsets(new, slots)]
-        return self.cameras[:, asks, -1]
+        queries = [newest - offset for offset in query_offsets(new, slots)]
+        return self.cameras[:, queries, -1]
 
     def context(
         self,
@@ -291,7 +304,7 @@ class Segment:
         memory: Memory | None = None,
         lens: Lens = Lens(),
     ) -> Context:
-        """The ONE place where a context is put together."""
+        """The ONE place where a context is put together; memory None: M = 0."""
         B, C, P, h, w = past.shape
         if memory is None:
             memory = Memory(
@@ -325,7 +338,10 @@ class Segment:
         )
 
     def rays_of(self, cameras: Tensor, P: int, size: tuple[int, int], lens: Lens) -> Tensor:
-        """(B, M+T, 4, 4, 4) -> (B, R, M+T, h, w) in the encoding that the network was trained for."""
+        """(B, M+T, 4, 4, 4) -> (B, R, M+T, h, w): cameras as the network was trained to see them.
+
+        anchored: relative to the last past frame. absolute: as they are. none: zeros, an ablation.
+        """
         h, w = size
         T = self.times.shape[1]
         camera.choose("encoding", lens.encoding, ENCODINGS)
@@ -336,7 +352,7 @@ class Segment:
             memories = cameras.shape[1] - T
             return released_rays(cameras, memories, T - P, K, (h, w, lens.stride))
 
-        anchor = self.cameras[:, P - 1, -1]  # the last past frame
+        anchor = self.cameras[:, P - 1, -1]  # (B, 4, 4)
         if lens.encoding == "absolute":
             anchor = torch.eye(4).to(anchor).expand_as(anchor)
         K = camera.intrinsics(h, w) if lens.K is None else lens.K / lens.stride
@@ -347,21 +363,23 @@ class Segment:
 def released_rays(
     cameras: Tensor,  # (B, M+T, 4, 4, 4): M memory latents first
     M: int,
-    new: int,  # of the T latents, the last ones
+    new: int,  # how many of the T are new: the last ones
     K: Tensor,  # (4,) pixels
     size: tuple[int, int, int],  # latent h, w and pixels per cell
 ) -> Tensor:  # (B, 6*stride², M+T, h, w) float32
-    """As released: every latent relative to the one before, memory to the view that asks for it."""
+    """As released: every latent relative to the one before, memory to the query it answers."""
     h, w, stride = size
     pose = camera.to_released(cameras[:, :, -1].double())
     T = cameras.shape[1] - M
 
-    # past and new: g_i = c2w_{i−1}⁻¹ c2w_i, g_0 = I; memory: g_j = c2w_query(j)⁻¹ c2w_j
-    asked_by = [M + T - 1 - offset for offset in query_offsets(new, M)]
+    # g = c2w_reference⁻¹ c2w; the reference of memory is its query, of others the latent before
+    # (of the first one itself, so that its g is the identity)
+    queries = [M + T - 1 - offset for offset in query_offsets(new, M)]
     before = [M, *range(M, M + T - 1)]
-    g = camera.relative(pose[:, asked_by + before], pose)
+    g = camera.relative(pose[:, queries + before], pose)  # (B, M+T, 4, 4)
 
-    # t / |t| of memory, t / max |t| of the segment; below 0.1 mm a direction would be noise
+    # shifts lose their scale: each of memory has length 1, the longest of the segment too; shifts
+    # below 0.1 mm are left alone, their direction would be noise
     length = g[..., :3, 3].norm(dim=-1)
     length[:, M:] = length[:, M:].amax(1, keepdim=True)
     g[..., :3, 3] /= torch.where(length > 1e-4, length, 1.0)[..., None]
@@ -371,7 +389,10 @@ def released_rays(
 
 
 def fold_cells(x: Tensor, stride: int) -> Tensor:
-    """(B, T, c, h s, w s) -> (B, T, c s², h, w): channel, row in the cell, column in the cell."""
+    """(B, T, c, h·s, w·s) -> (B, T, c·s², h, w), the pixels of a cell as channels.
+
+    Their order is channel, row in the cell, column in the cell.
+    """
     cells = x.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))  # (..., c, h, s, w, s)
     return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4)
 
@@ -397,7 +418,7 @@ class Clip:
         remember: Tensor | None = None,  # (B, M) long: latents to remember
         lens: Lens = Lens(),
     ) -> tuple[Tensor, Context]:  # x0 (B, C, N, h, w) and its context
-        """Cut a window of training or evaluation out of the clips."""
+        """A segment of training or evaluation: the clean latents to predict, and what is told."""
         # the window must lie inside the clip, its past included
         first = start.to(self.latents.device) - n_past
         n = n_past + n_new
@@ -427,7 +448,7 @@ class Clip:
 
 
 def main() -> None:
-    """Every frame is made once, however long the segments are; what each latent sees of the past."""
+    """Every frame is made once, however long the segments are; which actions a latent sees."""
     for new in LENGTHS:
         window = Window(new=new)
         made = [0] * window.frames(4)
