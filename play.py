@@ -310,6 +310,7 @@ FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the fi
     "out": ("", "session folder (default runs/play-<time>); an existing one goes on"),
     "seed": (42, "of the noise"),
     "steps": (3, "network calls per chunk"),
+    "guidance": (1.0, "1 for students; 5 for a base model, which then takes two calls per step"),
     "new": (
         0,
         "new latents per chunk, 10, 5 or 2: few act sooner, cost more; 0: in the page the fewest "
@@ -371,6 +372,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     ranges = {
         "seed": (0, SEEDS),
         "steps": (1, 1000),
+        "guidance": (1, 100),
         "fps": (0, 240),
         "port": (0, 65_535),
         "dit_ranks": (0, 1024),

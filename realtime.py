@@ -193,8 +193,9 @@ class Session:
 
         # one frame is one latent; what was still to be decoded belongs to the old world
         self.pending.clear()
-        pixels = image.permute(2, 0, 1)[None, :, None].to(**self.denoiser.place)
-        latent = self.nets["encoder"].encode(pixels / 127.5 - 1).cpu()  # (1, C, 1, h, w)
+        pixels = image.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1  # (1, 3, 1, H, W)
+        pixels = pixels.to(**self.denoiser.place)  # now: bfloat16 cannot tell grey levels apart
+        latent = self.nets["encoder"].encode(pixels).cpu()  # (1, C, 1, h, w)
         self.everywhere("reset", latent, embed(self.options, prompt), int(seed), tuple(pose))
         info = {
             "segment": -1,

@@ -155,7 +155,7 @@ def score_decoders(
     for n in (9, 33):
         for row, net in found.items():
             video = torch.from_numpy(frames[:n]).permute(3, 0, 1, 2)[None]
-            z = full.encode(video.to(dtype) / 127.5 - 1)
+            z = full.encode((video / 127.5 - 1).to(dtype))
             made = shown(net.decode(z, clamp=True))
             run.scores(f"{row}, {n} frames", made, frames[:n])
             last[row] = players.picture(made[-1])

@@ -110,7 +110,7 @@ def decode(
 def encode(p: Player, frames: ndarray) -> Tensor:  # (F, H, W, 3) -> (1, C, T, h, w)
     net = p.nets["encoder"]
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
-    return net.encode(video.to(dtype_of(net)) / 127.5 - 1, chunk=12)
+    return net.encode((video / 127.5 - 1).to(dtype_of(net)), chunk=12)
 
 
 def opened(p: Player, script: Script, frames: ndarray | None = None) -> Opened:

@@ -43,6 +43,7 @@ FLAGS = (  # what a replay needs to be the same again
     "weights",
     "vae",
     "steps",
+    "guidance",
     "new",
     "device",
     "dtype",

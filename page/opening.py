@@ -26,6 +26,7 @@ def options_of(args: argparse.Namespace) -> realtime.Options:
         weights=args.weights,
         decoder=args.vae,
         steps=args.steps,
+        guidance=args.guidance,
         new=args.new or realtime.Options.new,
         device=args.device,
         dtype=args.dtype,

@@ -31,7 +31,7 @@ from dataset.episode import list_episodes, read_episode
 from engine import cli, weights
 from game import render
 from game.scene import make_scene
-from page import opening
+from page import folder, opening
 from page.player import Player
 from page.start import open_start
 
@@ -335,6 +335,14 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(
     assert args.weights == "runs/distill-tiny"
 
 
+def test_guidance_reaches_the_session_and_its_replay() -> None:
+    args = play.parse(["--guidance", "5"])
+    assert opening.options_of(args).guidance == 5.0
+    assert opening.options_of(play.parse([])).guidance == 1.0
+    said = {"seed": 1, "flags": folder.about(args)["flags"]}
+    assert play.parse(play.flags_of(said)).guidance == 5.0
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -361,6 +369,8 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(
         (["--dit-ranks", "-1"], "--dit-ranks must be 0 to 1024, got -1"),
         (["--size", "00x32"], "--size must be WxH in multiples of 32"),
         (["--steps", "0"], "--steps must be 1 to 1000, got 0"),
+        (["--guidance", "0.5"], "--guidance must be 1 to 100, got 0.5"),
+        (["--guidance", "nan"], "--guidance must be 1 to 100, got nan"),
         (["--fps", "-5"], "--fps must be 0 to 240, got -5"),
         (["--seed", "1" + "0" * 30], "--seed must be 0 to"),
         (["--port", "99999"], "--port must be 0 to 65535"),
@@ -465,7 +475,7 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
     )  # somebody stands there
     play.main([*flags[:4], "--fake", "--actions", "w:4", "--out", "game"])
     play.main(["--fake", "--actions", "w:4", "--out", "game"])  # goes on as it began
-    for clip in (read_episode(folder) for folder in sorted(tmp_path.glob("game*"))):
+    for clip in (read_episode(path) for path in sorted(tmp_path.glob("game*"))):
         assert clip.meta["view"] == "third" and np.allclose(
             clip.c2w, world.cameras(scene, clip.player, "third"), atol=1e-4
         )

@@ -524,6 +524,25 @@ def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session)
     assert not session.pending
 
 
+def test_a_picture_reaches_the_encoder_exactly_whatever_it_computes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the grey levels would move if bfloat16 did the arithmetic."""
+    session = realtime.Session(replace(OPTIONS, dtype="bfloat16"))
+    grey = torch.arange(64 * 64 * 3).remainder(256).byte().view(64, 64, 3)
+
+    def stop(pixels: Tensor) -> None:
+        raise InterruptedError(pixels)
+
+    monkeypatch.setattr(session.nets["encoder"], "encode", stop)
+    with pytest.raises(InterruptedError) as seen:
+        session.reset(grey)
+    (pixels,) = seen.value.args
+    exact = grey.permute(2, 0, 1).double() / 127.5 - 1
+    assert pixels.dtype == torch.bfloat16
+    assert torch.equal(pixels[0, :, 0], exact.bfloat16())
+
+
 # ---- ranks -------------------------------------------------------------------------------------------------
 
 
