@@ -442,8 +442,8 @@ class Clip:
     def memory_at(self, times: Tensor) -> Memory:  # (B, M)
         """These latents as if a bank had given them."""
         index = times.to(self.latents.device)
-        slots = index.to(self.c2w.device).unbind(1)
-        cameras = torch.cat([segment_cameras(self.c2w, slot, 1) for slot in slots], 1)
+        columns = index.to(self.c2w.device).unbind(1)  # M times (B,)
+        cameras = torch.cat([segment_cameras(self.c2w, column, 1) for column in columns], 1)
         return Memory(self.latents_at(index), index, cameras)
 
 

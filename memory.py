@@ -1,40 +1,49 @@
 """Find the old frames that saw what we are about to see.
 
-What it does. Five views of the next segment ask a bank of everything made so far, and one old
-latent answers each. Training chooses from whole clips (select_training), play from its MemoryBank.
+What it does. Five cameras of the next segment, the queries, are each answered by one old latent.
+In play the candidates lie in a MemoryBank, which holds all latents made so far; in training they
+come from the earlier part of the same clip (select_training).
 Paper: §3.2 (camera-aware memory).  Released: inference only.
 
-Why it works. How much of what we are about to see has an old view seen?
+Why it works. A view is the part of a camera's frustum up to the depth FAR. The score of a
+candidate c for a query q is the share of the new view that the old one covers:
 
-    s(q, c) = |V_q ∩ V_c| / |V_q|                   V: the part of a view between NEAR and FAR
+    s(q, c) = |V_q ∩ V_c| / |V_q|                   V: a view, |V|: its volume
 
-If a point p is uniform in V_q, s is the chance that it lies in V_c as well, and n points count it:
+If a point p is uniform in V_q, s is the chance that it lies in V_c as well. So draw n points in
+V_q and count those that lie in V_c:
 
-    s ≈ (1/n)·Σ_i [p_i in V_c]                      one matrix product, two comparisons        (1)
+    s ≈ (1/n)·Σ_i [p_i in V_c]                      [...] is 1 if true, else 0                 (1)
 
-Uniform in a frustum: its slice at depth z is 2z wide and high, so the volume up to z grows as z³,
-and the depth below which a share u of the volume lies is
+To test a point it is moved into the axes of c, where V_c is |x| <= z, |y| <= z, NEAR < z < FAR.
 
-    z = far·u^⅓                                     sideways, uniform in (−z, z)               (2)
+Uniform in a frustum: its slice at depth z is 2z wide and 2z high, so the volume up to depth z is
+∝ z³, and a share u = (z/FAR)³ of the whole lies in front of z. To draw z, draw u and invert:
 
-How many points? Each term of (1) is 1 with chance s, else 0: a variance of s·(1 − s). The mean of
-n independent ones is off by
+    z = FAR·u^⅓                                     x and y uniform in (−z, z)                 (2)
 
-    error = √(s·(1 − s)/n) ≤ 1/(2·√n)               3 % for 256 points                         (3)
+(V_q begins at 0 here, not at NEAR: that is (NEAR/FAR)³, or 4 in 10⁸, of its volume.)
 
-but they need not be independent. Points that fill the cube evenly, by steps whose multiples never
-come close to whole numbers (g⁴ = g + 1), are off by a third of that:
+How many points? Each term of (1) is 1 with chance s, else 0, and so has the variance s·(1 − s).
+The mean of n independent terms has the standard error
 
-    u_i = (i + ½)·(1/g, 1/g², 1/g³) + ½  mod 1                                                 (4)
+    error = √(s·(1 − s)/n) ≤ 1/(2·√n)               at most 3.1 % for 256 points               (3)
 
-Each question takes the best of what no other has taken; the last slot is the sink: the oldest
-latent, where everything began. Up to 512 candidates are scored one by one; of more, only those
-whose view looks at the same place from the same side (frustum_key).
+Independent points clump. Multiples of powers of 1/ρ, where ρ is to three dimensions what the golden
+ratio is to one, fill the cube of (x share, y share, u) evenly. 256 such points have a third of the
+error of 256 independent ones (the demo counts):
 
-What differs. The release takes depths evenly, which counts near points too often (kept as rule
-"released", in its own order of arithmetic), and lets one latent answer twice. Walls are ignored,
-as in the paper: overlap is what could be seen. A view is 90° wide and high here, whatever K says.
-The exact volume is in lab/truth.py, and tests compare.
+    u_i = (i + ½)·(1/ρ, 1/ρ², 1/ρ³) + ½  mod 1,     ρ = 1.2207.. solves ρ⁴ = ρ + 1             (4)
+
+Which answers? Slot by slot, the best candidate that no earlier slot has taken. The last slot has no
+query: it is the sink, always latent 1, the oldest one that holds four frames: it shows where the
+walk began. A bank scores up to 512 candidates one by one. Of more it scores only those near by: the
+160 with the most similar position and direction (frustum_key), of these the best 24 by 64 points.
+
+What differs. The release spaces depths evenly, which counts near points too often (rule
+"released", kept in its own order of arithmetic), and may give one latent to several slots. Here a
+view is 90° wide and high, whatever the camera's K. As in the paper walls are ignored: overlap is
+what could be seen. lab/truth.py has the exact volume, and tests compare.
 
 Try it: python memory.py      Tests: pytest tests/test_memory.py
 """
@@ -51,18 +60,18 @@ import context
 from context import Memory, Window
 
 NEAR, FAR = 0.1, 30.0  # metres: the part of a view that counts as seen
-RULES = ("uniform", "released")  # of overlap
-POLICIES = ("camera", "recent", "random", "none")  # of what to remember
+RULES = ("uniform", "released")  # how points are spread over a view
+POLICIES = ("camera", "recent", "random", "none")  # by what to remember; all but one are ablations
 POINTS = 256  # of a view, for its overlap with another
-AROUND = 20.0  # metres: how far from a new camera training looks for what old views share with it
-POINTS_AROUND = 512  # of each of five new cameras; the release takes 3,000
-TAKEN = 10.0  # what a candidate loses when another question has it: more than any overlap
+AROUND = 20.0  # metres: in training, the radius of the ball of points around a query's camera
+POINTS_AROUND = 512  # in each ball; the release takes 3,000
+TAKEN = 10.0  # subtracted from the score of a latent that another slot has: more than any score
 
 BRUTE_FORCE = 512  # a bank scores up to so many candidates one by one
-SURVIVORS = 160  # of more, so many go on by frustum_key
-FINALISTS = 24  # and of these, so many by 64 points
-GROUP = 24  # see nearest()
-BLOCK = 42 * GROUP  # rows that a bank grows by at first: whole groups always, doubled or not
+SURVIVORS = 160  # of more than that, these are the nearest by frustum_key
+FINALISTS = 24  # of the survivors, these are the best by 64 points; they get all POINTS
+GROUP = 24  # rows that nearest() reduces to one minimum first
+BLOCK = 42 * GROUP  # rows of a bank's first storage: a multiple of GROUP, and so are its doubles
 
 
 # ---- how much of a new view has an old one seen? -------------------------------------------------
@@ -71,24 +80,27 @@ BLOCK = 42 * GROUP  # rows that a bank grows by at first: whole groups always, d
 @functools.cache
 def frustum_points(rule: str, n: int) -> Tensor:  # (3, P) points of a view, camera axes
     if rule == "released":
-        # 10 x 10 x 10, linear in depth, ends included: too many points close by and on the edges
+        # 10 x 10 x 10, even in depth, ends included: too many points close by and on the edges
         side = torch.linspace(-1, 1, 10)
         depth = torch.linspace(NEAR, FAR, 10)
         z, y, x = torch.meshgrid(depth, side, side, indexing="ij")
         return torch.stack([x * z, y * z, z]).flatten(1)
-    steps = 1.2207440846057596 ** -torch.arange(1, 4.0)
+    rho = 1.2207440846057596
+    steps = rho ** -torch.arange(1, 4.0)  # (3,)
     middle = torch.arange(n, dtype=torch.float64)[:, None] + 0.5
-    u = middle * steps + 0.5
-    across, down, depth_share = (u % 1).float().unbind(-1)  # (4)
+    shares = middle * steps + 0.5  # (n, 3)
+    across, down, u = (shares % 1).float().unbind(-1)  # (4)
     x = 2 * across - 1
     y = 2 * down - 1
-    z = FAR * depth_share ** (1 / 3)  # (2)
+    z = FAR * u ** (1 / 3)  # (2)
     return torch.stack([x * z, y * z, z])
 
 
 def inside(points: Tensor, g: Tensor, far: float = FAR) -> Tensor:
-    """(3, P), (n, 4, 4) -> (n, P) bool: do the points, moved into each camera by g, lie in its
-    90° x 90° frustum between NEAR and far?"""
+    """(3, P), (n, 4, 4) -> (n, P) bool: which points lie in the view of each of n cameras.
+
+    g moves points into a camera's axes. The view is 90° x 90°, between the depths NEAR and far.
+    """
     # all cameras at once: one product (3·n, 3) · (3, P), its rows sorted by axis
     rotations = g[:, :3, :3].transpose(0, 1).flatten(0, 1)
     shifts = g[:, :3, 3].T.flatten()[:, None]
@@ -105,14 +117,14 @@ def overlap(
 ) -> Tensor:  # (Q, N) float32
     """The share of each new view that each old one has seen."""
     camera.choose("rule", rule, RULES)
-    if candidates.dim() == 3:  # a bank checks what it picks per query beforehand
+    if candidates.dim() == 3:  # those per query come from a bank, which has checked them
         camera.check_rigid("query", query)
         camera.check_rigid("candidates", candidates)
     if rule == "released":
         others = candidates.expand(len(query), *candidates.shape[-3:])
         return torch.stack([*map(released_overlap, query, others)])
 
-    # in double: the way between two cameras far from the origin is still exact
+    # in double: far from the origin, a difference of two positions in float32 would be coarse
     g = camera.relative(candidates.double(), query.double()[:, None])
     rows = 65536 // points if g.device.type == "cpu" else 8192  # a piece stays in cache
     pieces = g.flatten(0, 1).split(rows)
@@ -148,15 +160,17 @@ def released_overlap(query: Tensor, candidates: Tensor) -> Tensor:  # (4, 4), (N
     return torch.cat(shares)
 
 
-def pick(scores: Tensor, index: Tensor, sink: int | None, repeat: float) -> Tensor:
-    """(Q, S) twice -> (Q,) of index: the best candidate of each query in turn; one that was taken
-    before loses `repeat`. The last slot is the sink's, if there is one."""
+def pick(scores: Tensor, index: Tensor, sink: int | None, penalty: float) -> Tensor:
+    """Scores and indices of candidates, both (Q, S) -> (Q,) the index that each slot gets.
+
+    Slot by slot the best; one that is taken already loses `penalty`. The last slot gets the sink.
+    """
     taken = index.new_full((len(index),), -1)
     if sink is not None:
         taken[-1] = sink
     for slot in range(len(index) - (sink is not None)):
         used = (index[slot, :, None] == taken).any(-1)
-        taken[slot] = index[slot, (scores[slot] - repeat * used).argmax()]
+        taken[slot] = index[slot, (scores[slot] - penalty * used).argmax()]
     return taken
 
 
@@ -170,9 +184,11 @@ def select_training(
     sink: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, M) latents to remember; the last is the sink, latent 1, if wanted
-    """The released rule: five of the new cameras, newest first, scatter points around themselves,
-    and each takes the old latent that sees most of those that ANY new view sees, none twice. Too
-    little history repeats itself, at worst latent 0."""
+    """The released rule for training. Each query has a ball of random points around its camera;
+    wanted are those that ANY new view sees. Its answer is the old latent that sees most of them.
+
+    No latent is taken twice, unless there are fewer than M; with none but latent 0, that one.
+    """
     if int(start.min()) <= Window.past:
         raise ValueError(
             f"memory is older than {Window.past} past latents: "
@@ -181,7 +197,7 @@ def select_training(
     later = c2w[:, Window.stride :: Window.stride]
     poses = torch.cat([c2w[:, :1], later], 1).double()  # (B, L, 4, 4): the last of each latent
 
-    # uniform in balls, as (2) is in frusta: below the radius u^⅓ lies a share u of the volume
+    # uniform in balls, by the argument of (2): up to the radius r lies a share (r/AROUND)³
     direction = torch.randn(Window.memory, 3, POINTS_AROUND, generator=generator)
     share = torch.rand(Window.memory, 1, POINTS_AROUND, generator=generator)
     balls = F.normalize(direction, dim=1) * AROUND
@@ -203,18 +219,18 @@ def select_one(poses: Tensor, first: int, n_new: int, balls: Tensor, sink: bool)
 
     # the points, in the axes of the newest camera
     here = new[-1]
-    asks = new[[n_new - 1 - offset for offset in context.query_offsets(n_new, M)]]
-    centres = camera.relative(here, asks)[:, :3, 3:].float()  # (M, 3, 1)
+    queries = new[[n_new - 1 - offset for offset in context.query_offsets(n_new, M)]]
+    centres = camera.relative(here, queries)[:, :3, 3:].float()  # (M, 3, 1)
     points = (balls + centres).transpose(0, 1).flatten(1)  # (3, M·P)
 
-    # what any new view sees of them, and each old one too
+    # the share of each ball that some new view sees, and the old one as well
     moves = camera.relative(torch.cat([new, old]), here).float()
     seen = inside(points, moves, math.inf)
     wanted = seen[:n_new].any(0)
     common = (seen[n_new:] & wanted).unflatten(1, (M, P))  # (N, M, P)
     scores = common.float().mean(-1).T  # (M, N)
 
-    # of equals the newer one: an advantage of less than a point
+    # of equal scores the newer latent wins: at most half of what one point is worth
     index = torch.arange(oldest, stop, device=poses.device).expand(M, -1)
     newer = index / index.amax().clamp(min=1) * 0.5 / P
     return pick(scores + newer, index, oldest if sink else None, TAKEN)
@@ -224,20 +240,23 @@ def select_one(poses: Tensor, first: int, n_new: int, balls: Tensor, sink: bool)
 
 
 def frustum_key(c2w: Tensor) -> Tensor:  # (n, 4, 4) -> (n, 6)
-    """Six numbers that are close if two views overlap: the frustum's centroid, ¾ far ahead, and the
-    direction, in units of 4 m (measured)."""
+    """Six numbers, in metres, that are close together if two views overlap.
+
+    Three are the centroid of the view (of a pyramid: at ¾ of its depth), three its direction, times
+    4 m: of several weights tried, the one that found the best candidates.
+    """
     forward = c2w[:, :3, 2]
     centroid = c2w[:, :3, 3] + 0.75 * FAR * forward
     return torch.cat([centroid, 4.0 * forward], -1).float()
 
 
 class MemoryBank:
-    """Every latent a session has made, with its cameras and time; asked once per segment for the
-    five to remember.
+    """The latents that a session has made, each with its cameras and its time.
 
-    Storage doubles when full, so appending costs O(1). After `free` latents a gate lets in only
-    views that nothing stored overlaps by `gate`, and every eighth: an hour of play then grows with
-    the area explored.
+    The rows of its storage are in the order of time. Storage doubles when it is full,
+    so that appending costs O(1) on average. The first `free` latents are all kept. Later ones are
+    kept if no stored view covers a share `gate` of theirs, and every eighth in any case: from then
+    on the bank grows with the area explored more than with the hours played.
     """
 
     def __init__(self, rule: str = "uniform", gate: float = 0.85, free: int = 4096) -> None:
@@ -283,7 +302,7 @@ class MemoryBank:
                 self.push({name: x[i] for name, x in rows.items()})
 
     def wants(self, view: Tensor, time: int) -> bool:
-        """Whether the gate lets a latent in."""
+        """Whether a latent is new enough to be kept."""
         if self.size < self.free or time % 8 == 0:
             return True
         scores, _ = self.score(view, 0, self.size)
@@ -301,12 +320,13 @@ class MemoryBank:
         self.size += 1
 
     def nearest(self, query: Tensor, first: int, stop: int) -> Tensor:
-        """(Q, 4, 4) -> (Q, SURVIVORS) slots whose frusta lie closest: exact top-k by frustum_key.
+        """(Q, 4, 4) -> (Q, SURVIVORS) the rows with the nearest keys: an exact top-k, made cheap.
 
-        |k_q − k_c|² = |k_q|² − 2 k_q·k_c + |k_c|², whose first term is the same for every candidate:
-        one matrix product over the whole bank. A top-k over all would cost more than that. So slots
-        are dealt into `width` groups of 24, and the k smallest are sought in the k groups with the
-        smallest minima: no other group can hold one.
+        |k_q − k_c|² = |k_q|² − 2 k_q·k_c + |k_c|². The first term is the same for every candidate, so
+        the order of the rest is that of the distances: one matrix product over the whole bank. A
+        top-k over it would cost more than the product. So rows are dealt into `width` groups of
+        24, and the k smallest are sought in the k groups with the smallest minima. No other group
+        holds one: the k minima of those groups would all be smaller.
         """
         key = frustum_key(query)
         width = -(-stop // GROUP)
@@ -325,7 +345,10 @@ class MemoryBank:
         return members.flatten(1).gather(1, closest.indices)
 
     def score(self, query: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(Q, 4, 4) -> (Q, S) overlaps and (Q, S) slots of the candidates that are worth scoring."""
+        """(Q, 4, 4) -> (Q, S) overlaps with rows first .. stop − 1, and (Q, S) which rows.
+
+        S is smaller than stop − first if only the promising ones were scored.
+        """
         cameras = self.store["cameras"]
         every = torch.arange(first, stop, device=query.device).expand(len(query), -1)
         if self.rule == "released":  # every frame is a candidate, not one per latent
@@ -335,21 +358,21 @@ class MemoryBank:
         if stop - first <= BRUTE_FORCE:
             return overlap(query, cameras[every, -1]), every
 
-        # 64 points each choose those that get all of them
-        slots = self.nearest(query, first, stop)
-        rough = overlap(query, cameras[slots, -1], points=64)
-        slots = slots.gather(1, rough.topk(FINALISTS).indices)
-        return overlap(query, cameras[slots, -1]), slots
+        # too many to score each: by key, then by 64 points, then by all
+        rows = self.nearest(query, first, stop)
+        rough = overlap(query, cameras[rows, -1], points=64)
+        rows = rows.gather(1, rough.topk(FINALISTS).indices)
+        return overlap(query, cameras[rows, -1]), rows
 
     def retrieve(
         self,
-        query: Tensor,  # (Q, 4, 4) cameras of the frames that ask, see Segment.asking
+        query: Tensor,  # (Q, 4, 4) cameras, see Segment.asking
         before: int | None = None,  # the segment's first latent: only older ones may answer
-        policy: str = "camera",  # the others are ablations
-        sink: bool = True,  # the last answer to "camera" is always the oldest, latent 1
+        policy: str = "camera",  # one of POLICIES
+        sink: bool = True,  # with "camera": the last slot is always the oldest, latent 1
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:  # (Q,) slots for read(), (Q,) their overlaps
-        """What to remember."""
+    ) -> tuple[Tensor, Tensor]:  # (Q,) rows for read(), (Q,) their overlaps
+        """Which latents to remember."""
         camera.expect("query", query, (len(query), 4, 4))
         camera.check_rigid("query", query)
         if camera.choose("policy", policy, POLICIES) == "none":
@@ -366,21 +389,21 @@ class MemoryBank:
         Q = len(query)
         query = query.to(self.store["cameras"])
         if policy == "recent":
-            slots = (stop - 1 - torch.arange(Q)).clamp(min=first)
+            rows = (stop - 1 - torch.arange(Q)).clamp(min=first)
         elif policy == "random":
-            slots = first + torch.randperm(stop - first, generator=generator).repeat(Q)[:Q]
+            rows = first + torch.randperm(stop - first, generator=generator).repeat(Q)[:Q]
         else:
             scores, index = self.score(query, first, stop)
-            repeat = 0.0 if self.rule == "released" else TAKEN
-            slots = pick(scores, index, first if sink else None, repeat)
-        slots = slots.to(query.device)
-        chosen = self.store["cameras"][slots, -1:]
-        return slots, overlap(query, chosen, self.rule)[:, 0]
+            penalty = 0.0 if self.rule == "released" else TAKEN
+            rows = pick(scores, index, first if sink else None, penalty)
+        rows = rows.to(query.device)
+        chosen = self.store["cameras"][rows, -1:]
+        return rows, overlap(query, chosen, self.rule)[:, 0]
 
-    def read(self, slots: Tensor) -> Memory:  # (M,) -> a batch of one
-        latents = self.store["latents"][slots].transpose(0, 1)
-        times = self.store["times"][slots.cpu()].to(slots.device)
-        return Memory(latents[None], times[None], self.store["cameras"][slots][None])
+    def read(self, rows: Tensor) -> Memory:  # (M,) -> a batch of one
+        latents = self.store["latents"][rows].transpose(0, 1)
+        times = self.store["times"][rows.cpu()].to(rows.device)
+        return Memory(latents[None], times[None], self.store["cameras"][rows][None])
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: x[: self.size].clone() for name, x in self.store.items()}
@@ -398,7 +421,7 @@ class MemoryBank:
 
 
 def there_and_back() -> Tensor:
-    """(141, 4, 4, 4): 40 latents straight on, 30 to turn on the spot, 40 home, 30 to turn again."""
+    """(141, 4, 4, 4): 40 latents (20 m) straight on, 30 to turn by 180°, 40 home, 30 to turn back."""
     keyboard = torch.zeros(560, 6)
     keyboard[:160, 0] = 1
     keyboard[280:440, 0] = 1
@@ -410,7 +433,7 @@ def there_and_back() -> Tensor:
 
 
 def main() -> None:
-    """What a point count is worth, and what a walk there and back remembers."""
+    """How exact a number of points is; what is remembered on a walk there and back."""
     cameras = there_and_back()
     views = cameras[:, -1]
     fine = overlap(views[::10], views, points=16384)  # stands for the true share
@@ -427,11 +450,11 @@ def main() -> None:
     bank.append(latents, cameras, torch.arange(141))
     stages = {"walking out": 26, "turning away": 50, "walking home": 80, "turned back": 131}
     for stage, new in stages.items():
-        asks = [new + 9 - offset for offset in context.query_offsets(10, 5)]
+        queries = [new + 9 - offset for offset in context.query_offsets(10, 5)]
         seen = {}
         for policy in ("camera", "recent"):
-            slots, scores = bank.retrieve(views[asks], before=new - 4, policy=policy)
-            seen[policy] = f"{scores.mean():.2f} by latents {slots.tolist()}"
+            rows, scores = bank.retrieve(views[queries], before=new - 4, policy=policy)
+            seen[policy] = f"{scores.mean():.2f} by latents {rows.tolist()}"
         print(f"{stage:12s} at latent {new}: seen before {seen['camera']}; newest {seen['recent']}")
 
 
