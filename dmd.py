@@ -1,46 +1,54 @@
-"""Turn the many-step model into a 3-step one by judging what it makes of its own output.
+"""Turn the many-step model into a 3-step one by training it on its own output.
 
-What it does. Student, teacher ("real") and critic ("fake") start as copies of one base with memory. The
-student makes segments in three steps, the critic learns what these look like, and the student moves
-from what the critic expects to what the teacher expects.
+What it does. Three networks start as copies of one trained base. The student makes segments in
+three steps. The teacher ("real") stays the base and knows what data look like. The critic ("fake")
+keeps learning what the student's segments look like. Every update moves the student's output away
+from where the critic expects it, to where the teacher does.
 Paper: §3.3, Eq. 8, Fig. 6.  Released: the student's weights; no training code.
 
-Why it works. The student's x = G_θ(z) should be distributed as the teacher's data. Compare the two
-after adding noise, where both densities are smooth and overlap:
+Why it works. The student turns noise z into x = G_θ(z); such x should be distributed as data. With
+noise added, both densities are smooth and overlap; call them fake_τ and real_τ at level τ:
 
-    x_τ = (1 − τ)·x + τ·ε                                                                      (1)
-    KL(fake_τ ‖ real_τ) = E over x_τ ~ fake of  log fake_τ(x_τ) − log real_τ(x_τ)
+    x_τ = (1 − τ)·x + τ·ε,    ε ~ N(0, I)                                                      (1)
+    KL(fake_τ ‖ real_τ) = E[log fake_τ(x_τ) − log real_τ(x_τ)],    x_τ ~ fake_τ
 
-θ enters twice, through the sample and through fake_τ. The second vanishes: E_fake[∂_θ log fake] =
-∫ ∂_θ fake = ∂_θ 1 = 0. What is left needs scores alone, s = ∇ log density, and no density:
+Differentiate by θ, which enters twice. Through the density fake_τ: E[∂_θ log fake_τ] = ∫ ∂_θ fake_τ
+= ∂_θ 1 = 0. And through the sample x_τ: the chain rule, with ∂x_τ/∂x = 1 − τ by (1). What is left
+needs no density, only the scores s = ∇ log fake_τ and ∇ log real_τ:
 
-    ∇_θ KL = E[(s_fake − s_real)(x_τ)·(1 − τ)·∂x/∂θ]                            Eq. 8
+    ∇_θ KL = E[(s_fake(x_τ) − s_real(x_τ))·(1 − τ)·∂x/∂θ]                    Eq. 8
 
-A score is a denoiser in disguise (Tweedie: differentiate log ∫ p(x)·N(x_τ; (1 − τ)·x, τ²) dx):
+A network that predicts velocities knows the score. If x has the density p, x_τ has the density
+∫ p(x)·N(x_τ; (1 − τ)·x, τ²) dx. The gradient of its logarithm is −(x_τ − (1 − τ)·x)/τ², averaged
+over all x that may lie behind x_τ, which puts the mean x̂ in the place of x (Tweedie):
 
-    s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²,      x̂ = E[x | x_τ] = x_τ − τ·v                            (2)
+    s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²,    x̂ = E[x | x_τ] = x_τ − τ·v            v: predicted     (2)
     s_fake − s_real = (1 − τ)/τ²·(x̂_fake − x̂_real)
 
-So ask the teacher and the critic where x_τ came from. The factor (1 − τ)²/τ² would explode for small
-τ; in its place the teacher's own error makes every τ pull about equally:
+With the 1 − τ of Eq. 8 that is a weight of (1 − τ)²/τ², which explodes for small τ. It only weighs
+levels against each other. DMD divides by the teacher's error instead: all τ pull about equally.
 
     g = (x̂_fake − x̂_real) / mean|x − x̂_real|                                                   (3)
-    L_student = ½·mean (x − stopgrad(x − g))²,      because then ∂L/∂x = g / numel             (4)
-    L_critic  = mean (v_fake(x_τ, τ) − (ε − x))²    flow matching on the student's x           (5)
 
-With guidance the teacher answers v_null + w·(v − v_null) instead of v.                        (6)
-Why reverse? KL(fake ‖ real) punishes what the student makes and data do not, blur and ghosts, and
-forgives what it leaves out: sharper pictures, less variety.
+The student's loss is made so that its gradient by x is g; stopgrad(...) counts as a constant:
 
-Self-rollout. In play the student's context is its own output, so it is trained there: segment after
-segment, its last 4 latents are the next past, its memory comes from all it made. Earlier segments run
-to their last step; the last one stops at a random step, and that one forward pass alone has a graph.
+    L_student = ½·mean (x − stopgrad(x − g))²       so that ∂L/∂x = g / (number of entries)    (4)
+    L_critic  = mean (v_fake(x_τ, τ) − (ε − x))²    flow matching with x in the place of data  (5)
+    v_real    = v_null + w·(v − v_null)             the teacher under guidance; w = 1: without (6)
 
-What differs. Open in the paper, ours: 3 steps of the shift-5 grid, fresh noise between them; τ drawn
-like σ, then CLAMPED to [.02, .98] (one draw in eleven is exactly .98); "n updates" read as n critic
-updates per student update (turns offers both); the mask p = 0.2 on past and memory makes a rollout a
-single image-to-video segment. A judge on the critic's last features (off by default) pulls towards
-true latents: DMD can be no sharper than its teacher.
+Why this direction of KL? KL(fake ‖ real) punishes what the student makes and data do not contain,
+blur and ghosts, but not what it leaves out: the pictures are sharper, and vary less.
+
+Self-rollout. In play the student's context is its own output, so it is trained with that: it makes
+k segments in a row, each with the last 4 latents as past and memory from all it made. The losses
+see the last segment only. That one stops at a random step, so that all three steps learn; its
+clean estimate is x, and only this one forward pass is differentiated.
+
+What differs. Open in the paper, chosen here: 3 steps of flow.py's shift-5 grid with fresh noise in
+between; τ drawn like the σ of training, then clamped to [.02, .98] (one draw in eleven becomes
+.98); "n updates" as n critic updates per student update (turns has the other reading too); past and
+memory masked in a share 0.2 of the rollouts, which are then one segment that starts from an image.
+Ours, off by default: a judge that pulls towards true latents (Judge).
 
 Try it: python dmd.py      Tests: pytest tests/test_dmd.py
 """
@@ -60,15 +68,15 @@ from memory import MemoryBank
 @dataclass(frozen=True)
 class DMDConfig:
     steps: int = 3  # of the student
-    shift: float = 5.0  # of its σ grid and of τ
-    tau_min: float = 0.02  # below, teacher and critic agree on everything
-    tau_max: float = 0.98  # above, they know nothing
-    guidance: float = 1.0  # of the teacher, as in flow.sample: 1 is none, 4 the lineage's "w = 3"
-    segments: int = 6  # K: longest self-rollout, in segments of 10 new latents
-    most: int = 12  # segments of a rollout when they are short: as far in time, if these suffice
+    shift: float = 5.0  # of its σ grid and of τ, see flow.py
+    tau_min: float = 0.02  # below, x_τ shows x itself, and teacher and critic say the same
+    tau_max: float = 0.98  # above, x_τ shows nothing of x
+    guidance: float = 1.0  # w of (6), as in flow.sample; other code calls w − 1 the guidance
+    segments: int = 6  # the longest rollout, in segments of 10 new latents
+    most: int = 12  # with shorter segments: enough to reach as far in time, but at most so many
     lens: Lens = Lens()  # how cameras are told
-    sink: bool = True  # the last memory is always the oldest latent
-    p_mask: float = 0.2  # share of rollouts without past and memory: one image-to-video segment
+    sink: bool = True  # the last memory is always latent 1
+    p_mask: float = 0.2  # share of rollouts that are one segment from an image, without memory
 
 
 # ---- what an iteration draws -------------------------------------------------------------------
@@ -77,7 +85,10 @@ class DMDConfig:
 def draw_segments(
     cfg: DMDConfig, generator: torch.Generator | None = None, new: int = Window.new
 ) -> int:
-    """k ~ U{1..K}, or 1 where past and memory are masked. The same on every rank that has the same seed."""
+    """How many segments a rollout has: uniform in 1 .. longest, or 1 if past and memory are masked.
+
+    Ranks that draw with the same seed agree.
+    """
     masked = float(torch.rand((), generator=generator)) < cfg.p_mask
     as_far = 1 + (cfg.segments - 1) * Window.new // new
     longest = min(as_far, max(cfg.segments, cfg.most))
@@ -86,13 +97,16 @@ def draw_segments(
 
 
 def draw_exit(cfg: DMDConfig, generator: torch.Generator | None = None) -> int:
-    """At which of its steps the student leaves the last segment."""
+    """At which step, 0 .. steps − 1, the last segment of a rollout stops."""
     return int(torch.randint(cfg.steps, (), generator=generator))
 
 
 def turns(step: int, ratio: int) -> tuple[bool, bool]:
-    """Is it the critic's turn, is it the student's? ratio n > 0: n critic updates per student update
-    (our reading); n < 0: −n student updates per critic update."""
+    """Is it the critic's turn, is it the student's?
+
+    ratio n > 0: n critic updates per student update (our reading of the paper); n < 0: the reverse,
+    −n student updates per critic update.
+    """
     if ratio == 0:
         raise ValueError(
             "ratio must be n > 0 (critic updates per student update) or n < 0 (reversed), got 0"
@@ -103,7 +117,7 @@ def turns(step: int, ratio: int) -> tuple[bool, bool]:
 
 
 def draw_tau(B: int, cfg: DMDConfig, generator: torch.Generator | None = None) -> Tensor:
-    """(B,) at which noise levels teacher and critic are compared."""
+    """(B,) noise levels at which teacher and critic are compared."""
     return flow.sample_sigma(B, cfg.shift, generator).clamp(cfg.tau_min, cfg.tau_max)
 
 
@@ -118,13 +132,16 @@ def generator_loss(
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:  # scalar: its value says little, its gradient is Eq. 8's
-    """Move x to where the teacher would put it, away from where the critic would."""
+    """L_student: the student is what DMD calls the generator.
+
+    (The argument `generator` is another thing, here as everywhere: it draws random numbers.)
+    """
     with torch.no_grad():
         x = x0.detach().float()
         tau = draw_tau(len(x), cfg, generator).to(x)
         x_tau = flow.add_noise(x, flow.fresh(x, generator), tau)  # (1)
 
-        # where it came from, says the teacher, and where, says the critic
+        # where x_τ came from: the teacher's estimate x̂_real and the critic's x̂_fake
         v_real = real(x_tau, tau, context).float()
         if cfg.guidance != 1:
             v_null = real(x_tau, tau, context.null()).float()
@@ -133,7 +150,7 @@ def generator_loss(
         v_fake = fake(x_tau, tau, context).float()
         x_fake = flow.x0_from_v(x_tau, v_fake, tau)
 
-        # a student that is right already divides by zero: no pull
+        # an x that is exactly the teacher's estimate would divide by zero: it is not moved
         error = (x - x_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
         g = ((x_fake - x_real) / error).nan_to_num(0.0, 0.0, 0.0)  # (3)
     return 0.5 * (x0.float() - (x - g)).square().mean()  # (4)
@@ -146,7 +163,7 @@ def critic_loss(
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Plain flow matching with the student's x in the place of data."""
+    """L_critic: plain flow matching with the student's x in the place of data."""
     x = x0.detach().float()
     tau = draw_tau(len(x), cfg, generator).to(x)
     noise = flow.fresh(x, generator)
@@ -160,8 +177,9 @@ def critic_loss(
 class Judge(nn.Module):
     """Tells true latents from generated ones by the critic's last features: one logit per token.
 
-    DMD can be no sharper than its teacher; data are. The judge sees the new latents alone, at noise
-    level τ: with past and memory it would find the student by its blurred context, not by its picture.
+    The student of DMD becomes as sharp as its teacher at best, and data are sharper. The judge sees
+    the new latents alone, at noise level τ: a blurred past would tell it which ones are generated
+    before it had looked at them.
     """
 
     def __init__(self, width: int, hidden: int = 64):
@@ -170,19 +188,19 @@ class Judge(nn.Module):
         self.hidden = nn.Linear(width, hidden)
         self.logit = nn.Linear(hidden, 1)
 
-    def forward(self, features: Tensor) -> Tensor:  # (B, N, S, D) -> (B, N, S)
+    def forward(self, features: Tensor) -> Tensor:  # (B, N, S, D) -> (B, N, S), S places a latent
         return self.logit(F.silu(self.hidden(self.norm(features.float())))).squeeze(-1)
 
 
 def judge_loss(
     x0: Tensor,  # (B, C, N, h, w) of the student
-    true: Tensor,  # (B, C, N, h, w) what the world showed there
+    true: Tensor,  # (B, C, N, h, w) of the clip, at the same times
     context: Context,
     judge: Callable,  # (x_τ, τ, context) -> a logit per token
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Cross-entropy of a judge that should say yes to true and no to generated latents, equally noisy."""
+    """The judge's own loss: cross-entropy of "true" for true and "made" for generated latents."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
     noise = flow.fresh(x0, generator)
     alone = context.alone()
@@ -198,7 +216,7 @@ def adversarial_loss(
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What the student pays for being recognised."""
+    """The student's extra loss: cross-entropy of "true" for what it generated."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
     x_tau = flow.add_noise(x0, flow.fresh(x0, generator), tau)
     return F.softplus(-judge(x_tau, tau, context.alone())).mean()
@@ -211,11 +229,11 @@ def few_step(
     student: Callable,
     context: Context,
     noise: Tensor,  # (B, C, N, h, w)
-    exit_step: int | None = None,  # give this step's clean estimate; None: the last one's
+    exit_step: int | None = None,  # stop here and return this step's x̂0; None: the last step
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, C, N, h, w) x0, with the graph of the exit step alone
-    """The sampler that the student is played with, left at a step of choice."""
+    """The sampler that the student is played with, flow.renoise, as far as exit_step."""
     exit_step = cfg.steps - 1 if exit_step is None else exit_step
     graph = torch.is_grad_enabled()
 
@@ -232,14 +250,17 @@ def few_step(
 
 def rollout(
     student: Callable,
-    clip: Clip,  # latent 0, cameras and actions of every frame: the world and the ways to go
+    clip: Clip,  # used of it: latent 0, and text, cameras and actions of every frame
     segments: int,  # k, from draw_segments
     exit_step: int | None = None,  # of the last segment; None finishes it
     cfg: DMDConfig = DMDConfig(),
     generator: torch.Generator | None = None,
     new: int = Window.new,  # latents per segment after the first
 ) -> tuple[Tensor, Context]:  # the last segment's x0 (B, C, N, h, w), and its context
-    """Let the student live on its own output; only the exit step of the last segment has a graph."""
+    """Segment after segment on the student's own output, as in play.
+
+    Gradients are kept for the exit step of the last segment only.
+    """
     window = Window(new=new)
     frames = window.frames(segments)
     if segments < 1 or clip.c2w.shape[1] < frames:
@@ -259,12 +280,12 @@ def rollout(
         N = end - first - P
         past = past[:, :, -P:]
 
-        # what the student is told: what it made, what it remembers, where the player goes
+        # its context: its own latents as past, what it finds in its banks, where the player goes
         segment = Segment.cut(clip, first, end - first, cfg.lens.encoding)
         found = recall(banks, segment.asking(N), first, cfg.sink) if k else None
         context = segment.context(past, clip.text, found, cfg.lens).to(past.device)
 
-        # one segment; the gradient is that of the last one's exit step
+        # the noise has the shape of N latents; only the last segment may stop early
         noise = flow.fresh(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
         with torch.set_grad_enabled(graph and last):
             x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
@@ -275,7 +296,7 @@ def rollout(
 
 
 def remember(banks: list[MemoryBank], latents: Tensor, segment: Segment) -> None:
-    """The newest latents of a segment, each world in its own bank."""
+    """Store the newest latents of a segment, each sample of the batch in its own bank."""
     n = latents.shape[2]
     for row, bank in enumerate(banks):
         cameras = segment.cameras[row, -n:].float()
@@ -283,11 +304,11 @@ def remember(banks: list[MemoryBank], latents: Tensor, segment: Segment) -> None
 
 
 def recall(banks: list[MemoryBank], query: Tensor, before: int, sink: bool = True) -> Memory:
-    """What each world of the batch remembers of its own past; query (B, M, 4, 4)."""
+    """Memory for every sample of the batch from its own bank; query (B, M, 4, 4)."""
     found = []
     for bank, ask in zip(banks, query, strict=True):
-        slots, _ = bank.retrieve(ask.float(), before, sink=sink)
-        found.append(bank.read(slots))
+        rows, _ = bank.retrieve(ask.float(), before, sink=sink)
+        found.append(bank.read(rows))
     return Memory(
         latents=torch.cat([memory.latents for memory in found]),
         times=torch.cat([memory.times for memory in found]),
@@ -299,7 +320,11 @@ def recall(banks: list[MemoryBank], query: Tensor, before: int, sink: bool = Tru
 
 
 class Gaussian(nn.Module):
-    """The exact velocity of data ~ N(mean, factor·factorᵀ): a perfect teacher, or what critics become."""
+    """The exact velocity of data ~ N(μ, Σ), Σ = factor·factorᵀ, as teacher; to be learned, as critic.
+
+    The best guess at x0 is linear, E[x0 | x_σ] = μ + (1−σ)·Σ·[(1−σ)²·Σ + σ²·I]⁻¹·(x_σ − (1−σ)·μ):
+    the covariance of x0 and x_σ times the inverse variance of x_σ.
+    """
 
     def __init__(self, mean: Tensor, factor: Tensor):  # (C,), (C, C)
         super().__init__()
@@ -308,17 +333,16 @@ class Gaussian(nn.Module):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, context: object) -> Tensor:  # (B, C, 1, 1, 1)
         cov = self.factor @ self.factor.T
-        s = sigma[:, None]
+        s = sigma[:, None]  # (B, 1)
         white = torch.eye(len(cov))
-        spread = (1 - s[..., None]) ** 2 * cov + s[..., None] ** 2 * white  # of x_σ
-        # E[x0 | x_σ] = μ + (1−σ)·Σ·[(1−σ)²Σ + σ²I]⁻¹·(x_σ − (1−σ)·μ)
-        away = x_sigma.flatten(1) - (1 - s) * self.mean
+        spread = (1 - s[..., None]) ** 2 * cov + s[..., None] ** 2 * white  # (B, C, C) of x_σ
+        away = x_sigma.flatten(1) - (1 - s) * self.mean  # (B, C)
         x0 = self.mean + (1 - s) * (torch.linalg.solve(spread, away) @ cov)
         return (x_sigma - x0.view_as(x_sigma)) / flow.per_sample(sigma, x_sigma)  # v = (x_σ − x̂0)/σ
 
 
 class Affine(nn.Module):
-    """The smallest student: at each of its steps x̂0 = A·x + b."""
+    """The smallest student: x̂0 = A·x_σ + b, with an A and a b for each of its steps."""
 
     def __init__(self, C: int, cfg: DMDConfig):
         super().__init__()
@@ -333,14 +357,13 @@ class Affine(nn.Module):
 
 
 def distil_gaussian(real: Gaussian, iterations: int = 600, seed: int = 0) -> Iterator[Affine]:
-    """The whole algorithm at the size of a proof; yields the student after every iteration.
+    """The whole algorithm on C numbers instead of a video; yields the student after every iteration.
 
-    Rollouts end at the last step here. With random exits the critic sees the mixture of what the exits
-    make, and a critic that can only be one Gaussian finds no fault with a mixture whose two moments
-    are right.
+    Without random exits: what three exits make together is a mixture of Gaussians, and this critic,
+    itself one Gaussian, is content as soon as mean and covariance of the mixture are right.
     """
     cfg = DMDConfig()
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     C = len(real.mean)
     student = Affine(C, cfg)
     fake = Gaussian(torch.zeros(C), torch.eye(C))
@@ -350,16 +373,16 @@ def distil_gaussian(real: Gaussian, iterations: int = 600, seed: int = 0) -> Ite
         fade = min(1.0, 1.5 * (1 - step / iterations))
         opt.param_groups[0]["lr"] = 0.03 * fade
         opt_fake.param_groups[0]["lr"] = 0.06 * fade
-        noise = torch.randn(1024, C, 1, 1, 1, generator=g)
-        x0 = few_step(student, None, noise, cfg=cfg, generator=g)
+        noise = torch.randn(1024, C, 1, 1, 1, generator=generator)
+        x0 = few_step(student, None, noise, cfg=cfg, generator=generator)
 
         # the student every second time, the critic always
         if turns(step, 2)[1]:
             opt.zero_grad()
-            generator_loss(x0, None, real, fake, cfg, g).backward()
+            generator_loss(x0, None, real, fake, cfg, generator).backward()
             opt.step()
         opt_fake.zero_grad()
-        critic_loss(x0, None, fake, cfg, g).backward()
+        critic_loss(x0, None, fake, cfg, generator).backward()
         opt_fake.step()
         yield student
 
@@ -381,7 +404,7 @@ def distance(student: Affine, real: Gaussian) -> tuple[float, float]:
 
 
 def main() -> None:
-    """A student of three affine steps becomes its teacher's Gaussian, without seeing one sample of it."""
+    """A student of three affine steps comes to make its teacher's Gaussian, without a sample of it."""
     torch.manual_seed(0)
     teacher = toy_teacher()
     for i, student in enumerate(distil_gaussian(teacher)):
@@ -389,7 +412,7 @@ def main() -> None:
             mean, cov = distance(student, teacher)
             print(f"iteration {i:3d}: student off by {mean:6.1%} in mean, {cov:6.1%} in covariance")
 
-    # the gradient is that of a distance: nothing pulls where critic and teacher agree
+    # where critic and teacher agree the gradient vanishes, as that of a distance should
     x0 = torch.randn(64, 3, 1, 1, 1, requires_grad=True)
     other = Gaussian(torch.zeros(3), torch.eye(3))
     for name, critic in (("equals the teacher", toy_teacher()), ("is another Gaussian", other)):
