@@ -1,6 +1,6 @@
 """Learn the velocity that carries noise to data, and walk along it.
 
-What it does. Four formulas of flow matching, the noise levels of training and sampling, three
+What it does. The formulas of flow matching, the noise levels of training and sampling, and three
 samplers.
 Paper: §3.1, Eq. 3; §3.3 (few steps).  Released: UniPC (Zhao et al. 2023, arXiv 2302.04867), shift
 5.
@@ -13,37 +13,42 @@ Its direction is the same all along it:
 
     v = dx_σ/dσ = ε − x0                                                                       (2)
 
-The network sees x_σ, not the two ends, so under squared error the best it can say is the mean
-velocity of all lines through that point, v̂(x, σ) = E[ε − x0 | x_σ = x], Eq. 3. That suffices:
-the flow dx/dσ = v̂(x, σ) carries the density of x_σ to that of x_σ' for every pair of levels.
-Start in pure noise, walk to σ = 0, arrive among data:
+Through one point x many such lines pass, and the network sees the point only. Trained with the
+squared error of v, the best it can answer is their mean, v̂(x, σ) = E[ε − x0 | x_σ = x], Eq. 3. The
+mean is enough: through every point it moves as much probability as all lines together do, so a
+walk along dx/dσ = v̂(x, σ) from pure noise (σ = 1) to σ = 0 arrives at the density of data.
+By (1) and (2), x_σ = x0 + σ·v; take the mean of both sides to get the second line:
 
-    x_σ' = x_σ + (σ' − σ)·v̂                      one step of euler                            (3)
-    x̂0   = x_σ − σ·v̂ = E[x0 | x_σ]               what it believes the clean latent is        (4)
+    x_next = x_σ + (σ_next − σ)·v̂                one step of euler                            (3)
+    x̂0 = x_σ − σ·v̂ = E[x0 | x_σ]                 the clean estimate                           (4)
 
-(4) is why everything else here can speak of x̂0: the error buffer stores x̂0 − x0, distillation
-compares two x̂0, and the few-step student jumps to x̂0 and adds fresh noise (renoise).
+The error buffer stores x̂0 − x0, distillation compares two x̂0, and the few-step student jumps to x̂0
+and adds fresh noise of the next level (renoise). Only a trained student may jump like that: for
+others x̂0 is a mean of what is possible, with less spread than data (the demo shows it).
 
-Shift. A large picture survives more noise than a small one, so more steps are spent where its
-layout is decided, at high σ. The shift multiplies the odds of noise by s:
+Shift. A large picture survives more noise than a small one, so more steps are spent at high σ, where
+its layout is decided. The odds σ/(1 − σ) of an even level are multiplied by s:
 
-    σ'/(1 − σ') = s·σ/(1 − σ)      ⇔      σ' = s·σ / (1 + (s − 1)·σ)                           (5)
+    shifted/(1 − shifted) = s·σ/(1 − σ)      ⇔      shifted = s·σ / (1 + (s − 1)·σ)            (5)
 
-UniPC. On the right clock the flow is linear but for x̂0, and a linear flow has an exact solution:
+UniPC takes larger steps. In dx/dσ = (x − x̂0)/σ, which is (4), only x̂0 is unknown beforehand. Divide
+by σ: d(x/σ) = −x̂0/σ² dσ. In the logarithm of the odds of data,
 
     λ = ln((1 − σ)/σ)                                                                          (6)
-    x(λ') = σ'/σ·x(λ) + (1 − σ')·∫ e^(λ̃ − λ') x̂0(λ̃) dλ̃                                     (7)
 
-While x̂0 stays what it is, the integral is x̂0 times
+e^λ = 1/σ − 1, so that −dσ/σ² = e^λ dλ. Integrate from λ to λ', where σ' = (1 − σ')·e^(−λ'):
 
-    −(e^(−h) − 1),    h = λ' − λ                                                               (8)
+    x' = σ'/σ·x + (1 − σ')·∫ e^(μ − λ')·x̂0(μ) dμ,      μ from λ to λ'                          (7)
 
-and the step is exact. A line through the last two x̂0 makes it second order (predictor); once the
-network has spoken at the new place, the step that led there is taken again with what it said
-(corrector). No more calls.
+Exact so far. If x̂0 were constant in between, the integral would be x̂0 times
 
-What differs. Nothing is computed otherwise than released. Noise is drawn where its generator
-lives, so that a CPU generator gives the same noise on every device.
+    1 − e^(−h),    h = λ' − λ                                                                  (8)
+
+A straight line through the last two x̂0 does better (predict). Once the network has answered at the
+new place, its x̂0 is used to take the step that led there again, better (correct): no extra call.
+
+What differs. The same results as the release. Noise is drawn where its generator lives, so that a
+CPU generator gives the same noise on every device.
 
 Try it: python flow.py      Tests: pytest tests/test_flow.py
 """
@@ -59,7 +64,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-HIGHEST = 0.999  # noise level of the first step
+HIGHEST = 0.999  # noise level of the first step, before the shift
 
 
 # ---- what the network learns -------------------------------------------------------------------------------
@@ -90,12 +95,12 @@ def shift(sigma, s: float = 5.0):  # float or Tensor
 
 
 def sample_sigma(B: int, s: float = 5.0, generator: torch.Generator | None = None) -> Tensor:
-    """(B,) levels for training: uniform over (0, 1], shifted."""
+    """(B,) levels for training: uniform over (0, 1], then shifted."""
     return shift(1 - torch.rand(B, generator=generator), s)
 
 
 def sigma_grid(steps: int, s: float = 5.0) -> Tensor:
-    """(steps + 1,) float32 levels for sampling, falling to exactly 0."""
+    """(steps + 1,) float32 levels for sampling: even, then shifted; they fall to exactly 0."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     even = HIGHEST * (1 - torch.arange(steps, dtype=torch.float64) / steps)
@@ -103,9 +108,9 @@ def sigma_grid(steps: int, s: float = 5.0) -> Tensor:
 
 
 def fresh(like: Tensor, generator: torch.Generator | Callable | None) -> Tensor:
-    """Noise in the shape and place of a tensor, drawn where the generator lives.
+    """Noise in the shape, type and device of a tensor, drawn on the generator's device.
 
-    A function of a shape may stand for the generator: noise that was drawn elsewhere.
+    In place of a generator, a function may return noise of a given shape, drawn elsewhere.
     """
     if callable(generator):
         return generator(like.shape).to(like)
@@ -113,7 +118,10 @@ def fresh(like: Tensor, generator: torch.Generator | Callable | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=device).to(like)
 
 
-# ---- samplers: v(x, σ) is the network; each yields after every step, the last time x0 ----------------------
+# ---- samplers ----------------------------------------------------------------------------------------------
+
+# v(x, σ) is the network, x at first noise, sigmas fall to 0. A sampler yields after every step; what it
+# yields last is the clean latent
 
 
 def euler(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
@@ -123,7 +131,7 @@ def euler(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Te
 
 
 def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
-    """Jump to the clean estimate, then add fresh noise of the next level: as the student is trained."""
+    """Jump to x̂0, yield it, then add fresh noise of the next level: as the student is trained."""
     for now, after in pairwise(sigmas.tolist()):
         x0 = x - now * v(x, now)  # (4)
         yield x0
@@ -131,12 +139,12 @@ def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[
             x = (1 - after) * x0 + after * fresh(x0, generator)  # (1)
 
 
-class Belief(NamedTuple):
-    """What the network believed the clean latent to be, and where on the way."""
+class Estimate(NamedTuple):
+    """A clean estimate, and at which level it was made."""
 
     sigma: float
-    lam: float
-    x0: Tensor
+    lam: float  # λ of (6)
+    x0: Tensor  # x̂0
 
 
 def log_odds(sigma: float) -> float:
@@ -148,46 +156,49 @@ def log_odds(sigma: float) -> float:
 def unipc(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[Tensor]:
     """UniPC of order 2 on x̂0: correct the latent just reached, then predict the next."""
     steps = len(sigmas) - 1
-    beliefs = deque(maxlen=3)
-    came_from = x  # the corrected latent that the last step began at
-    order = 0  # of the last step
+    estimates = deque(maxlen=3)
+    came_from = x  # where the last step began
+    order = 0  # of the last step: how many estimates it used
     for i, (now, after) in enumerate(pairwise(sigmas.tolist())):
         x0 = x - now * v(x, now)  # (4)
-        beliefs.append(Belief(now, log_odds(now), x0))
+        estimates.append(Estimate(now, log_odds(now), x0))
         if i > 0:
-            x = correct(came_from, beliefs, order)
+            x = correct(came_from, estimates, order)
         came_from = x
         order = min(2, i + 1, steps - i)
-        x = predict(came_from, beliefs, after, order)
+        x = predict(came_from, estimates, after, order)
         yield x
 
 
-def predict(start: Tensor, beliefs: Sequence[Belief], sigma: float, order: int) -> Tensor:
-    """On to level sigma, by x̂0 or by the line through the last two."""
-    now = beliefs[-1]
+def predict(start: Tensor, estimates: Sequence[Estimate], sigma: float, order: int) -> Tensor:
+    """On to level sigma, with the last x̂0 (order 1) or the line through the last two (order 2)."""
+    now = estimates[-1]
     lam = log_odds(sigma)
-    weight = math.expm1(now.lam - lam)  # (8); −1 where σ' = 0
+    weight = math.expm1(now.lam - lam)  # (8), negative: e^(−h) − 1; it is −1 where sigma = 0
     trend = 0
     if order == 2:
-        before = beliefs[-2]
+        # half the change of x̂0 over the step: its mean on the line, as if all μ counted alike
+        before = estimates[-2]
         slope = 0.5 * (before.x0 - now.x0) / (before.lam - now.lam)
         trend = slope * (lam - now.lam)
     data = (1 - sigma) * weight * (now.x0 + trend)
     return sigma / now.sigma * start - data  # (7)
 
 
-def correct(start: Tensor, beliefs: Sequence[Belief], order: int) -> Tensor:
-    """The step to where we are once more, now that x̂0 is known here."""
-    now = beliefs[-1]
-    last = beliefs[-2]
+def correct(start: Tensor, estimates: Sequence[Estimate], order: int) -> Tensor:
+    """The step that led here once more, now that x̂0 is known here too."""
+    now = estimates[-1]
+    last = estimates[-2]
     h = now.lam - last.lam
-    weight = math.expm1(-h)  # (8)
+    weight = math.expm1(-h)  # (8), negative as above
     if order == 1:
         trend = 0.5 * (now.x0 - last.x0)
     else:
-        # two differences of x̂0, weighted so that the integral in (7) is exact for parabolas:
-        # [[1, 1], [r, 1]]·ρ = [φ1, 2·φ2] / weight
-        before = beliefs[-3]
+        # Two differences of x̂0, weighted so that (7) is exact if x̂0 is a parabola in λ. With
+        # time in steps, (μ − λ)/h, the estimates lie at r, 0 and 1, and to be exact for
+        # (μ − λ)/h and its square asks of the weights: rho_before + rho_now = phi1 / weight,
+        # r·rho_before + rho_now = 2·phi2 / weight
+        before = estimates[-3]
         r = (before.lam - last.lam) / h
         phi1 = -weight / h - 1
         phi2 = (weight / h + 1) / h - 0.5
@@ -233,13 +244,17 @@ def sample(
         full, *null = (model(x, at, branch, prepared=p) for branch, p in pairs)
         if not null:
             return full
-        return null[0] + guidance * (full - null[0])  # away from what it says without knowing
+        return null[0] + guidance * (full - null[0])  # away from the answer without a context
 
     return last_of(METHODS[method](v, noise, sigmas, generator))
 
 
 def main() -> None:
-    """A Gaussian world, whose velocity is known exactly: how far does each sampler miss?"""
+    """A Gaussian world, whose velocity is known exactly: how far off is each sampler?
+
+    euler and unipc approach the data's spread with more steps. renoise does not: it is for students
+    that were trained to jump.
+    """
     torch.manual_seed(0)
     mean, spread = 2.0, 0.5
 
