@@ -48,7 +48,7 @@ import vae_blocks
 from context import Window
 from engine import cli, weights
 from engine.exported import ExportedDecoder, ExportedNetwork, HashedDenoiser
-from engine.parts import SIZES
+from engine.parts import SIZES, Options
 
 FORMAT = 1  # of what is written; web/networks.js reads this one
 PRESET = "tiny"
@@ -415,9 +415,7 @@ def main(argv: list[str]) -> int | None:
     check_extra()
     check_weights(args.weights)
 
-    options = realtime.Options(
-        PRESET, args.weights, DECODER, args.steps, device="cpu", dtype="float32"
-    )
+    options = Options(PRESET, args.weights, DECODER, args.steps, device="cpu", dtype="float32")
     session = realtime.Session(options)
 
     # where a visitor may begin; the first picture is also the one that the check walks from

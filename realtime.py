@@ -70,44 +70,9 @@ import camera
 import memory
 from context import Window
 from engine import ranks, weights
-from engine.actors import UNDO, Decoder, Denoiser, Walk, serve
-from engine.parts import (
-    DECODERS,
-    ROOT,
-    SIZES,
-    Options,
-    embed,
-    estimate,
-    faster_dtype,
-    load_parts,
-    load_vae,
-    places,
-    resolve,
-    vae_config,
-    will_not_fit,
-)
+from engine.actors import UNDO, Decoder, Denoiser, serve
+from engine.parts import SIZES, Options, embed, load_parts, places, resolve
 
-__all__ = [  # what others know as realtime's
-    "DECODERS",
-    "ROOT",
-    "SIZES",
-    "UNDO",
-    "Chunk",
-    "Decoder",
-    "Denoiser",
-    "Options",
-    "Session",
-    "Walk",
-    "estimate",
-    "faster_dtype",
-    "load_parts",
-    "load_vae",
-    "open_session",
-    "places",
-    "resolve",
-    "vae_config",
-    "will_not_fit",
-]
 WINDOW = Window()
 QUEUE = 2  # segments that may wait for the decoder
 SHOWN = 40  # frames per second that the paper aims at

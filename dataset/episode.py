@@ -1,4 +1,4 @@
-"""One clip on disk: video, poses, actions, words; and films.
+"""One clip on disk: video, poses, actions, words.
 
     CLIP/meta.json                  where it comes from, its size, a hash of every other file
     CLIP/rgb/video.npy              (T, H, W, 3) uint8, memory-mapped: H.264 leaves 22 dB at 64x64
@@ -28,11 +28,6 @@ import torch
 import camera
 import world
 from dataset import wsad
-from dataset.film import in_unit_range as in_unit_range
-from dataset.film import psnr as psnr
-from dataset.film import read_video as read_video
-from dataset.film import write_mp4 as write_mp4
-from dataset.film import write_png as write_png
 
 ARRAYS = {  # file -> its arrays: dtype, and shape after T
     "pose/video.npz": {"c2w": ("f4", (4, 4))},

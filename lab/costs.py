@@ -261,7 +261,7 @@ def press(session: realtime.Session, pressed: float) -> tuple[float, int]:
 
 def latency(run: Run) -> None:
     """M9: one Session; key to photon by formula and by the clock."""
-    flops = bench.segment_flops(realtime.Options(preset="5b"))
+    flops = bench.segment_flops(parts.Options(preset="5b"))
     # what the paper's own numbers say
     values = {
         "FPS at 1.551 s": 40 / 1.551,

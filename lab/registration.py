@@ -21,6 +21,7 @@ from lab import metrics
 Look = Callable[[Tensor, int, int], Tensor]  # poses (n, 5), size, rays per pixel and axis -> frames
 Free = Callable[[Tensor], Tensor]  # (n, 2) x, z -> (n,) not inside a wall
 
+FREE = [0, 2, 4]  # of a pose: x, z, yaw
 STEP = torch.tensor([0.03, 0.03, 1.0], dtype=torch.float64)  # of the derivatives: m, m, degrees
 SCALE = torch.tensor([1.0, 1.0, math.degrees(0.5)])  # half a radian counts as a metre
 REACH = 0.37  # metres around the given pose; and 18 degrees to either side
@@ -44,14 +45,14 @@ class Search(NamedTuple):
     pose: Tensor  # (5,) float64
 
     def whole(self, p: Tensor) -> Tensor:  # (n, 3) x, z, yaw -> (n, 5)
-        x, z, yaw = p.unbind(1)
-        height = 0 * x + self.pose[1]
-        pitch = 0 * x + self.pose[3]
-        return torch.stack([x, height, z, pitch, yaw], 1)
+        poses = self.pose.repeat(len(p), 1)
+        poses[:, FREE] = p
+        return poses
 
-    def views(self, p: Tensor, blur: float, samples: int, size: int = 0) -> Tensor:
-        """Unit vectors of the true views from (n, 3)."""
-        frames = self.look(self.whole(p), size or len(self.frame), samples)
+    def views(self, p: Tensor, blur: float) -> Tensor:
+        """Unit vectors of the true views from (n, 3), as fine as the blur leaves visible."""
+        rays = 1 if blur else 2
+        frames = self.look(self.whole(p), len(self.frame), rays)
         return metrics.unit(frames, blur)
 
     def target(self, blur: float) -> Tensor:
@@ -63,23 +64,29 @@ def grid(search: Search) -> Tensor:  # (n, 3) free places around the given pose
     turns = torch.linspace(-18, 18, 13, dtype=torch.float64)
     places = torch.cartesian_prod(steps, steps, turns)
     near = places[:, :2].norm(dim=1) <= REACH
-    places = search.pose[[0, 2, 4]] + places[near]
+    places = search.pose[FREE] + places[near]
     return places[search.free(places[:, :2])]
 
 
 def starts(search: Search) -> Tensor:  # (up to 5, 3)
     """The best places of the grid, as 16x16 pictures, no two of them close together."""
     places = grid(search)
-    side = len(search.frame) // 16
-    small = F.avg_pool2d(metrics.planes(search.frame[None]), side)
+    whole = metrics.planes(search.frame[None])
+    small = F.avg_pool2d(whole, len(search.frame) // 16)
     wanted = metrics.unit(small.permute(0, 2, 3, 1))[0]
-    scores = search.views(places, 0, 1, 16) @ wanted
+    frames = search.look(search.whole(places), 16, 1)
+    scores = metrics.unit(frames) @ wanted
+
     chosen: list[Tensor] = []
     for place in places[scores.argsort(descending=True)]:
-        distances = [float(((place - other) / SCALE).norm()) for other in chosen]
-        if len(chosen) < 5 and all(distance >= APART for distance in distances):
+        alone = all(distance(place - other) >= APART for other in chosen)
+        if len(chosen) < 5 and alone:
             chosen.append(place)
     return torch.stack(chosen)
+
+
+def distance(move: Tensor) -> Tensor:  # (..., 3) -> (...), in metres
+    return (move / SCALE).norm(dim=-1)
 
 
 def step_of(
@@ -89,39 +96,45 @@ def step_of(
     blur: float,
 ) -> Tensor:  # (n, 3) Δ, none longer than LONGEST
     """One step of Levenberg-Marquardt from every place."""
-    around = torch.cat([STEP[None] * 0, STEP.diag(), -STEP.diag()])
-    poses = (p[:, None] + around).flatten(0, 1)
-    seen = search.views(poses, blur, 1 if blur else 2)
-    seen = seen.view(len(p), 7, -1).double()
-    e = seen[:, 0] - search.target(blur)
-    J = (seen[:, 1:4] - seen[:, 4:]) / 2  # per STEP
+    # how the view changes with the pose, by the views a little to both sides
+    here = torch.zeros(1, 3)
+    ahead = STEP.diag()
+    around = torch.cat([here, ahead, -ahead])
+    poses = p[:, None] + around  # (n, 7, 3)
+    seen = search.views(poses.flatten(0, 1), blur).double()
+    seen = seen.view(len(p), 7, -1)
+    view, forward, backward = seen.split([1, 3, 3], dim=1)
+    e = view - search.target(blur)  # (n, 1, pixels)
+    J = (forward - backward) / 2  # (n, 3, pixels), per STEP
 
     A = J @ J.mT + 1e-9 * torch.eye(3).double()
-    diagonal = torch.diag_embed(A.diagonal(dim1=1, dim2=2))
-    damped = A + damping[:, None, None] * diagonal
-    solved = torch.linalg.solve(damped, J @ e[..., None])
-    move = -STEP * solved[..., 0]
-    length = (move / SCALE).norm(dim=1, keepdim=True)
-    return move * (LONGEST / length.clamp(min=1e-9)).clamp(max=1)
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    damped = A + torch.diag_embed(damping[:, None] * diagonal)
+    solved = torch.linalg.solve(damped, J @ e.mT)
+    move = -STEP * solved.squeeze(-1)
+    shorter = LONGEST / distance(move).clamp(min=1e-9)
+    return move * shorter.clamp(max=1)[:, None]
 
 
 def climb(search: Search, p: Tensor, blur: float) -> Tensor:
     """From every place uphill on pictures of this blur; the best few, best first."""
 
     def cost_of(places: Tensor) -> Tensor:
-        wrong = search.views(places, blur, 1 if blur else 2) - search.target(blur)
+        wrong = search.views(places, blur) - search.target(blur)
         return wrong.square().sum(1)
 
-    damping = torch.full((len(p),), 1e-2).double()
     cost = cost_of(p)
+    damping = torch.full_like(cost, 1e-2).double()
     for _ in range(BLURS[blur]):
         moved = p + step_of(search, p, damping, blur)
         new = cost_of(moved)
         better = (new < cost) & search.free(moved[:, :2])
         p = torch.where(better[:, None], moved, p)
         cost = torch.where(better, new, cost)
-        damping = torch.where(better, damping / 3, damping * 5).clamp(1e-4, 1e4)
-    return p[cost.argsort()[: 5 if blur > 1 else 2]]
+        damping = torch.where(better, damping / 3, damping * 5)
+        damping = damping.clamp(1e-4, 1e4)
+    kept = 5 if blur > 1 else 2
+    return p[cost.argsort()[:kept]]
 
 
 def register(look: Look, free: Free, frame: Tensor, pose: Tensor) -> Found:
@@ -132,9 +145,13 @@ def register(look: Look, free: Free, frame: Tensor, pose: Tensor) -> Found:
         p = climb(search, p, blur)
 
     # two summits that are far apart and equally high: nobody can say which it was
-    score = search.views(p, 1.0, 2) @ search.target(1.0)
+    frames = look(search.whole(p), len(frame), 2)
+    score = metrics.unit(frames, 1.0) @ search.target(1.0)
     best = int(score.argmax())
     away = p - p[best]
-    far = (away[:, :2].norm(dim=1) > 0.1) | (away[:, 2].abs() > 2)
-    rival = far & (score > score[best] - 0.005)
-    return Found(search.whole(p)[best], float(score[best]), bool(rival.any()))
+    elsewhere = away[:, :2].norm(dim=1) > 0.1
+    turned = away[:, 2].abs() > 2
+    as_good = score > score[best] - 0.005
+    rivals = (elsewhere | turned) & as_good
+    pose = search.whole(p)[best]
+    return Found(pose, float(score[best]), bool(rivals.any()))

@@ -40,15 +40,16 @@ def walked(seed: int, kind: str, last: int) -> Walked:
     walk = world.simulate(worlds.scene(seed), 1, 241, kind)
     poses = walk["player"][4::4]
     views = worlds.shoot(worlds.scene(seed), poses, 32, 1)
-    asks = np.array([last - 1 - offset for offset in query_offsets(10, 5)])
+    asks = last - 1 - np.array(query_offsets(10, 5))
     return Walked(views, poses[:last], asks, last - 14)
 
 
 def choose(run: Run, walk: Walked, seed: int) -> dict[str, list[int]]:
     """What every rule answers, and how long it takes."""
     # the bank's own rules, and what ignores cameras
-    query = torch.from_numpy(walk.views.c2w[walk.asks]).float()
-    old = torch.from_numpy(walk.views.c2w[: walk.stop]).float()
+    c2w = torch.from_numpy(walk.views.c2w).float()
+    query = c2w[walk.asks]
+    old = c2w[: walk.stop]
     picks = {}
     for row in ("camera, uniform", "camera, released", "recent", "random"):
         policy, _, rule = row.partition(", ")
@@ -58,16 +59,22 @@ def choose(run: Run, walk: Walked, seed: int) -> dict[str, list[int]]:
         store.append(torch.zeros(1, walk.stop, 1, 1), cameras, times)
         g = torch.Generator().manual_seed(seed)
         began = time.perf_counter()
-        picks[row] = store.retrieve(query, policy=policy, generator=g)[0].tolist()
-        run.put(row, {"ms": 1e3 * (time.perf_counter() - began)})
+        picked, _ = store.retrieve(query, policy=policy, generator=g)
+        run.put(row, {"ms": ms_since(began)})
+        picks[row] = picked.tolist()
 
     # the same choice by exact volume
     began = time.perf_counter()
     exact = truth.exact_overlap(query, old)
     every = torch.arange(walk.stop).expand(len(query), -1)
-    picks["camera, exact"] = memory.pick(exact, every, 0, repeat=10.0).tolist()
-    run.put("camera, exact", {"ms": 1e3 * (time.perf_counter() - began)})
+    picked = memory.pick(exact, every, 0, repeat=10.0)
+    run.put("camera, exact", {"ms": ms_since(began)})
+    picks["camera, exact"] = picked.tolist()
     return picks
+
+
+def ms_since(began: float) -> float:
+    return 1e3 * (time.perf_counter() - began)
 
 
 def cover(run: Run, seen: Tensor, picks: dict[str, list[int]]) -> None:

@@ -53,9 +53,12 @@ def lookup(
     y = fy * y / z + cy
 
     # inside the image, and nothing in front of it there
-    inside = (z > 1e-3) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    cell = torch.where(inside, y.floor() * W + x.floor(), 0).long()
-    flat = bank_depth.flatten(1).expand(T, len(bank_depth), -1)
+    across = (x >= 0) & (x < W)
+    down = (y >= 0) & (y < H)
+    inside = across & down & (z > 1e-3)
+    cell = y.floor() * W + x.floor()
+    cell = torch.where(inside, cell, 0).long()
+    flat = bank_depth.flatten(1).expand(T, -1, -1)
     there = flat.gather(2, cell)
     return x, y, inside & (z <= 1.02 * there)
 
@@ -82,11 +85,10 @@ def masks(
     seen = visible(depth[at], c2w[at], depth[bank], c2w[bank]).numpy()
     window = Window.stride * (Window.past + Window.new)
     old = bank < known - window
-    return {
-        "seen": seen.any(1),
-        "unseen": ~seen.any(1),
-        "bank-only": seen[:, old].any(1) & ~seen[:, ~old].any(1),
-    }
+    before = seen[:, old].any(1)
+    lately = seen[:, ~old].any(1)
+    ever = before | lately
+    return {"seen": ever, "unseen": ~ever, "bank-only": before & ~lately}
 
 
 def warp(
@@ -102,14 +104,16 @@ def warp(
     N = len(bank)
     x, y, seen = lookup(depth, c2w, bank_depth, bank_c2w)
     near = memory.overlap(torch.as_tensor(c2w), torch.as_tensor(bank_c2w))  # (T, N)
-    best = torch.where(seen, near[..., None], -1.0).argmax(1, keepdim=True)  # (T, 1, H·W)
+    nearness = torch.where(seen, near[..., None], -1.0)  # (T, N, H·W)
+    best = nearness.argmax(1, keepdim=True)
 
     # one look-up in the bank as a volume: pixels from -1 to 1, and the frame as its depth
     across = 2 * x.gather(1, best) / W - 1
     down = 2 * y.gather(1, best) / H - 1
     frame = (2 * best + 1) / N - 1
     volume = bank.permute(3, 0, 1, 2)[None]
-    places = torch.stack([across, down, frame], -1).view(1, T, H, W, 3)
+    places = torch.stack([across, down, frame], -1)
+    places = places.view(1, T, H, W, 3)
     colour = F.grid_sample(volume, places, padding_mode="border", align_corners=False)
     colour = colour[0].permute(1, 2, 3, 0)
     known = seen.any(1).view(T, H, W, 1)
@@ -125,7 +129,8 @@ def coverage(
 ) -> float:
     """Share of what any frame could show."""
     shown = seen[list(chosen)].any(0).sum()
-    return float(shown / seen.any(0).sum().clamp(min=1))
+    most = seen.any(0).sum().clamp(min=1)
+    return float(shown / most)
 
 
 def greedy(seen: Tensor, k: int) -> list[int]:
@@ -148,12 +153,17 @@ def frustum_planes(g: Tensor) -> tuple[Tensor, Tensor]:  # (n, 4, 4) -> (n, 12, 
     left = [-r, 0, r]
     below = [0, r, r]
     above = [0, -r, r]
-    normal = g.new_tensor([right, left, below, above, [0, 0, 1], [0, 0, -1]])
-    offset = g.new_tensor([0, 0, 0, 0, -memory.NEAR, memory.FAR]).expand(len(g), 6)
+    ahead = [0, 0, 1]
+    back = [0, 0, -1]
+    normal = g.new_tensor([right, left, below, above, ahead, back])
+    normal = normal.expand(len(g), 6, 3)
+    offset = g.new_tensor([0, 0, 0, 0, -memory.NEAR, memory.FAR])
+    offset = offset.expand(len(g), 6)
     # the moved frustum grows by 10 µm, so that no two planes coincide
-    moved = normal @ g[:, :3, :3].mT
-    moved_offset = offset + 1e-5 - (moved @ g[:, :3, 3:]).squeeze(-1)
-    planes = torch.cat([normal.expand(len(g), 6, 3), moved], 1)
+    R, t = g[:, :3].split([3, 1], dim=2)
+    moved = normal @ R.mT
+    moved_offset = offset + 1e-5 - (moved @ t).squeeze(-1)
+    planes = torch.cat([normal, moved], 1)
     return planes, torch.cat([offset, moved_offset], 1)
 
 
@@ -180,12 +190,13 @@ def frustum_intersection(g: Tensor) -> Tensor:  # (n, 4, 4) float64, one view se
     height = q @ planes.mT + b[:, None]
 
     # what the other ten planes leave of it; a line that runs beside a plane is not cut by it
-    own = (F.one_hot(j, 12) + F.one_hot(k, 12)).bool()
+    own = F.one_hot(j, 12) + F.one_hot(k, 12) > 0
     flat = (slope.abs() < 1e-9) | own
     cut = -height / torch.where(flat, 1.0, slope)
     enters = torch.where(flat | (slope < 0), -torch.inf, cut)
     leaves = torch.where(flat | (slope > 0), torch.inf, cut)
-    inside = (leaves.amin(-1) - enters.amax(-1)).clamp(min=0)
+    inside = leaves.amin(-1) - enters.amax(-1)
+    inside = inside.clamp(min=0)
     outside = (flat & ~own & (height < 0)).any(-1)
     parallel = square.squeeze(-1) <= 1e-14
     length = torch.where(outside | parallel, 0.0, inside)
@@ -194,11 +205,13 @@ def frustum_intersection(g: Tensor) -> Tensor:  # (n, 4, 4) float64, one view se
     squares = bj.square() + bk.square()
     weight = (2 * bj * bk - cosine * squares) / length_u
     whole = 4 / 3 * (memory.FAR**3 - memory.NEAR**3)
-    return (length * weight.squeeze(-1)).sum(-1) / 6 / whole
+    pieces = length * weight.squeeze(-1)
+    return pieces.sum(-1) / 6 / whole
 
 
 def exact_overlap(query: Tensor, candidates: Tensor) -> Tensor:
     """(Q, 4, 4), (N, 4, 4) -> (Q, N) float32: the share of each new view that each old one has seen."""
     g = camera.relative(candidates.double(), query.double()[:, None])
-    shares = [frustum_intersection(piece).float() for piece in g.flatten(0, 1).split(256)]
+    pieces = g.flatten(0, 1).split(256)
+    shares = [frustum_intersection(piece).float() for piece in pieces]
     return torch.cat(shares).view(g.shape[:2])

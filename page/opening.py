@@ -13,21 +13,22 @@ import torch
 
 import realtime
 from dataset import episode
+from engine.parts import SIZES, Options
 from page import folder as folders
 from page.controls import LATENT
 from page.game import FakeSession
 from page.start import Start, open_start
 
 
-def options_of(args: argparse.Namespace) -> realtime.Options:
+def options_of(args: argparse.Namespace) -> Options:
     """The flags of play.py as the options of a session."""
-    return realtime.Options(
+    return Options(
         preset=args.preset,
         weights=args.weights,
         decoder=args.vae,
         steps=args.steps,
         guidance=args.guidance,
-        new=args.new or realtime.Options.new,
+        new=args.new or Options.new,
         device=args.device,
         dtype=args.dtype,
         quantize="qkvo" if args.int8 else "",
@@ -47,7 +48,7 @@ def open_walk(player: object, live: bool) -> None:
         player.size = args.size
     else:
         player.session = realtime.open_session(options_of(args), args.dit_ranks)
-        player.size = realtime.SIZES[args.preset]
+        player.size = SIZES[args.preset]
         settle(player, live)
     player.session.policy = args.memory
 

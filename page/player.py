@@ -26,6 +26,8 @@ import camera
 import realtime
 import world
 from dataset import film
+from engine.actors import UNDO
+from engine.parts import Options
 from page import commands, opening
 from page import folder as folders
 from page.controls import LATENT, SHOW_FPS, Controls, legal
@@ -91,7 +93,7 @@ class Player(threading.Thread):
         self.times: list[tuple[int, float]] = []  # (frames, seconds) of the last chunks
 
         # chunks that can be taken back: (frames, the picture before them)
-        chunks = 40 if args.fake else realtime.UNDO
+        chunks = 40 if args.fake else UNDO
         self.undone: deque = deque(maxlen=chunks if can_undo else 0)
 
     def run(self) -> None:
@@ -306,7 +308,7 @@ class Player(threading.Thread):
     @property
     def max_pitch(self) -> float:
         """Degrees: a known world is drawn up to its own limit, any other up to the model's."""
-        return world.MAX_PITCH if self.begun.truth else realtime.Options.max_pitch
+        return world.MAX_PITCH if self.begun.truth else Options.max_pitch
 
     def in_rooms(self, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
         """Keys that do not lead into the walls of a known world; the game itself pushes back on its own."""

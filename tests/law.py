@@ -1,7 +1,6 @@
 """The law of the page: how much may stand on it, so that a stranger can read it.
 
-    python tests/law.py             what breaks the law, a line each; exit 1 if anything does
-    python tests/law.py --excuse    the files that still do, into tests/excused.txt: a list to shorten
+    python tests/law.py     what breaks the law, a line each; exit 1 if anything does
 
 One statement says one idea: few tokens on a line, no three assignments in one, no function that hides
 its name. A page has an end: long functions and long files hold two ideas. And somebody has to say why:
@@ -18,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXCUSED = ROOT / "tests" / "excused.txt"
 AT_MOST = {
     "lines": 500,
     "columns of the widest line": 110,
@@ -127,19 +125,11 @@ def breaches(path: Path) -> list[str]:
     return [f"{path.relative_to(ROOT)}: {words}" for words in found]
 
 
-def excused() -> list[str]:
-    return EXCUSED.read_text().split() if EXCUSED.exists() else []
-
-
 def main() -> int:
     found = {path: breaches(path) for path in tracked()}
-    guilty = [str(path.relative_to(ROOT)) for path, words in found.items() if words]
-    if "--excuse" in sys.argv:
-        EXCUSED.write_text("".join(f"{name}\n" for name in guilty))
-        print(f"{len(guilty)} files are excused in {EXCUSED.relative_to(ROOT)}")
-        return 0
-    for words in found.values():
-        print("\n".join(words), end="\n" if words else "")
+    guilty = [words for words in found.values() if words]
+    for words in guilty:
+        print("\n".join(words))
     print(f"{len(guilty)} of {len(found)} files break the law of the page")
     return 1 if guilty else 0
 

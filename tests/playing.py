@@ -25,6 +25,7 @@ from PIL import Image
 import camera
 import play
 import realtime
+from engine.parts import Options
 from page.player import Player
 from page.server import bind
 
@@ -157,7 +158,7 @@ class Dream:
     """
 
     def __init__(self, slow: float = 0.0) -> None:
-        self.options = realtime.Options(device="cpu", dtype="float32")
+        self.options = Options(device="cpu", dtype="float32")
         self.policy = "camera"
         self.slow = slow
 

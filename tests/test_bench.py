@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dit
 import moe
-import realtime
 import vae
+from engine.parts import Options, vae_config
 from lab import bench
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -29,16 +29,13 @@ def counter() -> FlopCounterMode:
 
 
 def test_flop_formulas_give_905_tf() -> None:
-    exact, released, decode = bench.segment_flops(realtime.Options(preset="5b"))
+    exact, released, decode = bench.segment_flops(Options(preset="5b"))
     assert (
         abs(released / 1e12 - 905.5) < 0.5 and 0 < exact / 1e12 - 807.7 < 0.7
     )  # + text K and V, per segment
     assert abs(decode / 1e12 - 663.5) < 0.2
-    assert (
-        abs(bench.segment_flops(realtime.Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86)
-        < 0.1
-    )
-    faster = bench.exact_reuse(realtime.Options(preset="5b"))
+    assert abs(bench.segment_flops(Options(preset="5b", decoder="light75"))[2] / 1e12 - 41.86) < 0.1
+    faster = bench.exact_reuse(Options(preset="5b"))
     assert 905.5 / faster == pytest.approx(807.7, rel=1e-3)
     parts = bench.dit_flops(dit.PRESETS["5b"], 880)
     for part, tf in (
@@ -65,7 +62,7 @@ def test_flop_formulas_count_what_the_modules_do(preset: str) -> None:
     ]
     assert once.get_total_flops() == pytest.approx(ours[0], rel=0.01)
     assert step.get_total_flops() == pytest.approx(ours[1], rel=0.01)
-    net = vae.VAE(realtime.vae_config(preset, "light50"))
+    net = vae.VAE(vae_config(preset, "light50"))
     z = torch.randn(1, model.cfg.in_dim, 1, 8, 8)
     state = net.decode_stream(z)[1]
     with counter() as decode:

@@ -32,11 +32,10 @@ from dataset.episode import (
     poses_to_c2w,
     problems,
     read_episode,
-    read_video,
     sha256_of,
     write_episode,
-    write_mp4,
 )
+from dataset.film import read_video, write_mp4
 from game.scene import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import data
-from dataset.episode import FILES, inspect, psnr, read_episode, sha256_of, write_episode
+from dataset.episode import FILES, inspect, read_episode, sha256_of, write_episode
+from dataset.film import psnr
 from lab import metrics
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate
-import realtime
+from engine.parts import Options
 from lab import bench, report, stats
 from lab.run import Run
 
@@ -62,7 +62,7 @@ def test_a_claim_without_its_row_is_an_error_and_what_was_found_is_kept(
 
 
 def test_one_formula_gives_25_79_fps_from_1_551_s_and_905_tf() -> None:
-    released = bench.segment_flops(realtime.Options(preset="5b"))[1]
+    released = bench.segment_flops(Options(preset="5b"))[1]
     assert round(40 / 1.551, 2) == 25.79
     assert released / 1e12 == pytest.approx(905.5, abs=0.3)
 

@@ -19,7 +19,8 @@ import train
 import vae
 from context import Context, Window
 from engine import cli, parts
-from realtime import Options, Session
+from engine.parts import Options
+from realtime import Session
 
 MICRO = Options("micro", "random", dtype="float32", new=2)
 

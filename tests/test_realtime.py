@@ -37,7 +37,7 @@ from game import render
 from game.scene import make_scene
 
 GOLDEN = Path(__file__).parent / "golden"
-OPTIONS = realtime.Options(preset="micro", weights="random", device="cpu", dtype="float32")
+OPTIONS = parts.Options(preset="micro", weights="random", device="cpu", dtype="float32")
 IMAGE = torch.randint(
     0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
 )
@@ -169,7 +169,7 @@ def test_a_restored_session_continues_exactly(
 
 
 def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
-    nets, _ = realtime.load_parts(OPTIONS, "dit", "encoder", "decoder")
+    nets, _ = parts.load_parts(OPTIONS, "dit", "encoder", "decoder")
     model = {
         "preset": "micro",
         "stage": "distill",
@@ -195,7 +195,7 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
     session.reset(IMAGE)
     assert walk(session, 1)[0].frames.float().std() > 5
     with pytest.raises(ValueError, match="holds a micro model; add --preset micro"):
-        realtime.load_parts(replace(session.options, preset="tiny"), "dit")
+        parts.load_parts(replace(session.options, preset="tiny"), "dit")
     with pytest.raises(ValueError, match="no light75 decoder.*--stage lightvae"):
         realtime.Session(replace(OPTIONS, weights=str(tmp_path), decoder="light75"))
 
@@ -249,7 +249,7 @@ def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
         session.restore(tmp_path / "third.safetensors")
 
 
-def model_file(tmp_path: Path, **said: object) -> realtime.Options:
+def model_file(tmp_path: Path, **said: object) -> parts.Options:
     """A model whose file says this of its training."""
     options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
     about = {"preset": "micro", "model": vars(dit.PRESETS["micro"])} | said
@@ -257,13 +257,13 @@ def model_file(tmp_path: Path, **said: object) -> realtime.Options:
     return options
 
 
-def experts_file(tmp_path: Path, **config: object) -> realtime.Options:
+def experts_file(tmp_path: Path, **config: object) -> parts.Options:
     """Experts, by default of both views, and a VAE beside them."""
     experts = moe.build(moe.MoEConfig(dit.PRESETS["micro"], **config))
     options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
     about = {"preset": "micro", "stage": "moe", "model": asdict(experts.config)}
     weights.write_weights(options.weights, experts.state_dict(), about)
-    full = realtime.load_parts(OPTIONS, "encoder")[0]["encoder"]
+    full = parts.load_parts(OPTIONS, "encoder")[0]["encoder"]
     vae = tmp_path / "vae.safetensors"
     weights.write_weights(vae, full.state_dict(), weights.vae_metadata(full))
     return options
@@ -273,7 +273,7 @@ def experts_file(tmp_path: Path, **config: object) -> realtime.Options:
 def test_who_has_seen_a_view_may_imagine_it(tmp_path: Path, asked: str, seen: dict) -> None:
     for said in (seen, {"view": "both"}):
         options = replace(model_file(tmp_path, **said), view=asked)
-        assert realtime.load_parts(options, "dit")[1]["method"] == "unipc"
+        assert parts.load_parts(options, "dit")[1]["method"] == "unipc"
 
 
 def test_who_has_not_seen_it_is_refused(tmp_path: Path) -> None:
@@ -284,18 +284,18 @@ def test_who_has_not_seen_it_is_refused(tmp_path: Path) -> None:
     for said in ({}, {"view": "first"}):
         third = replace(model_file(tmp_path, **said), view="third")
         with pytest.raises(ValueError, match=message):
-            realtime.load_parts(third, "dit")
+            parts.load_parts(third, "dit")
     with pytest.raises(ValueError, match="has not seen the first person.*--view third"):
-        realtime.load_parts(model_file(tmp_path, view="third"), "dit")
+        parts.load_parts(model_file(tmp_path, view="third"), "dit")
     with pytest.raises(ValueError, match="view must be one of first, third, got 'fourth'"):
-        realtime.resolve(replace(OPTIONS, view="fourth"))
+        parts.resolve(replace(OPTIONS, view="fourth"))
 
 
 def test_experts_look_where_they_are_asked_and_play(tmp_path: Path) -> None:
     options = experts_file(tmp_path)
-    nets, meta = realtime.load_parts(replace(options, view="third"), "dit")
+    nets, meta = parts.load_parts(replace(options, view="third"), "dit")
     assert nets["dit"].view == "third" and meta["method"] == "unipc"
-    assert realtime.load_parts(options, "dit")[0]["dit"].view == "first"
+    assert parts.load_parts(options, "dit")[0]["dit"].view == "first"
 
     # every expert keeps its own keys and values, guidance passes through
     third = realtime.Session(replace(options, view="third", guidance=2.0))
@@ -307,7 +307,7 @@ def test_experts_look_where_they_are_asked_and_play(tmp_path: Path) -> None:
 
     options = experts_file(tmp_path, views=("first",))
     with pytest.raises(ValueError, match="no expert for view 'third'; this model has first"):
-        realtime.load_parts(replace(options, view="third"), "dit")
+        parts.load_parts(replace(options, view="third"), "dit")
 
 
 # ---- limit: nothing grows, nothing ends --------------------------------------------------------------------
@@ -395,8 +395,8 @@ def test_a_segment_rollout_matches_official(monkeypatch: pytest.MonkeyPatch) -> 
             if n.startswith("weights.")
         }
     )
-    options = realtime.Options(preset="5b", device="cpu", dtype="float32")
-    d = realtime.Denoiser(
+    options = parts.Options(preset="5b", device="cpu", dtype="float32")
+    d = actors.Denoiser(
         model.eval(), {"encoding": "released", "shift": 5.0, "method": "unipc"}, options
     )
     d.reset(g["image_latent"], g["context"], 0, (0.0, 0.0, 0.0, 0.0, 0.0))
@@ -485,9 +485,9 @@ def test_wrong_input_says_what_is_right(session: realtime.Session) -> None:
 
 def test_impossible_options_fail_before_anything_is_allocated() -> None:
     with pytest.raises(ValueError, match="^5b needs a CUDA GPU; found CPU. Try --preset tiny.$"):
-        realtime.Session(realtime.Options(preset="5b", device="cpu"))
+        realtime.Session(parts.Options(preset="5b", device="cpu"))
     with pytest.raises(ValueError, match="preset must be one of micro, tiny"):
-        realtime.Session(realtime.Options(preset="huge"))
+        realtime.Session(parts.Options(preset="huge"))
     with pytest.raises(ValueError, match="new must be one of 10, 5, 2"):
         realtime.Session(replace(OPTIONS, new=3))
     with pytest.raises(
@@ -501,7 +501,7 @@ def test_impossible_options_fail_before_anything_is_allocated() -> None:
 
 
 def test_a_small_gpu_is_told_what_would_fit() -> None:
-    options = realtime.Options(preset="5b", device="cuda:0", dtype="bfloat16")
+    options = parts.Options(preset="5b", device="cuda:0", dtype="bfloat16")
     text = parts.will_not_fit(options, 22.1)
     assert (
         text.startswith("5b bfloat16 at 1280×704 needs ~")
@@ -629,7 +629,7 @@ def test_a_stalled_denoiser_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> N
 def test_ranks_with_other_options_or_weights_are_named() -> None:
     store, said = dist.HashStore(), []
 
-    def join(rank: int, options: realtime.Options, shift: float) -> None:
+    def join(rank: int, options: parts.Options, shift: float) -> None:
         model = moe.build("micro")
         torch.nn.init.constant_(model.head.head.bias, shift)
         for p in list(model.parameters())[:-1]:
@@ -686,7 +686,7 @@ def test_a_gpu_session_plays_like_a_cpu_session() -> None:
 # ---- short segments
 
 
-def with_lengths(tmp_path: Path, lengths: str) -> realtime.Options:
+def with_lengths(tmp_path: Path, lengths: str) -> parts.Options:
     """Weights that say which lengths of segments they were trained for."""
     torch.manual_seed(0)
     file = tmp_path / "base.safetensors"
@@ -695,7 +695,7 @@ def with_lengths(tmp_path: Path, lengths: str) -> realtime.Options:
     said = {"config": config, "stage": "base", "preset": "micro", "new": lengths}
     weights.write_weights(file, tensors, said)
     shutil.copy(parts.ROOT / "assets/tiny/vae.safetensors", tmp_path)
-    return realtime.Options("micro", str(file), device="cpu", dtype="float32", steps=1)
+    return parts.Options("micro", str(file), device="cpu", dtype="float32", steps=1)
 
 
 def test_weights_that_never_saw_short_segments_keep_ten_and_say_so(tmp_path, capsys) -> None:
@@ -722,7 +722,7 @@ def test_a_live_player_gets_the_shortest_segments_that_are_made_fast_enough(tmp_
 
 def test_a_length_that_nobody_trains_is_refused() -> None:
     with pytest.raises(ValueError, match="new must be one of 10, 5, 2, got 3"):
-        realtime.resolve(realtime.Options("micro", "random", device="cpu", new=3))
+        parts.resolve(parts.Options("micro", "random", device="cpu", new=3))
 
 
 class Evil:
@@ -792,8 +792,9 @@ def test_ranks_end_with_the_process_that_started_them(after: float, tmp_path: Pa
     program = f"""
 import sys; sys.path.insert(0, {str(parts.ROOT)!r})
 import realtime
+from engine import parts
 if __name__ == "__main__":
-    session = realtime.open_session(realtime.Options(**{vars(OPTIONS)!r}), 2)
+    session = realtime.open_session(parts.Options(**{vars(OPTIONS)!r}), 2)
     import time; time.sleep(60)
 """
     script = tmp_path / "rank0.py"
@@ -817,17 +818,17 @@ if __name__ == "__main__":
 
 
 def test_a_decoder_that_draws_nothing_says_so(session: realtime.Session) -> None:
-    network = realtime.load_parts(OPTIONS, "decoder")[0]["decoder"]
+    network = parts.load_parts(OPTIONS, "decoder")[0]["decoder"]
     with torch.no_grad():
         next(network.decoder.parameters()).fill_(float("nan"))
-    decoder = realtime.Decoder(network, session.options)
+    decoder = actors.Decoder(network, session.options)
     with pytest.raises(ValueError, match="not finite.*--dtype float32"):
         decoder.decode(torch.zeros(1, network.cfg.z_dim, 1, 8, 8))
 
 
 def test_a_decoder_keeps_no_graph_in_whatever_thread_it_works(session: realtime.Session) -> None:
-    network = realtime.load_parts(OPTIONS, "decoder")[0]["decoder"].requires_grad_(True)
-    decoder = realtime.Decoder(network, session.options)
+    network = parts.load_parts(OPTIONS, "decoder")[0]["decoder"].requires_grad_(True)
+    decoder = actors.Decoder(network, session.options)
     with ThreadPoolExecutor(1) as pool:  # gradients are switched on and off per thread
         pool.submit(decoder.decode, torch.zeros(1, network.cfg.z_dim, 1, 8, 8)).result()
     assert decoder.state
@@ -853,7 +854,7 @@ def test_guidance_subtracts_the_negative_prompt_of_the_preset(
     assert session.denoiser.null_text is None  # without guidance nothing is subtracted
 
     options = replace(session.options, guidance=5.0)
-    guided = realtime.Denoiser(session.nets["dit"], session.denoiser.meta, options)
+    guided = actors.Denoiser(session.nets["dit"], session.denoiser.meta, options)
     guided.start(session.denoiser.now)
     context = guided.plan(torch.zeros(56, 6), torch.zeros(56, 2), "none").context
     assert torch.equal(context.null().text[0], parts.embed(options, "blurred, still image"))

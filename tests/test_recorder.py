@@ -7,7 +7,8 @@ import numpy as np
 
 import world
 from dataset import recorder
-from dataset.episode import problems, psnr, read_episode
+from dataset.episode import problems, read_episode
+from dataset.film import psnr
 from game import explore
 from game.scene import make_scene
 

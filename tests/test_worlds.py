@@ -1,5 +1,8 @@
 """What worlds.py promises, and the geometry of truth.py on its walks."""
 
+import math
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -14,13 +17,19 @@ from lab.revisits import PLACES
 from lab.worlds import Script, Views
 
 TEST = scene.SPLITS["test"].start
+PLAN = "l:12 w:4"  # eighteen degrees to the right, then half a metre on
 
 
 @pytest.fixture(scope="module")
 def walk() -> tuple[Script, Views]:
-    """Eighteen degrees to the right, then half a metre on."""
-    script = worlds.place(TEST, "l:12 w:4")
+    script = worlds.place(TEST, PLAN)
     return script, worlds.draw(script)
+
+
+def after_turn(script: Script, at: slice, degrees: float) -> Views:
+    """The same places, after a turn to the right."""
+    poses = script.poses.numpy()[at]
+    return worlds.shoot(script.scene, poses + [0, 0, 0, 0, degrees])
 
 
 # ---- plans -----------------------------------------------------------------------------------------
@@ -28,29 +37,33 @@ def walk() -> tuple[Script, Views]:
 
 def test_a_number_after_a_turn_multiplies_it() -> None:
     keyboard, mouse = worlds.actions_of("j2.5:2 w:1 -:1")
-    assert mouse[:, 1].tolist() == pytest.approx([-0.25, -0.25, 0, 0])
-    assert keyboard[:, 0].tolist() == [0, 0, 1, 0]
+    pitch, yaw = mouse.T.tolist()
+    forward = keyboard[:, 0].tolist()
+    assert yaw == pytest.approx([-0.25, -0.25, 0, 0])
+    assert forward == [0, 0, 1, 0]
     assert worlds.actions_of("")[0].shape == (0, 6)
 
 
 def test_an_undone_plan_leads_home_frame_by_frame() -> None:
     plan = "l2:40 w:4 -:12 a:4"
-    keyboard, mouse = worlds.actions_of(f"{plan} {worlds.undone(plan)}")
-    poses = camera.integrate((1, -1.6, 2, 0, 30), keyboard, mouse)
+    there_and_back = f"{plan} {worlds.undone(plan)}"
+    start = (1, -1.6, 2, 0, 30)
+    poses = camera.integrate(start, *worlds.actions_of(there_and_back))
     assert torch.allclose(poses, poses.flip(0), atol=1e-5)
     turned = poses[60] - poses[0]
-    assert float(turned[4]) == pytest.approx(120, abs=1e-3)
+    assert turned[4].item() == pytest.approx(120, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_scripts_are_free_of_contact_and_come_back(name: str) -> None:
     offset = PLACES[name]
     script = worlds.revisit(TEST + 2, offset)
-    player = world.World(script.scene, pose=script.poses[0].tolist())
+    first = script.poses[0]
+    player = world.World(script.scene, pose=first.tolist())
     assert not worlds.touches(player, script.keyboard, script.mouse)
-    apart = script.poses[-1] - script.poses[0]
-    assert float(apart[[0, 2]].norm()) == pytest.approx(offset, abs=0.07)
-    assert float(apart[4]) == pytest.approx(360, abs=1e-3)
+    x, _, z, _, turned = (script.poses[-1] - first).tolist()
+    assert math.hypot(x, z) == pytest.approx(offset, abs=0.07)
+    assert turned == pytest.approx(360, abs=1e-3)
 
 
 def test_a_path_without_room_says_so() -> None:
@@ -59,20 +72,22 @@ def test_a_path_without_room_says_so() -> None:
 
 
 def test_the_lists_of_worlds_are_disjoint() -> None:
-    lists = [set(seeds) for seeds in scene.SPLITS.values()]
     assert set(scene.SPLITS) == {"train", "tune", "test", "final"}
-    assert sum(map(len, lists)) == len(set.union(*lists))
+    seeds = list(chain(*scene.SPLITS.values()))
+    assert len(seeds) == len(set(seeds))
 
 
 def test_in_third_person_the_player_stands_in_the_picture() -> None:
-    script = worlds.place(TEST, "l:12 w:4", view="third")
+    script = worlds.place(TEST, PLAN, view="third")
     frames, depth, c2w = worlds.draw(script, [0])
     K = camera.intrinsics(64, 64).numpy()
     bare = render.render(script.scene, c2w, K, 64, 64)[0]
-    changed = (bare != frames).any(-1)[0]
+    changed = (bare != frames).any(-1)
     assert 0.01 < changed.mean() < 0.5
-    assert not np.allclose(c2w[0, :3, 3], script.poses[0, :3])
-    assert (depth[0][changed] < 4).mean() > 0.8  # an arm's length away
+    near = depth[changed] < 4
+    assert near.mean() > 0.8, "an arm's length away"
+    eye = c2w[0, :3, 3]
+    assert not np.allclose(eye, script.poses[0, :3])
 
 
 # ---- measures, on frames of a world ----------------------------------------------------------------
@@ -85,36 +100,45 @@ def test_every_measure_ranks_truth_above_a_turn_above_another_world(
     script, views = walk
     score = metrics.METRICS[name]
     true = views.frames[12:16]
-    poses = script.poses[12:16].numpy()
-    turned = worlds.shoot(script.scene, poses + [0, 0, 0, 0, 2.0]).frames
-    elsewhere = worlds.place(TEST + 1, "l:12 w:4")
+    turned = after_turn(script, slice(12, 16), 2.0).frames
+    elsewhere = worlds.place(TEST + 1, PLAN)
     other = worlds.draw(elsewhere, slice(12, 16)).frames
-    best = float(score(true, true).mean())
-    near = float(score(turned, true).mean())
-    far = float(score(other, true).mean())
+    best = score(true, true).mean()
+    near = score(turned, true).mean()
+    far = score(other, true).mean()
     assert best > near > far
 
 
 # ---- geometry --------------------------------------------------------------------------------------
 
 
-def seen_by(views: Views, at: slice, bank: slice) -> torch.Tensor:
-    """Which pixels of frames `at` each frame of `bank` saw."""
-    return truth.visible(views.depth[at], views.c2w[at], views.depth[bank], views.c2w[bank])
+def some(views: Views, at: slice) -> Views:
+    return Views(*(values[at] for values in views))
+
+
+def seen_by(now: Views, old: Views) -> torch.Tensor:  # (T, N, H, W)
+    """Which pixels of new views each old view saw."""
+    return truth.visible(now.depth, now.c2w, old.depth, old.c2w)
+
+
+def warped(now: Views, old: Views) -> torch.Tensor:
+    shown = torch.from_numpy(old.frames) / 255
+    return truth.warp(now.depth, now.c2w, shown, old.depth, old.c2w)
 
 
 def test_a_view_sees_itself_and_nothing_behind_its_back(walk: tuple[Script, Views]) -> None:
     script, views = walk
-    first = slice(0, 1)
-    assert seen_by(views, first, first).float().mean() > 0.99
-    back = worlds.shoot(script.scene, script.poses[first].numpy() + [0, 0, 0, 0, 180.0])
-    behind = truth.visible(views.depth[first], views.c2w[first], back.depth, back.c2w)
-    assert not behind.any()
+    first = some(views, slice(0, 1))
+    assert seen_by(first, first).float().mean() > 0.99
+    back = after_turn(script, slice(0, 1), 180.0)
+    assert not seen_by(first, back).any()
 
 
 def test_what_is_new_after_a_turn_lies_on_its_side(walk: tuple[Script, Views]) -> None:
     _, views = walk
-    seen = seen_by(views, slice(12, 13), slice(0, 1))[0, 0].numpy()
+    first = some(views, slice(0, 1))
+    turned = some(views, slice(12, 13))
+    seen = seen_by(turned, first)[0, 0].numpy()
     assert 0.5 < seen.mean() < 0.95  # 18 degrees further right: a part is new
     columns = np.flatnonzero(~seen.any(0))
     assert len(columns)
@@ -124,10 +148,10 @@ def test_what_is_new_after_a_turn_lies_on_its_side(walk: tuple[Script, Views]) -
 def test_registration_finds_where_clean_frames_were_taken() -> None:
     errors = []
     for seed in (TEST, TEST + 1, TEST + 2):
-        script = worlds.place(seed, "l:12 w:4")
+        script = worlds.place(seed, PLAN)
         frame = worlds.draw(script, [12]).frames[0]
         pose = script.poses[12].numpy()
-        start = pose + np.array([0.1, 0, -0.1, 0, 6.0])
+        start = pose + [0.1, 0, -0.1, 0, 6.0]
         found = worlds.register(script.scene, frame, start)
         assert found.score > 0.99
         errors.append(np.abs(found.pose - pose))
@@ -137,22 +161,22 @@ def test_registration_finds_where_clean_frames_were_taken() -> None:
 
 
 def test_the_oracle_warp_is_exact_where_it_stands(walk: tuple[Script, Views]) -> None:
-    frames, depth, c2w = walk[1]
-    shown = torch.from_numpy(frames) / 255
-    same = truth.warp(depth[:2], c2w[:2], shown[:2], depth[:2], c2w[:2])
-    assert psnr(same, frames[:2]).min() > 45
+    two = some(walk[1], slice(2))
+    assert psnr(warped(two, two), two.frames).min() > 45
 
 
 def test_the_oracle_warp_is_better_than_a_copy_elsewhere(walk: tuple[Script, Views]) -> None:
-    frames, depth, c2w = walk[1]
-    old = slice(0, 9)
-    now = slice(14, 17)
-    shown = (torch.from_numpy(frames) / 255)[old]
-    warped = truth.warp(depth[now], c2w[now], shown, depth[old], c2w[old])
-    shares = memory.overlap(torch.from_numpy(c2w[now]), torch.from_numpy(c2w[old]))
-    copied = shown[shares.argmax(1)]
-    seen = seen_by(walk[1], now, old).any(1)
-    moved = psnr(warped, frames[now], seen)
-    still = psnr(copied, frames[now], seen)
-    assert (moved > still + 5).all()
-    assert torch.equal(warped[~seen], copied[~seen]), "what nobody saw is the old frame as it is"
+    old = some(walk[1], slice(0, 9))
+    now = some(walk[1], slice(14, 17))
+    seen = seen_by(now, old).any(1)
+    moved = warped(now, old)
+
+    # the rival shows the nearest old frame as it is
+    shares = memory.overlap(torch.from_numpy(now.c2w), torch.from_numpy(old.c2w))
+    nearest = shares.argmax(1)
+    copied = torch.from_numpy(old.frames)[nearest] / 255
+
+    better = psnr(moved, now.frames, seen)
+    worse = psnr(copied, now.frames, seen)
+    assert (better > worse + 5).all()
+    assert torch.equal(moved[~seen], copied[~seen]), "what nobody saw is the old frame as it is"
