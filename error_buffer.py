@@ -1,40 +1,43 @@
 """Replay the model's own mistakes into its training context.
 
-What it does. A buffer of a few hundred latent frames of error: every training step stores how the
-model was wrong (push), and adds what earlier steps stored to the past and the memory of its own
-clips (perturb). The target stays clean, perturbed frames carry no loss, and in play nothing is
-injected.
+What it does. A buffer keeps a few hundred errors, each the size of one latent frame. Every training
+step stores how far off the model's clean estimates were (push), and adds errors from earlier steps
+to the past and the memory of its own clips (perturb). The target stays clean, past and memory
+carry no loss, and in play nothing is injected.
 Paper: §3.1, Eq. 1-2 (past); §3.2, Eq. 4-5 (past and memory).  Released: no training code.
 
-Why it works. In play every past and memory frame is the model's own output; trained on clean ones
-alone, it takes its first mistake for the world, and adds the next one to it. Mistakes to train on
-are there for free. A step that asks for the velocity v at level σ gets v̂, and with it an
-estimate of the clean latent, x̂0 = x_σ − σ·v̂. What was wrong with it is
+Why it works. In play every past and memory frame is the model's own output, a little wrong. A model
+that was trained on clean ones takes a mistake for the world, draws it again and adds the next one;
+a model that has seen such mistakes beside a clean target learns to undo them. They cost nothing: a
+training step compares the predicted velocity v̂ with the true v = ε − x0 at level σ anyway. Both
+belong to a clean latent, x̂0 = x_σ − σ·v̂ and x0 = x_σ − σ·v (flow.py), and the difference is
 
-    δ = x̂0 − x0 = −σ·(v̂ − v)                                             Eq. 1, 4     (1)
+    δ = x̂0 − x0 = −σ·(v̂ − v)                                             Eq. 1, 4             (1)
 
-and an imperfect frame for a later clip is, with δ′ drawn uniformly from what is stored,
+A frame x of a later clip becomes an imperfect one by some stored error δ', drawn uniformly:
 
-    x̃ = x + γ·δ′                                                         Eq. 2, 5     (2)
+    x̃ = x + γ·δ'                                                         Eq. 2, 5             (2)
 
-How large is it? By (1) an error of the velocity counts σ times: a tenth of it at σ = .1, nine
-tenths at .9. Training draws σ with shift 5, half of the draws above .83. So most of what is
-stored is what the model believes at high noise, larger than what it draws at the end of sampling.
+How large is δ? By (1), σ times the velocity's error: a tenth of it at σ = .1, nine tenths at .9.
+Training draws σ with shift 5, half of the draws above .83. So most stored errors come from high
+noise, and are larger than those at the end of sampling, the ones that play will show.
 
-How old? A full buffer of N frames overwrites random ones, n at every push. One frame survives k
-pushes with a chance of
+How old is δ'? A full buffer has N errors, and every push overwrites n random ones. One overwrite
+spares a given error with chance 1 − 1/N; it survives k pushes with the chance
 
-    (1 − 1/N)^(n·k) ≈ exp(−n·k/N)               500 frames, 16 a push: a mean age of 31    (3)
+    (1 − 1/N)^(n·k) ≈ exp(−n·k/N)                                                              (3)
 
-so that the errors are always those of about the present model.
+For N = 500 and n = 16 the mean age is N/n = 31 pushes: the errors are those of about the present
+model.
 
-What differs. Whose residual: that of the new latents only. Past and memory enter at σ = 0, where
-x̂0 is the input and δ nothing but what was injected, so Eq. 4's buffer over all three cannot be
-literal. One buffer serves both: call perturb once with γ_h for the past and once with γ_m for the
-memory. Not in the paper: γ, capacity, replacement, warm-up, how often, one δ per frame or per
-clip. Ours are in ErrorConfig: one δ′ per latent frame, the coin and the amplitude once per
-sample. Another source of δ, the model's one-step estimate of these very latents, is in
-engine/mistakes.py (--p-own).
+What differs. δ is taken from the new latents only. Eq. 4 speaks of all three, but past and memory
+enter at σ = 0, where the clean estimate is the input itself: their δ would be what was injected, no
+mistake of the model. One buffer serves both; call perturb for the past with the paper's γ_h, then
+for the memory with its γ_m. The paper does not say: γ, the capacity, which error is replaced, when
+to begin, how often, whether a clip gets one δ' or each frame its own. ErrorConfig has our answers:
+each latent frame has its own δ', a sample of the batch is perturbed as a whole or not at all, with
+one γ. engine/mistakes.py has another source of δ: the model's estimate of the very latents that are
+perturbed (--p-own).
 
 Try it: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """
@@ -49,14 +52,14 @@ from torch import Tensor
 class ErrorConfig:
     """What the paper leaves open."""
 
-    gamma: float = 1.0  # γ: scale of an injected error
-    jitter: float = 0.2  # γ is multiplied by U(1 − jitter, 1 + jitter), once per sample
+    gamma: float = 1.0  # γ
+    jitter: float = 0.2  # γ times a uniform number in 1 − jitter .. 1 + jitter, once per sample
     probability: float = 0.5  # that a sample is perturbed at all; the others stay bit-identical
-    capacity: int = 500  # latent frames kept
+    capacity: int = 500  # N, in latent frames
     warmup: int = 50  # pushes before the first injection: early errors are an untrained net's
-    per_push: int = 16  # frames banked per step: an entry lives about capacity / per_push steps
-    kind: str = "real"  # or "gaussian": noise of each entry's size, no structure: the control
-    dtype: str = "float16"  # storage on the CPU; "bfloat16" has range instead of precision
+    per_push: int = 16  # n, latent frames stored per step
+    kind: str = "real"  # or, to compare, "gaussian": noise as large as δ', without structure
+    dtype: str = "float16"  # storage on the CPU; "bfloat16": wider range, less precision
 
     def __post_init__(self):
         allowed = {"kind": ("real", "gaussian"), "dtype": ("float16", "bfloat16", "float32")}
@@ -69,7 +72,7 @@ class ErrorConfig:
 
 
 class ErrorBuffer:
-    """State: the stored frames, how many of them are filled, how many pushes there were."""
+    """`capacity` rows, of which the first `size` are filled, and the number of pushes so far."""
 
     def __init__(self, cfg: ErrorConfig = ErrorConfig()):
         self.cfg = cfg
@@ -82,7 +85,7 @@ class ErrorBuffer:
 
     def push(
         self,
-        delta: Tensor,  # (B, C, T, h, w) δ = x̂0 − x0 of the current latents
+        delta: Tensor,  # (B, C, T, h, w) δ of the new latents
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
     ) -> None:
         if delta.ndim != 5:
@@ -90,7 +93,7 @@ class ErrorBuffer:
         B, C, T, h, w = delta.shape
         self._check(C, h, w)
 
-        # some latent frames of the batch, each on its own
+        # a random choice among all latent frames of the batch
         picks = torch.randperm(B * T, generator=generator)[: self.cfg.per_push].to(delta.device)
         frames = delta.detach().transpose(1, 2).flatten(0, 1)[picks]
         frames = frames.to("cpu", getattr(torch, self.cfg.dtype))
@@ -106,7 +109,7 @@ class ErrorBuffer:
         self.pushes += 1
 
     def ready(self) -> bool:
-        """Early errors are those of an untrained network: nothing is injected before the warm-up."""
+        """Whether errors may be injected: early ones are those of an untrained network."""
         return self.size > 0 and self.pushes >= self.cfg.warmup
 
     def amplitude(
@@ -123,7 +126,7 @@ class ErrorBuffer:
         x: Tensor,  # (B, C, T, h, w) past or memory latents, clean
         gamma: float | None = None,  # γ_h or γ_m; None takes the config's
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
-    ) -> Tensor:  # (B, C, T, h, w) x̃; x itself until the warm-up is over
+    ) -> Tensor:  # (B, C, T, h, w) x̃ of (2); x itself until the warm-up is over
         if x.ndim != 5:
             raise ValueError(f"perturb needs latents (B, C, T, h, w), got {tuple(x.shape)}")
         B, C, T, h, w = x.shape
@@ -135,7 +138,7 @@ class ErrorBuffer:
         picks = torch.randint(self.size, (B, T), generator=generator)
         delta = self.entries[picks].transpose(1, 2).to(x)  # (B, C, T, h, w)
         if self.cfg.kind == "gaussian":
-            size = delta.std((1, 3, 4), keepdim=True)  # of every latent frame
+            size = delta.std((1, 3, 4), keepdim=True)  # (B, 1, T, 1, 1)
             delta = size * torch.randn(delta.shape, generator=generator).to(x)
 
         return x + scale.view(B, 1, 1, 1, 1) * delta  # (2)
@@ -148,6 +151,7 @@ class ErrorBuffer:
     def load_state_dict(self, state: dict) -> None:
         here = (self.cfg.capacity, self.cfg.dtype)
         saved = (state["cfg"]["capacity"], state["cfg"]["dtype"])
+        # older runs could split the buffer by noise level; this one has a single shelf
         if here != saved or state["cfg"].get("buckets", 0):
             raise ValueError(
                 f"this error buffer has (capacity, dtype) = {here}, the saved one {saved}"
@@ -182,7 +186,10 @@ class ErrorBuffer:
 
 
 def main() -> None:
-    """A pushed error comes back in other latents; the Gaussian control has its size, not its shape."""
+    """A pushed error comes back in other latents; the Gaussian control has its size, not its shape.
+
+    The errors here are easy to recognise: alike in all cells of a frame.
+    """
     g = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.95, 0.7, 0.4, 0.1]).view(-1, 1, 1, 1, 1)
     x0 = torch.randn(4, 16, 10, 8, 8, generator=g)
@@ -213,7 +220,7 @@ def main() -> None:
     while len(buffer) < N:
         buffer.push(torch.ones(1, 1, n, 1, 1), g)
     for k in (10, 31, 62):
-        while buffer.pushes < -(-N // n) + k:
+        while buffer.pushes < -(-N // n) + k:  # those that filled it, and k more
             buffer.push(torch.zeros(1, 1, n, 1, 1), g)
         chance = (1 - 1 / N) ** (n * k)  # (3)
         left = buffer.entries.float().mean()
