@@ -1,44 +1,48 @@
 """Predict the velocity of noisy latents from context, actions and cameras.
 
-What it does. A transformer over [memory | past | new]. Memory and past are clean and only read;
-for the new latents it says which way leads from noise to data, and learns to (flow.py) by
+What it does. A transformer over [memory | past | new]. Memory and past are clean and only looked
+at. The new latents are noisy, x_σ at level σ; for them it predicts the velocity v̂, which leads
+from data to noise (flow.py). It is trained to make this small:
 
     L = ‖(ε − x0) − v̂(x_σ, σ | past, memory, actions, cameras, text)‖²                   Eq. 3, 6
 
 Paper: §3.1 (base model), §3.2 (memory in the same sequence).  Its block: block.py.
 
-Why it works. Attention compares everything with everything, so it wants few and telling tokens. A
-patch of 1 x 2 x 2 cells is cut out, laid flat and multiplied by a matrix, which is a convolution
-whose kernel is its stride. T latents of h x w cells become T rows of S = h·w/4 places:
+Why it works. Attention compares every token with every other one, so there should be few of them. A
+token is a patch of 1 latent x 2 x 2 cells: its 4·C numbers as one row, times a matrix W_x. (That is
+a convolution whose stride is its kernel size, and the weights are stored as one.) T latents of
+h x w cells become T times S = h·w/4 tokens:
 
-    token[t, row, column] = W·x[:, t, 2·row : 2·row + 2, 2·column : 2·column + 2]              (1)
+    token[t, row, column] = W_x·x[:, t, 2·row : 2·row + 2, 2·column : 2·column + 2]            (1)
 
-The noise level is one number, and layers are poor at telling .93 from .94 when both are one
-number. As waves of 128 lengths, from short to very long, near levels differ in the short ones and
-far levels in the long ones; an MLP reads them:
+Noise level. As a single number, .93 is hard to tell from .94. As cosines and sines of 128
+frequencies it is not: near levels differ in the fast ones, far levels in the slow ones. An MLP
+turns them into a vector e:
 
-    e = MLP(cos ω_j·t, sin ω_j·t),    t = 1000·σ,    ω_j = 10000^(−j/128)                      (2)
+    e(t) = MLP(cos ω_j·t, sin ω_j·t),   t = 1000·σ,   ω_j = 10000^(−j/128),   j = 0 .. 127     (2)
 
-Memory and past are clean: they are told t = 0. So only two rows of e exist, whatever the length
-of the sequence, and each latent picks its own:
+A sequence has two levels: 0 in memory and past, σ in the new latents. So e is computed for these
+two only, and each latent picks its own:
 
     e[latent] = e(1000·σ) if it is new, e(0) if not                                            (3)
 
-The rays of all cells, laid flat as in (1), become ray tokens: one matrix and a residual. In our
-own presets they also join the input, so that the first layer knows what belongs together:
+Cameras. The rays of all cells (camera.py), cut into patches as in (1), become ray tokens P, which
+the blocks use:
 
-    P = p + W₂·silu(W₁·p),    p = W·rays                                                       (4)
+    P = p + W₂·silu(W₁·p),    p = W_r·rays                                                     (4)
 
-The head turns tokens back into cells. What is read is the velocity of the new latents alone.
+In our own presets they are added to the tokens at the input as well, so that the first attention
+can tell already which places of two latents lie in the same direction.
 
-Cheaper, and equal to the bit: prepare(context) keeps what no step of sampling changes; the last
-block answers only for latents that are read; ranks share places, and talk in self-attention and
-at the end.
+The head turns tokens back into cells. Only the velocity of the new latents is read.
 
-What differs. No padding tokens; any batch; the release has rays in the blocks alone, not at the
-input.
-`context` is a context.Context, read by attribute: past, memory, times, rays, mouse, keyboard,
-text.
+Cheaper, with the same bits: prepare(context) computes what does not change between the steps of
+sampling; the last block computes only the latents that are read; ranks share the places of a
+picture and exchange in self-attention and at the end (attention.py).
+
+What differs. No padding tokens, and batches of any size; in the release rays enter in the blocks
+alone. `context` is a context.Context, of which past, memory, times, rays, mouse, keyboard and text
+are read.
 
 Try it: python dit.py      Tests: pytest tests/test_dit.py
 """
@@ -61,21 +65,21 @@ from block import Block, Prepared, modulate
 class DiTConfig:
     dim: int = 256  # D, token width
     heads: int = 4  # of self- and text attention
-    layers: int = 6
-    ffn: int = 640
+    layers: int = 6  # blocks
+    ffn: int = 640  # width inside a block's MLP
     in_dim: int = 16  # C, latent channels in and out
-    text_dim: int = 64
-    text_len: int = 16  # text rows; missing ones are zero rows, which ARE attended
-    freq_dim: int = 256  # sinusoid of the timestep
-    ray_channels: int = 60  # ray channels per latent cell
-    sigma_theta: float = 0.8  # σ_θ of Eq. 7; 0 is ordinary RoPE
+    text_dim: int = 64  # width of a word
+    text_len: int = 16  # words; missing ones are zeros, which ARE attended to
+    freq_dim: int = 256  # cosines and sines of (2), 128 each
+    ray_channels: int = 60  # per cell: 15 for each of four frames (camera.anchored_rays)
+    sigma_theta: float = 0.8  # σ_θ of Eq. 7, see attention.py; 0 is ordinary RoPE
     patch: tuple[int, int, int] = (1, 2, 2)  # latent cells per token: time (always 1), row, column
 
-    action_blocks: tuple[int, ...] = (0, 1, 2)
+    action_blocks: tuple[int, ...] = (0, 1, 2)  # which blocks have an action module
     action_hidden: int = 16  # width of one embedded keyboard frame
     action_width: int = 64  # inner width of both action branches
     action_heads: int = 4
-    action_rope: int = 4  # channels per action head that rotate; the others stand still
+    action_rope: int = 4  # channels per action head that RoPE rotates; the others know no time
     action_window: int = 12  # frames of actions each latent sees
     action_norm_weight: bool = False  # multiply by the action q/k norm weights; released: no
 
@@ -193,7 +197,7 @@ def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Tokens to cells, in float32. It too is told the noise level, by a shift and a scale."""
+    """Tokens to cells, in float32; the noise level makes a shift and a scale, as in block.py (2)."""
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
@@ -201,8 +205,8 @@ class Head(nn.Module):
         self.head = nn.Linear(cfg.dim, math.prod(cfg.patch) * cfg.in_dim)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:  # (B, T, S, D), (B, T, D) -> (B, T, S, 4·C)
-        time = (self.modulation + e[:, :, None])[:, :, :, None]  # (B, T, 2, 1, D)
-        shift, scale = time.unbind(2)
+        level = (self.modulation + e[:, :, None])[:, :, :, None]  # (B, T, 2, 1, D)
+        shift, scale = level.unbind(2)
         return linear32(self.head, modulate(x.float(), shift, scale))
 
 
@@ -214,9 +218,9 @@ class DiT(nn.Module):
 
     memory, past, x_sigma ── patches ──┐
     rays ─────────────────── ray tokens ┤
-    sigma ────────────────── time ──────┼── block · block · ... · block ── head ── velocity
+    sigma ────────────────── e ─────────┼── block · block · ... · block ── head ── velocity
     text, mouse, keyboard ──────────────┤
-    times ────────────────── angles ────┘
+    times ────────────────── RoPE ──────┘
     """
 
     def __init__(self, cfg: DiTConfig = PRESETS["tiny"]):
@@ -239,13 +243,13 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As released: actions, cameras and the output start silent.
+        """As released: the last layers of actions, cameras and head start at zero.
 
         A fresh network predicts zero; Wan2.2's weights with fresh cameras predict what Wan2.2 does.
         """
-        silent = ("head.head", "proj_mouse", "proj_keyboard", "cam_scale_layer", "cam_shift_layer")
+        zeros = ("head.head", "proj_mouse", "proj_keyboard", "cam_scale_layer", "cam_shift_layer")
         for name, p in self.named_parameters():
-            if name.endswith("bias") or any(layer in name for layer in silent):
+            if name.endswith("bias") or any(layer in name for layer in zeros):
                 nn.init.zeros_(p)
             elif name.startswith(("text_embedding", "time_embedding")):
                 nn.init.normal_(p, std=0.02)
@@ -264,7 +268,7 @@ class DiT(nn.Module):
         B, C, P, h, w = context.past.shape
         T = context.times.shape[1]
         new = T - P - context.memory.shape[2]
-        answered = new + P if return_past else new
+        wanted = new + P if return_past else new
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
 
         # one sequence: memory and past, which no step changes, and the new latents as they are now
@@ -275,22 +279,22 @@ class DiT(nn.Module):
         if self.cfg.fp32_stream:
             x = x.float()
 
-        # every latent is told its own noise level
+        # every latent gets the rows of its own noise level: 0 if it is clean, 1 if new
         is_new = (torch.arange(T, device=x.device) >= T - new).long()
-        e, time = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
+        e, level = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
 
-        # the last block answers only for what is read; unless it has actions, which look along
-        # all of time, past and memory included
+        # the last block computes only what is read; not if it has actions, whose attention runs
+        # over all times, past and memory included
         ready = shared.blocks or [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
-            answer = answered if is_last and block.action_model is None else T
-            x = block(x, time, shared, ready[i], answer)
+            needed = wanted if is_last and block.action_model is None else T
+            x = block(x, level, shared, ready[i], needed)
         if return_features:
-            return x[:, -answered:]
+            return x[:, -wanted:]
 
         # tokens to cells; ranks that share the places bring them together
-        y = self.head(x[:, -answered:], e[:, -answered:])  # (B, answered, S, 4·C)
+        y = self.head(x[:, -wanted:], e[:, -wanted:])  # (B, wanted, S, 4·C)
         if shared.group is not None:
             y = attention.gather_places(y, shared.places, shared.group)
         return unpatchify(y, h, w, self.cfg.patch)
@@ -305,7 +309,7 @@ class DiT(nn.Module):
         return replace(shared, blocks=[block.prepare(shared) for block in self.blocks])
 
     def share(self, context, group: dist.ProcessGroup | None = None) -> Prepared:
-        """What all blocks need of the context, in their dtype and for our places."""
+        """What all blocks need of the context, in their dtype, for the places of this rank."""
         self.check(context)
         cfg = self.cfg
         dtype = self.patch_embedding.weight.dtype
@@ -332,7 +336,7 @@ class DiT(nn.Module):
         )
 
     def embed(self, x: Tensor, here: slice) -> Tensor:  # (B, C, T, h, w) -> (B, T, S, D)
-        # a convolution's weight, used as the matrix that it is
+        # the convolution's weight (D, C, 1, 2, 2), flattened to the matrix W_x
         weight = self.patch_embedding.weight
         tokens = patchify(x, self.cfg.patch)[:, :, here].to(weight.dtype)
         return F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)  # (1)
@@ -344,9 +348,9 @@ class DiT(nn.Module):
         return p + self.c2ws_hidden_states_layer2(hidden)  # (4)
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) -> e (B, 2, D), and of it shifts, scales and gates (B, 2, 6, D).
+        """(B,) -> e (B, 2, D), and W·silu(e) of block.py (1), (B, 2, 6, D).
 
-        Row 0 is t = 0, row 1 is t. In float32: a level that is off by bf16 is another level.
+        Row 0 is for t = 0, row 1 for t = 1000·σ. In float32, because bf16 would confuse near levels.
         """
         t = timestep(sigma, self.cfg.timestep)
         omega = attention.frequencies(t.new_full((1,), 1e4), self.cfg.freq_dim // 2)
@@ -424,7 +428,7 @@ def main() -> None:
     print(f"5b: {tensors} tensors, {parameters:,} parameters; released: 1356 and 6,469,915,584")
 
     model = DiT()
-    for p in model.parameters():  # nothing silent, so that every path shows
+    for p in model.parameters():  # no layer at zero, so that every input has an effect
         if p.ndim > 1:
             nn.init.normal_(p, std=0.1)
     context = random_context(model.cfg)
