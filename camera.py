@@ -146,13 +146,6 @@ def integrate(
     return torch.tensor(poses, dtype=torch.float64)
 
 
-def invert_actions(keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
-    """The actions that walk (F, 6), (F, 2) back: reversed in time, w <-> s, a <-> d, mouse negated."""
-    opposite = [1, 0, 3, 2, 4, 5]
-    backwards = keyboard.flip(-2)
-    return backwards[..., opposite], -mouse.flip(-2)
-
-
 # ---- poses to cameras ----------------------------------------------------------------------------
 
 
