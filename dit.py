@@ -420,6 +420,7 @@ def random_context(
 
 @torch.no_grad()
 def main() -> None:
+    """The released size; the same bits with prepare(); every input has an effect."""
     torch.manual_seed(0)
     with torch.device("meta"):
         big = DiT(PRESETS["5b"])

@@ -151,7 +151,7 @@ def generator_loss(
         x_fake = flow.x0_from_v(x_tau, v_fake, tau)
 
         # an x that is exactly the teacher's estimate would divide by zero: it is not moved
-        error = (x - x_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+        error = (x - x_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)  # of each sample
         g = ((x_fake - x_real) / error).nan_to_num(0.0, 0.0, 0.0)  # (3)
     return 0.5 * (x0.float() - (x - g)).square().mean()  # (4)
 

@@ -337,8 +337,9 @@ class MemoryBank:
         distance[:, stop:] = torch.inf
         distance = distance.view(len(key), GROUP, width)
 
+        # group i has the rows i, i + width, i + 2·width, ...
         best = distance.amin(1).topk(min(SURVIVORS, width), largest=False)
-        groups = best.indices[:, None]  # (Q, 1, SURVIVORS)
+        groups = best.indices[:, None]  # (Q, 1, SURVIVORS), or (Q, 1, width) if that is less
         members = groups + width * torch.arange(GROUP, device=key.device)[:, None]
         few = distance.gather(2, groups.expand(-1, GROUP, -1)).flatten(1)
         closest = few.topk(SURVIVORS, largest=False)
@@ -411,7 +412,7 @@ class MemoryBank:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.size = len(state.get("times", ()))
         self.store = {}
-        missing = -self.size % BLOCK
+        missing = -self.size % BLOCK  # empty rows that fill the last block
         for name, x in state.items():
             empty = x.new_zeros(missing, *x.shape[1:])
             self.store[name] = torch.cat([x, empty])
@@ -433,7 +434,11 @@ def there_and_back() -> Tensor:
 
 
 def main() -> None:
-    """How exact a number of points is; what is remembered on a walk there and back."""
+    """How exact a number of points is; what is remembered on a walk there and back.
+
+    While the player walks on, the newest latents do as well (the sink costs some overlap). Once he
+    has turned back, only the camera finds the old ones.
+    """
     cameras = there_and_back()
     views = cameras[:, -1]
     fine = overlap(views[::10], views, points=16384)  # stands for the true share
@@ -455,7 +460,7 @@ def main() -> None:
         for policy in ("camera", "recent"):
             rows, scores = bank.retrieve(views[queries], before=new - 4, policy=policy)
             seen[policy] = f"{scores.mean():.2f} by latents {rows.tolist()}"
-        print(f"{stage:12s} at latent {new}: seen before {seen['camera']}; newest {seen['recent']}")
+        print(f"{stage:12s} at latent {new}: overlap {seen['camera']}; newest: {seen['recent']}")
 
 
 if __name__ == "__main__":
