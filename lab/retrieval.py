@@ -67,7 +67,7 @@ def choose(run: Run, walk: Walked, seed: int) -> dict[str, list[int]]:
     began = time.perf_counter()
     exact = truth.exact_overlap(query, old)
     every = torch.arange(walk.stop).expand(len(query), -1)
-    picked = memory.pick(exact, every, 0, repeat=10.0)
+    picked = memory.pick(exact, every, 0, penalty=10.0)
     run.put("camera, exact", {"ms": ms_since(began)})
     picks["camera, exact"] = picked.tolist()
     return picks
