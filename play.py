@@ -46,8 +46,9 @@ import numpy as np
 import torch
 
 import camera
+import realtime
 from dataset.chords import read_actions
-from engine import cli, parts
+from engine import cli, meeting, parts
 from page import folder, panels
 from page.controls import FILE_FPS, SHOW_FPS, legal
 from page.opening import options_of
@@ -354,7 +355,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(*names, help=text, **kind)
     args = parser.parse_args(argv)
 
-    ranks = args.dit_ranks or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ranks = args.dit_ranks or meeting.started() > 1
     if args.view == "third" and ranks:
         raise ValueError("--view third plays in one process: leave out --dit-ranks and torchrun")
     if args.view == "third" and args.preset in ("5b", "14b"):
@@ -450,7 +451,11 @@ def end_in_good_order(stop: threading.Event) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    if not meeting.is_first():
+        return realtime.help_out()
     end_in_good_order(args.stop)
+    if meeting.started() > 1:
+        meeting.when_left_alone(args.stop.set)
     if args.make_start:
         return make_start(args)
     if args.replay:

@@ -42,22 +42,30 @@ N + 1 processes, three channels (engine/ranks.py; engine/actors.py is what each 
 
 All denoisers hold equal memories, because all get the same calls and a segment's noise depends on (seed,
 number) alone; for the same reason undo, restore, replay and N ranks give the same frames. If a rank dies,
-fails or stalls, rank 0 raises one RuntimeError and all end within seconds.
+fails or stalls, rank 0 raises one ConnectionError and all end within seconds.
+
+On one host rank 0 starts the others, with torchrun or without. On several, torchrun starts all of them:
+they meet at its MASTER_ADDR, and only who knows the operator's secret is obeyed (engine/meeting.py):
+
+    export MATRIX_GAME_SECRET=...                                          the same on all hosts
+    torchrun --nnodes 3 --node-rank K --nproc-per-node 3 --master-addr HOST play.py --dit-ranks 8
 
 What differs. The released parallel start fails as documented. Here frames leave as they are made; there is
 no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset; segments may be short.
 
-Try it: python realtime.py      Tests: pytest tests/test_realtime.py      Bench: python lab/bench.py
+Try it: python realtime.py      Tests: pytest tests/test_realtime.py tests/test_ranks.py
+Bench:  python lab/bench.py
 """
 
-import multiprocessing
-import os
+import json
+import secrets
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +77,9 @@ from torch import Tensor
 import camera
 import memory
 from context import Window
-from engine import ranks, weights
+from engine import meeting, ranks, spawned, weights
 from engine.actors import UNDO, Decoder, Denoiser, serve
+from engine.meeting import Place
 from engine.parts import SIZES, Options, embed, load_parts, places, resolve
 
 WINDOW = Window()
@@ -93,9 +102,9 @@ class Session:
     def __init__(
         self,
         options: Options,
+        place: Place | None = None,  # of rank 0, where ranks meet
         store: dist.Store | None = None,
-        crew: Sequence[multiprocessing.Process] = (),
-        key: bytes = b"",  # what the orders of rank 0 are signed with
+        crew: Sequence[subprocess.Popen] = (),
     ) -> None:
         self.options = resolve(options)
         self.policy = options.policy
@@ -110,7 +119,7 @@ class Session:
         self.team = None
         if store:
             dit = self.nets["dit"]
-            self.team = ranks.Team(0, len(crew) + 1, store, self.options, dit, key, crew)
+            self.team = ranks.Team(place, store, self.options, dit, crew)
         group = self.team.group if self.team else None
         self.denoiser = Denoiser(self.nets["dit"], meta, self.options, group)
         self.decoder = self.team or Decoder(self.nets["decoder"], self.options)
@@ -281,51 +290,63 @@ class Session:
         """End the other ranks in good order."""
         if self.team:
             self.pool.shutdown()
-            self.team.post("denoise", "close")
-            self.team.post("decode", "close")
-            dist.destroy_process_group()
+            self.team.close()
 
 
 # ---- N + 1 ranks -------------------------------------------------------------------------------------------
 
 
-def open_session(options: Options, dit_ranks: int = 0) -> Session | None:
-    """One process (0), or rank 0 of dit_ranks + 1; the others are started here.
+def open_session(options: Options, dit_ranks: int = 0) -> Session:
+    """One process (0), or rank 0 of dit_ranks + 1: on one host it starts the others itself.
 
-    Under torchrun its rank 0 does so too, and the rest get None.
+    What else torchrun has started calls help_out() instead.
     """
     options = resolve(options)
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("RANK", 0)):
-        return None
-    count = dit_ranks or started - 1
+    others = meeting.started() - 1
+    count = dit_ranks or others
     if not count:
         return Session(options)
 
     most = places(options)
-    if not 1 <= count <= most or started not in (1, count + 1):
+    if not 1 <= count <= most or others not in (0, count):
         raise ValueError(
             f"{count} denoising ranks cannot work here: "
-            f"{options.preset} has {most} places to share, and {started} processes were started. "
+            f"{options.preset} has {most} places to share, and {others + 1} processes were started. "
             f"Use 1 to {most}; torchrun --nproc_per_node needs one more"
         )
-    cuda = options.device.startswith("cuda")
-    if cuda and not dist.is_nccl_available():
+    if options.device.startswith("cuda") and not dist.is_nccl_available():
         raise ValueError(
             "this torch has no nccl, which ranks on GPUs need; "
             "use --device cpu or another build of torch"
         )
+    return meet_others(options) if meeting.apart() else spawn_others(options, count)
 
-    # the others load while this process does, and all meet in Team
-    store, key = ranks.open_store(), ranks.new_key()
-    spawn = multiprocessing.get_context("spawn")
+
+def spawn_others(options: Options, count: int) -> Session:
+    """All on this host. The others load while this process does, and all meet in Team."""
+    place = Place(0, count + 1, meeting.LOOPBACK, 0, secrets.token_bytes(32))
+    store = place.open()
+    place = place._replace(port=store.port)
     crew = []
     for rank in range(1, count + 1):
-        place = replace(options, device=f"cuda:{rank}" if cuda else "cpu")
-        work = (rank, count + 1, store.port, key, place)
-        crew.append(spawn.Process(target=serve, args=work, daemon=True))
-        crew[-1].start()
-    return Session(options, store, crew, key)
+        device = f"cuda:{rank}" if options.device.startswith("cuda") else "cpu"
+        theirs = asdict(replace(options, device=device))
+        crew.append(spawned.start(place._replace(rank=rank), theirs))
+    return Session(options, place, store, crew)
+
+
+def meet_others(options: Options) -> Session:
+    """On several hosts: torchrun has started the others, and they wait for the options."""
+    place = meeting.named()
+    store = place.open()
+    place = place.with_session_key(store)
+    store.set("options", place.sign("options", json.dumps(asdict(options))))
+    return Session(options, place, store)
+
+
+def help_out() -> int:
+    """A process of torchrun that is not rank 0: on another host a rank, here nothing to do."""
+    return serve(meeting.named()) if meeting.apart() else 0
 
 
 # ---- time --------------------------------------------------------------------------------------------------

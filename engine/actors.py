@@ -10,8 +10,10 @@ Decoder holds one video. Neither knows of the other. Alone, a session calls both
 """
 
 import contextlib
+import json
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,7 +30,8 @@ import camera
 import flow
 import vae
 from context import Context, Lens, Memory, Segment, Window, segment_cameras
-from engine import ranks
+from engine import meeting, ranks
+from engine.meeting import Place
 from engine.parts import PIECE, SIZES, Options, load_parts, null_text, vae_config
 from memory import MemoryBank
 
@@ -338,27 +341,47 @@ ORDERS = {  # what rank 0 may ask of whom
 BROKEN = ("onnection", "gloo", "died")  # words of an error that only says that another rank is gone
 
 
-def serve(rank: int, world: int, port: int, key: bytes, options: Options) -> None:
-    """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes."""
-    ranks.end_with_parent()
-    store = ranks.join_store(port)
-    box = "decode" if rank == world - 1 else "denoise"
+def serve(place: Place, options: Options | None = None) -> int:
+    """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes.
+
+    Who was spawned is told its options; on another host they are read from the store.
+    """
+    store = place.join()
+    rank = place.rank
+    box = "decode" if rank == place.world - 1 else "denoise"
+    done = threading.Event()
     try:
+        if place.apart:
+            done = meeting.keep_beating(place)
+            place = place.with_session_key(store)
+            options = read_options(place, store)
         torch.set_num_threads(options.threads or torch.get_num_threads())
         nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
-        team = ranks.Team(rank, world, store, options, nets.get("dit"), key)
+        team = ranks.Team(place, store, options, nets.get("dit"))
         if box == "decode":
             actor = Decoder(nets["decoder"], options)
         else:
             actor = Denoiser(nets["dit"], meta, options, team.group)
-        obey(actor, ranks.Inbox(store, box, key, ORDERS[box]), answers=box == "decode")
+        obey(actor, ranks.Inbox(store, box, place, ORDERS[box]), answers=box == "decode")
+        done.set()
+        dist.barrier()  # rank 0 waits until all have read its last order
         dist.destroy_process_group()
     except Exception as error:  # whatever it is, rank 0 must hear of it, if it lives
-        echo = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
+        broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
+        echo = broken or isinstance(error, ConnectionError)
         with contextlib.suppress(RuntimeError):
             if not echo:
                 store.set("failed", f"rank {rank} ({box}) failed: {type(error).__name__}: {error}")
         os._exit(1)
+    return 0
+
+
+def read_options(place: Place, store: dist.Store) -> Options:
+    """Those of rank 0, on the device that torchrun gives to this process."""
+    options = Options(**json.loads(place.checked("options", store.get("options"))))
+    if options.device.startswith("cuda"):
+        options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return options
 
 
 def obey(actor: Denoiser | Decoder, inbox: ranks.Inbox, answers: bool) -> None:

@@ -1,6 +1,6 @@
-"""N ranks denoise, one decodes: how they meet, speak and fail.
+"""N ranks denoise, one decodes: how they speak, agree and fail.
 
-Three channels, none of which can carry code:
+They meet as engine/meeting.py says. Three channels, none of which can carry code:
 
     orders     rank 0  ->  all who read a box     the store: JSON text, signed       post, Inbox
     tensors    rank 0  ->  whoever got the order  send, in the order they are named  send_all
@@ -8,18 +8,14 @@ Three channels, none of which can carry code:
 
     box "denoise" is read by ranks 1 .. N−1, box "decode" by rank N. Rank 0 does what it posts itself.
 
-The store listens on the loopback address alone, and gloo with it. Whoever else can reach that address cannot
-sign: the key is drawn at every start and handed to the ranks when they are spawned.
+Whoever else can reach the store cannot sign, and what is not signed is not read. A rank that dies ends all
+within seconds: rank 0 watches, tells the others, and its next call, or the one that it waits in, raises.
 """
 
 import contextlib
 import hashlib
-import hmac
 import json
-import multiprocessing
 import os
-import secrets
-import socket
 import sys
 import threading
 import time
@@ -32,43 +28,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from engine import meeting
+from engine.meeting import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 FOR_EVER = timedelta(days=7)  # players pause
-MEET_WITHIN = timedelta(seconds=120)  # to connect to the store
+CONNECT_WITHIN = timedelta(seconds=9)  # all have loaded, and only connect
 KEPT_ORDERS = 8  # older ones are deleted from the store
-
-
-def open_store() -> dist.TCPStore:
-    """A meeting point for the processes of this machine."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=MEET_WITHIN,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def join_store(port: int) -> dist.TCPStore:
-    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=MEET_WITHIN)
-
-
-def new_key() -> bytes:
-    return secrets.token_bytes(32)
-
-
-def end_with_parent() -> None:
-    """A rank whose parent is gone ends, whatever it waits for."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+WATCH = 0.2  # seconds between two looks at the others
+GRACE = 4.0  # seconds in which a call notices by itself that a rank is dead
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -124,28 +94,20 @@ def receive_all(message: object, source: int) -> object:
     return unpack(message, iter(tensors))
 
 
-def signature(key: bytes, place: str, text: str) -> str:
-    """Binds a text to its place in its box: an old order cannot be played again."""
-    return hmac.new(key, f"{place} {text}".encode(), hashlib.sha256).hexdigest()
-
-
 class Inbox:
     """The orders of one box, as they come: (name, arguments)."""
 
-    def __init__(self, store: dist.Store, box: str, key: bytes, allowed: Sequence[str]):
+    def __init__(self, store: dist.Store, box: str, place: Place, allowed: Sequence[str]):
         self.store = store
         self.box = box
-        self.key = key
+        self.place = place
         self.allowed = allowed
         self.read = 0
 
     def next(self) -> tuple[str, list]:
         self.read += 1
-        place = f"{self.box}{self.read}"
-        signed, _, text = self.store.get(place).decode(errors="replace").partition(" ")
-        if not hmac.compare_digest(signed.encode(), signature(self.key, place, text).encode()):
-            raise ValueError(f"order {place} is not signed by rank 0: somebody else wrote it")
-        name, message = json.loads(text)
+        order = f"{self.box}{self.read}"
+        name, message = json.loads(self.place.checked(order, self.store.get(order)))
         if name not in self.allowed:
             raise ValueError(f"unknown order {name!r}; known are {', '.join(self.allowed)}")
         return name, receive_all(message, 0)
@@ -187,6 +149,11 @@ def fingerprint(options: object, model: nn.Module | None) -> dict[str, str]:
     return facts
 
 
+def last_words(store: dist.Store) -> str:
+    """Of a rank that failed."""
+    return store.get("failed").decode() if store.check(["failed"]) else ""
+
+
 class Team:
     """Ranks 0 .. N−1 denoise, rank N decodes.
 
@@ -196,49 +163,44 @@ class Team:
 
     def __init__(
         self,
-        rank: int,
-        world: int,
+        place: Place,
         store: dist.Store,
         options: object,
         model: nn.Module | None,
-        key: bytes,
-        crew: Sequence = (),
+        crew: Sequence = (),  # processes that rank 0 has spawned
     ):
-        self.last = world - 1
+        self.place = place
+        self.last = place.world - 1
         self.store = store
-        self.key = key
         self.crew = crew
         self.posted = {"denoise": 0, "decode": 0}
         self.readers = {"denoise": range(1, self.last), "decode": [self.last]}
-        self.meet(rank, world, fingerprint(options, model))
+        self.waiting: list[str] = []  # calls that wait for others just now
+        self.lost = ""  # why nobody is left
+        self.closed = False
+        if crew or (place.apart and place.rank == 0):
+            threading.Thread(target=self.watch, daemon=True).start()
+        with self.guarded("rank"):
+            self.meet(fingerprint(options, model))
+            self.group = self.connect(options)
 
-        store.set_timeout(FOR_EVER)
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        deadline = timedelta(seconds=options.patience * (30 if options.compile else 1))
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("gloo", store),
-            rank=rank,
-            world_size=world,
-            timeout=deadline,
-        )
-        backend = "nccl" if "cuda" in options.device else "gloo"
-        self.group = dist.new_group(list(range(self.last)), timeout=deadline, backend=backend)
         self.decode = partial(self.ask, "decode")
         self.dump = partial(self.ask, "dump")
         self.load = partial(self.ask, "load")
         self.undo = partial(self.ask, "undo")
 
-    def meet(self, rank: int, world: int, mine: dict[str, str]) -> None:
+    def meet(self, mine: dict[str, str]) -> None:
         """Wait until everybody has loaded, and compare."""
-        self.store.set(f"facts{rank}", json.dumps(mine))
+        world = self.place.world
         keys = [f"facts{r}" for r in range(world)]
+        mine_at = keys[self.place.rank]
+        self.store.set(mine_at, self.place.sign(mine_at, json.dumps(mine)))
         while not self.store.check(keys):
-            if self.failure() or not all(process.is_alive() for process in self.crew):
-                raise RuntimeError(self.failure() or "a rank died while starting; see above")
+            failed = last_words(self.store) or self.lost
+            if failed:
+                raise ConnectionError(failed)
             time.sleep(0.05)
-        first, *others = (json.loads(self.store.get(key)) for key in keys)
+        first, *others = (json.loads(self.place.checked(key, self.store.get(key))) for key in keys)
         wrong = [
             f"rank {r} differs from rank 0 in its {what}"
             for r, them in enumerate(others, 1)
@@ -250,23 +212,70 @@ class Team:
                 f"{'; '.join(wrong)}. Start all ranks from one folder, with the same options and weights"
             )
 
-    def failure(self) -> str:
-        """The last words of a rank that failed."""
-        return self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+    def connect(self, options: object) -> dist.ProcessGroup:
+        """Lines from everybody to everybody; the group of those who denoise."""
+        self.store.set_timeout(FOR_EVER)
+        meeting.use_interface(self.place)
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", self.store),
+            rank=self.place.rank,
+            world_size=self.place.world,
+            timeout=CONNECT_WITHIN,
+        )
+        # who is dead is not waited for as long as who computes
+        deadline = timedelta(seconds=options.patience * (30 if options.compile else 1))
+        backend = "nccl" if "cuda" in options.device else "gloo"
+        group = dist.new_group(list(range(self.last)), timeout=CONNECT_WITHIN, backend=backend)
+        _set_pg_timeout(deadline)
+        if self.place.rank < self.last:
+            _set_pg_timeout(deadline, group)
+        return group
+
+    # ---- rank 0
+
+    def watch(self) -> None:
+        """Whoever dies ends all: the others at once, a call that still waits after a moment of grace."""
+        line = self.place.join()  # of its own: on the other one a call may wait
+        beats = meeting.Beats(line)
+        dead: list[int] = []
+        while not (dead or self.closed):
+            time.sleep(WATCH)
+            dead = [r for r, process in enumerate(self.crew, 1) if process.poll() is not None]
+            if self.place.apart:
+                dead = beats.dead(range(1, self.place.world))
+        if self.closed:
+            return
+
+        # the last words of the dead say more than that they are dead
+        time.sleep(WATCH)
+        self.lost = last_words(line) or ", ".join(f"rank {r} died" for r in dead)
+        self.end_others(line)
+        time.sleep(GRACE)
+        if self.waiting and not self.closed:
+            print(f"error: {self.lost}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def end_others(self, store: dist.Store) -> None:
+        """Nobody is left behind: who was spawned is killed, who was not reads that it is over."""
+        for process in self.crew:
+            process.kill()
+        if self.place.apart and not last_words(store):
+            store.set("failed", self.lost or "rank 0 has ended")
 
     def post(self, box: str, name: str, *args: object) -> None:
-        """Rank 0: an order for all who read this box, whenever they come to it."""
+        """An order for all who read this box, whenever they come to it."""
         tensors: list[Tensor] = []
         text = json.dumps([name, pack(args, tensors)])
         self.posted[box] += 1
         k = self.posted[box]
-        self.store.set(f"{box}{k}", f"{signature(self.key, f'{box}{k}', text)} {text}")
+        self.store.set(f"{box}{k}", self.place.sign(f"{box}{k}", text))
         self.store.delete_key(f"{box}{k - KEPT_ORDERS}")
         for reader in self.readers[box]:
             send_all(tensors, reader)
 
     def ask(self, name: str, *args: object) -> object:
-        """Rank 0: call a method of the decoder on the last rank."""
+        """Call a method of the decoder on the last rank."""
         with self.guarded("decoder"):
             self.post("decode", name, *args)
             return hear(self.last)
@@ -274,15 +283,31 @@ class Team:
     @contextlib.contextmanager
     def guarded(self, who: str) -> Iterator[None]:
         """On rank 0: a broken connection is reported as what broke it, and nobody is left behind."""
+        if self.lost:
+            raise ConnectionError(self.lost)
+        self.waiting.append(who)
         try:
             yield
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
+            if self.place.rank:
+                raise
             time.sleep(1)  # for the last words of others
-            dead = [
-                f"rank {r} died" for r, process in enumerate(self.crew, 1) if not process.is_alive()
-            ]
-            reason = self.failure() or ", ".join(dead)
-            for process in self.crew:
-                process.kill()
+            self.lost = self.lost or last_words(self.store)
+            self.end_others(self.store)
+            if isinstance(error, ValueError) and not self.lost:
+                raise
             cause = str(error).splitlines()[0].split("] ")[-1]
-            raise RuntimeError(reason or f"a {who} died or stalled ({cause})") from None
+            reason = self.lost or f"a {who} died or stalled ({cause})"
+            raise ConnectionError(reason) from None
+        finally:
+            self.waiting.remove(who)
+
+    def close(self) -> None:
+        """In good order."""
+        self.closed = True
+        if not self.lost:
+            self.post("denoise", "close")
+            self.post("decode", "close")
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()  # the store ends with this process: all shall have read it
+        dist.destroy_process_group()

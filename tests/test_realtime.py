@@ -1,19 +1,10 @@
-"""A session: the same frames however they are made, bounded in memory, honest about its cost.
+"""A session: the same frames however they are made, bounded in memory, honest about its cost."""
 
-And never left hanging: whatever happens to a rank, all end within seconds.
-"""
-
-import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +22,7 @@ import moe
 import realtime
 import world
 from dit import DiT
-from engine import actors, configs, parts, ranks, weights
+from engine import actors, configs, parts, weights
 from game import render
 from game.scene import make_scene
 
@@ -543,117 +533,6 @@ def test_a_picture_reaches_the_encoder_exactly_whatever_it_computes_in(
     assert torch.equal(pixels[0, :, 0], exact.bfloat16())
 
 
-# ---- ranks -------------------------------------------------------------------------------------------------
-
-
-def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
-    three: list[realtime.Chunk], session: realtime.Session, tmp_path: Path
-) -> None:
-    session.reset(IMAGE)
-    walk(session, 3)
-    ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 2)
-    ranks.reset(IMAGE)
-    for k in range(2):
-        ranks.submit(*actions(ranks.frames_needed, k))
-    chunks = [ranks.collect(), ranks.collect()]
-    ranks.save(tmp_path / "ranks.safetensors")
-    chunks += walk(ranks, 1, 2)
-    mine, right = ranks.denoiser.now.past, session.denoiser.now.past
-    assert (mine - right).norm() / right.norm() < 1e-4
-    assert all(pixels(a.frames, b.frames) <= 1 for a, b in zip(chunks, three, strict=True))
-    ranks.undo()
-    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
-    ranks.restore(tmp_path / "ranks.safetensors")
-    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
-    # a rank that fails is named, and nobody is left behind
-    ranks.team.post("denoise", "nonsense")
-    with pytest.raises(
-        RuntimeError, match=r"rank 1 \(denoise\) failed: ValueError: unknown order 'nonsense'"
-    ):
-        walk(ranks, 2, 3)
-    ranks.close()
-    for process in ranks.team.crew:
-        process.join(20)
-    assert not any(process.is_alive() for process in ranks.team.crew) and not dist.is_initialized()
-
-
-@pytest.mark.slow
-def test_eight_denoisers_and_a_decoder_make_the_frames_of_one_process(
-    three: list[realtime.Chunk], session: realtime.Session
-) -> None:
-    """Slow: nine processes import torch. As published, 8 + 1; two heads and 16 places among eight."""
-    session.reset(IMAGE)
-    walk(session, 2)
-    ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 8)
-    ranks.reset(IMAGE)
-    chunks = walk(ranks, 2)
-    mine, right = ranks.denoiser.now.past, session.denoiser.now.past
-    ranks.close()
-    assert (mine - right).norm() / right.norm() < 1e-4
-    assert all(pixels(a.frames, b.frames) <= 1 for a, b in zip(chunks, three, strict=False))
-    for process in ranks.team.crew:
-        process.join(20)
-    assert not any(process.is_alive() for process in ranks.team.crew)
-
-
-def test_a_killed_decoder_ends_all_ranks_within_seconds(three: list[realtime.Chunk]) -> None:
-    ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
-    ranks.reset(IMAGE)
-    assert torch.equal(walk(ranks, 1)[0].frames, three[0].frames)  # 1 + 1 is exact
-    os.kill(ranks.team.crew[0].pid, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1 died"):
-        walk(ranks, 1, 1)
-    assert time.monotonic() - began < 10
-    ranks.close()
-    assert not dist.is_initialized()
-
-
-@pytest.mark.slow
-def test_a_stalled_denoiser_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow: waits for the deadline."""
-    ranks = realtime.open_session(replace(OPTIONS, threads=1), 2)
-    ranks.reset(IMAGE)
-    walk(ranks, 1)
-    os.kill(ranks.team.crew[0].pid, signal.SIGSTOP)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="denoiser died or stalled"):
-        walk(ranks, 1, 1)
-    assert time.monotonic() - began < 30
-    ranks.close()
-    for process in ranks.team.crew:
-        process.join(5)
-    assert not any(process.is_alive() for process in ranks.team.crew)
-
-
-def test_ranks_with_other_options_or_weights_are_named() -> None:
-    store, said = dist.HashStore(), []
-
-    def join(rank: int, options: parts.Options, shift: float) -> None:
-        model = moe.build("micro")
-        torch.nn.init.constant_(model.head.head.bias, shift)
-        for p in list(model.parameters())[:-1]:
-            torch.nn.init.ones_(p)
-        try:
-            ranks.Team(rank, 3, store, options, model if rank < 2 else None, b"key")
-        except ValueError as error:
-            said.append(str(error))
-
-    threads = [
-        threading.Thread(target=join, args=(r, o, b))
-        for r, o, b in ((0, OPTIONS, 0.0), (1, OPTIONS, 1.0), (2, replace(OPTIONS, steps=4), 0.0))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(set(said)) == 1 and len(said) == 3
-    assert (
-        "rank 1 differs from rank 0 in its weights; rank 2 differs from rank 0 in its options"
-        in said[0]
-    )
-
-
 @pytest.mark.slow
 def test_hours_of_play_stay_within_bounded_memory() -> None:
     """Slow: 200 segments, 8,016 frames."""
@@ -723,95 +602,6 @@ def test_a_live_player_gets_the_shortest_segments_that_are_made_fast_enough(tmp_
 def test_a_length_that_nobody_trains_is_refused() -> None:
     with pytest.raises(ValueError, match="new must be one of 10, 5, 2, got 3"):
         parts.resolve(parts.Options("micro", "random", device="cpu", new=3))
-
-
-class Evil:
-    """What a pickle does when it is opened."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.marker}",)
-
-
-def listening(pids: set[int]) -> set[str]:
-    """Local addresses, in the kernel's hexadecimal, on which these processes wait for connections."""
-    sockets = set()
-    for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                sockets.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            columns = line.split()
-            if columns[3] == "0A" and columns[9] in sockets:
-                found.add(columns[1].split(":")[0])
-    return found
-
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-
-
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
-def test_ranks_meet_on_this_machine_alone_and_obey_nobody_but_rank_0(tmp_path: Path) -> None:
-    team = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
-    assert listening({os.getpid(), team.team.crew[0].pid}) <= LOOPBACK
-    team.reset(IMAGE)
-
-    # a stranger on this machine who found the port writes the next order
-    marker = tmp_path / "executed"
-    stranger = ranks.join_store(team.team.store.port)
-    place = team.team.posted["decode"] + 1
-    stranger.set(f"decode{place}", pickle.dumps(Evil(marker)))
-    team.team.crew[0].join(20)
-    assert not team.team.crew[0].is_alive() and not marker.exists()
-    assert "not signed by rank 0" in team.team.failure()
-    team.close()
-
-
-def test_orders_are_signed_for_their_place_and_say_only_what_json_can() -> None:
-    key = ranks.new_key()
-    order = {"x": torch.ones(2, 3), "names": ["a", 1, None], "none": torch.zeros(0)}
-    tensors: list[Tensor] = []
-    text = json.dumps(ranks.pack(order, tensors))
-    said = json.loads(text)
-    assert [x.shape for x in ranks.shapes_in(said)] == [x.shape for x in tensors]
-    again = ranks.unpack(said, iter(tensors))
-    assert torch.equal(again["x"], order["x"]) and again["names"] == order["names"]
-    assert ranks.signature(key, "decode1", text) != ranks.signature(key, "decode2", text)
-    with pytest.raises(TypeError):
-        json.dumps(ranks.pack(Evil(Path("x")), []))
-
-
-@pytest.mark.parametrize("after", [0.0, 2.0, 6.0])
-@pytest.mark.slow
-def test_ranks_end_with_the_process_that_started_them(after: float, tmp_path: Path) -> None:
-    """Slow: kills rank 0 while the others start, load and wait."""
-    program = f"""
-import sys; sys.path.insert(0, {str(parts.ROOT)!r})
-import realtime
-from engine import parts
-if __name__ == "__main__":
-    session = realtime.open_session(parts.Options(**{vars(OPTIONS)!r}), 2)
-    import time; time.sleep(60)
-"""
-    script = tmp_path / "rank0.py"
-    script.write_text(program)
-    first = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
-    time.sleep(after + 3)
-    children = [
-        int(path.name)
-        for path in Path("/proc").glob("[0-9]*")
-        if f"PPid:\t{first.pid}\n" in (path / "status").read_text()
-    ]
-    first.kill()
-    first.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        assert time.monotonic() < deadline, "a rank outlived its parent"
-        time.sleep(0.2)
 
 
 # ---- the decoder -------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "mistakes",
         "pictures",
         "ranks",
+        "meeting",
+        "spawned",
         "parts",
         "actors",
         "sizes",
