@@ -44,10 +44,10 @@ All denoisers hold equal memories, because all get the same calls and a segment'
 number) alone; for the same reason undo, restore, replay and N ranks give the same frames. If a rank dies,
 fails or stalls, rank 0 raises one ConnectionError and all end within seconds.
 
-On one host rank 0 starts the others, with torchrun or without. On several, torchrun starts all of them:
-they meet at its MASTER_ADDR, and only who knows the operator's secret is obeyed (engine/meeting.py):
+On one host rank 0 starts the others, with torchrun or without. On several, torchrun starts all:
+they meet at its MASTER_ADDR, and only who knows the operator's secret is obeyed (meeting.py):
 
-    export MATRIX_GAME_SECRET=...                                          the same on all hosts
+    export MATRIX_GAME_SECRET=...                                         the same on all hosts
     torchrun --nnodes 3 --node-rank K --nproc-per-node 3 --master-addr HOST play.py --dit-ranks 8
 
 What differs. The released parallel start fails as documented. Here frames leave as they are made; there is
@@ -93,7 +93,7 @@ class Chunk(NamedTuple):
     info: dict  # segment, first_latent, policy, bank; poses, keyboard, mouse as used; memory; ms
 
 
-# ---- one player --------------------------------------------------------------------------------------------
+# ---- one player ---------------------------------------------------------------------------------
 
 
 class Session:
@@ -293,7 +293,7 @@ class Session:
             self.team.close()
 
 
-# ---- N + 1 ranks -------------------------------------------------------------------------------------------
+# ---- N + 1 ranks --------------------------------------------------------------------------------
 
 
 def open_session(options: Options, dit_ranks: int = 0) -> Session:
@@ -349,7 +349,7 @@ def help_out() -> int:
     return serve(meeting.named()) if meeting.apart() else 0
 
 
-# ---- time --------------------------------------------------------------------------------------------------
+# ---- time ---------------------------------------------------------------------------------------
 
 
 def walk_actions(n: int) -> tuple[Tensor, Tensor]:
