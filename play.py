@@ -52,7 +52,7 @@ from engine import cli, meeting, parts
 from page import folder, panels
 from page.controls import FILE_FPS, SHOW_FPS, legal
 from page.opening import options_of
-from page.player import Player
+from page.player import Player, filled
 from page.server import bind
 from page.start import open_start
 
@@ -135,12 +135,6 @@ def headless(args: argparse.Namespace, script: Script) -> list[dict]:
     if player.unrecorded:
         raise OSError(player.unrecorded)
     return written
-
-
-def filled(rows: np.ndarray, n: int) -> np.ndarray:
-    """n rows of actions: what is missing at the end is standing still."""
-    rest = np.zeros((n - len(rows), rows.shape[1]), np.float32)
-    return np.concatenate([rows, rest])
 
 
 def walk(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ PRESETS = {
 FLAG = '--actions "'
 SEPARATOR = re.compile(r"\s*,\s*|(?<![+:\s])\s+(?![+:\s])")  # "w + l : 8" is one item
 COUNT = re.compile(r"\s*(?:(\d{1,5})|(\d{1,4}(?:\.\d{1,6})?)\s*s)\s*", re.ASCII)
-KEY = re.compile(r"[wasd]|[ijkl](?:\d{1,3}(?:\.\d{1,3})?)?", re.ASCII)
+KEY = re.compile(r"[wasd]|[ijkl](?:\d{1,3}(?:\.\d{1,4})?)?", re.ASCII)
 
 
 class Held(NamedTuple):

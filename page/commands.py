@@ -9,8 +9,10 @@ import math
 import secrets
 from collections.abc import Callable
 
+from page import opening
 from page.controls import KEYS
 from page.start import open_start
+from page.wayback import BUSY
 
 MOST_KEYS = 16  # of one input that are looked at
 FARTHEST = 4e3  # pixels that a mouse moves between two posts
@@ -32,11 +34,15 @@ def step(player: object, body: dict) -> None:
 
 
 def undo(player: object, body: dict) -> None:
+    if player.game.phase in BUSY:
+        raise ValueError("what was walked in the game counts")
     player.undo()
 
 
 def memory(player: object, body: dict) -> None:
     """Off and on: what a world is without its memory."""
+    if player.game.phase in BUSY:
+        raise ValueError("the game walks without memory by itself, at the end")
     player.session.policy = swapped(player.session.policy, "camera", "none")
 
 
@@ -82,7 +88,31 @@ def seed(player: object, body: dict) -> None:
 def image(player: object, body: dict) -> None:
     """A picture that was dropped on the page, or one of the gallery."""
     picture = base64.b64decode(body["data"], validate=True)
-    player.reset(open_start(picture, player.size, "the new picture", player.args.view))
+    start = open_start(picture, player.size, "the new picture", player.args.view)
+    player.reset(opening.numbered(start, picture, player.gallery))
+
+
+def walk(player: object, body: dict) -> None:
+    """The walk of a link; one that cannot be read is ignored, and the page says why."""
+    try:
+        opening.walk_link(player, str(body["link"]))
+    except ValueError as error:
+        player.screen.note(info=f"The walk in this link is ignored: {error}.")
+
+
+def share(player: object, body: dict) -> None:
+    """The way so far as a link."""
+    player.screen.note(link=opening.link_of(player))
+
+
+def game(player: object, body: dict) -> None:
+    """Find the way back: begin, be led home, stop."""
+    if body["do"] == "begin":
+        player.game.begin(player)
+    elif body["do"] == "home":
+        player.game.lead_home(player)
+    else:
+        player.game.stop(player)
 
 
 COMMANDS: dict[str, Callable] = {
@@ -98,6 +128,9 @@ COMMANDS: dict[str, Callable] = {
     "run": run,
     "image": image,
     "prompt": prompt,
+    "walk": walk,
+    "share": share,
+    "game": game,
 }
 
 

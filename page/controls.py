@@ -84,7 +84,8 @@ class Controls:
             chords.append("+".join(sorted(acting)) or "_")
 
         keyboard, mouse = (part.numpy() for part in camera.actions_from_keys(chords))
-        mouse = mouse + turn * LOOK_PER_PIXEL / n
+        # as finely as a link can say it
+        mouse = mouse + np.round(turn * LOOK_PER_PIXEL / n, 5)
         shown = {
             "keys": sorted(held | set(taps)),
             "clipped": bool(np.abs(mouse).max() > MAX_LOOK),

@@ -27,6 +27,8 @@ Pose = tuple[float, ...]  # x, y, z, pitch, yaw
 class FakeSession:
     """reset, step, undo, save, restore: a Session whose world is drawn by the game's own renderer."""
 
+    lengths = (10, 5, 2)  # that a link may name; a game acts at once, whatever it says
+
     def __init__(self, size: tuple[int, int], view: str = "first") -> None:
         self.size = size
         self.view = view

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import camera
 import realtime
 from dataset import episode
 from engine.parts import SIZES, Options
 from page import folder as folders
+from page import link
 from page.controls import LATENT
 from page.game import FakeSession
 from page.start import Start, open_start
@@ -56,7 +58,39 @@ def open_walk(player: object, live: bool) -> None:
         go_on(player, args.resume, said)
     else:
         image = Path(args.image)
-        player.reset(open_start(image, player.size, image.name, args.view))
+        start = open_start(image, player.size, image.name, args.view)
+        player.reset(numbered(start, image.read_bytes(), player.gallery))
+
+
+def numbered(start: Start, picture: bytes, gallery: list[Path]) -> Start:
+    """Which of the start pictures it is, if it is one: a link can say so."""
+    same = (k for k, path in enumerate(gallery) if path.read_bytes() == picture)
+    return replace(start, number=next(same, None))
+
+
+def walk_link(player: object, text: str) -> None:
+    """The walk of a link, from its start picture on."""
+    wanted = link.parse(text, len(player.gallery), player.session.lengths)
+    path = player.gallery[wanted.start]
+    start = open_start(path, player.size, path.name, player.args.view)
+    if wanted.new and not player.args.fake:
+        player.args.new = wanted.new
+        player.session.options = replace(player.session.options, new=wanted.new)
+    player.seed = wanted.seed
+    player.reset(replace(start, number=wanted.start))
+    if wanted.chords:
+        player.script = [rows.numpy() for rows in camera.actions_from_keys(wanted.chords)]
+
+
+def link_of(player: object) -> str:
+    """The way the player has come, as a link that leads the same way."""
+    keyboard, mouse = player.actions()
+    if player.begun.number is None or len(keyboard) != player.frame:
+        raise ValueError("a link can only hold walks that began with one of the start pictures")
+    chords = [link.chord_of(*row) for row in zip(keyboard, mouse, strict=True)]
+    new = 0 if player.args.fake else player.session.options.new
+    walk = link.Walk(player.seed, player.begun.number, new, tuple(chords))
+    return link.write(walk, player.session.lengths)
 
 
 def settle(player: object, live: bool) -> None:

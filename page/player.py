@@ -35,6 +35,7 @@ from page.game import FakeSession
 from page.recording import Recording
 from page.screen import Screen, jpeg_of
 from page.start import Start, player_cameras, true_views
+from page.wayback import Game
 
 HERE = Path(__file__).resolve().parents[1]
 COMMANDS = 16  # that may wait
@@ -62,6 +63,18 @@ def explain(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
+def start_pictures() -> list[Path]:
+    """As a link counts them."""
+    gallery = sorted((HERE / "assets/gallery").glob("*.png"))
+    return [HERE / "assets/start.png", *gallery][:10]
+
+
+def filled(rows: np.ndarray, n: int) -> np.ndarray:
+    """n rows of actions: what is missing at the end is standing still."""
+    rest = np.zeros((n - len(rows), rows.shape[1]), np.float32)
+    return np.concatenate([rows, rest])
+
+
 class Player(threading.Thread):
     """Obey, decide as late as possible, make a chunk, put it on the screen."""
 
@@ -81,7 +94,9 @@ class Player(threading.Thread):
         self.plan: list[str] | None = None  # chords of the next latents, in turns
         self.once = False  # make one chunk though paused
         self.set = {"paused": False, "view": "model", "pace": args.pace}
-        self.gallery = sorted((HERE / "assets/gallery").glob("*.png"))[:10]
+        self.script: list[np.ndarray] | None = None  # keyboard, mouse: played before anybody's keys
+        self.game = Game()
+        self.gallery = start_pictures()
 
         # what a viewer gets
         self.screen = Screen()
@@ -150,7 +165,10 @@ class Player(threading.Thread):
         self.thumbs = {0: jpeg_of(newest, THUMB)}
         self.times = []
         self.plan = None
+        self.script = None
+        self.walked: list[tuple] = []  # keyboard and mouse of every chunk
         self.undone.clear()
+        self.game.stop(self)
 
         # the last minute is kept, in case somebody wants it recorded
         n = LATENT * (1 if self.args.fake else self.session.options.new)
@@ -248,10 +266,13 @@ class Player(threading.Thread):
             }
             headers.append(said | own)
 
-        # as fast as they are made, but not faster than they are meant to be
-        fps = min(self.fps, max(self.speed(), 0.1)) if self.times else self.fps
-        self.shown = (frames, headers, 1 / fps)
+        self.shown = (frames, headers, self.period())
         self.screen.put(*self.shown, clear)
+
+    def period(self) -> float:
+        """Seconds of a frame: as fast as they are made, but not faster than they are meant to be."""
+        fps = min(self.fps, max(self.speed(), 0.1)) if self.times else self.fps
+        return 1 / fps
 
     def speed(self) -> float:
         """Frames made per second; the first chunk warms up and does not count."""
@@ -268,6 +289,7 @@ class Player(threading.Thread):
             "stage": self.screen.stage,
             "viewers": len(self.screen.viewers),
             "truth": bool(self.begun and self.begun.truth),
+            "game": self.game.told,
             "preset": "fake" if self.args.fake else self.args.preset,
         }
 
@@ -284,7 +306,9 @@ class Player(threading.Thread):
         self.watch_viewers()
         if self.alone or (self.set["paused"] and not self.once):
             return False
-        if self.tempo() == "turn":
+        if self.game.phase == "replay":
+            return True
+        if self.tempo() == "turn" and not self.script:
             if self.plan is None and not self.screen.left():
                 self.show_again()
             return self.plan is not None
@@ -320,7 +344,10 @@ class Player(threading.Thread):
     def decide(self, n: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """What the player asks for in the next n frames."""
         pitch = self.poses[-1][3]
-        if self.tempo() == "live":
+        if self.script:
+            keyboard, mouse, said = self.next_of_script(n)
+            keyboard, mouse = legal(keyboard, mouse, pitch, self.max_pitch)
+        elif self.tempo() == "live":
             keyboard, mouse, said = self.controls.read(n, self.fps, pitch, self.max_pitch)
         else:
             slots, self.plan = self.plan or ["_"], None
@@ -329,6 +356,21 @@ class Player(threading.Thread):
             keyboard, mouse = legal(keyboard, mouse, pitch, self.max_pitch)
             said = {"keys": slots}
         return self.in_rooms(keyboard, mouse), mouse, said
+
+    def next_of_script(self, n: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        """n frames of it; after its end one stands still. What was pressed meanwhile is forgotten."""
+        self.controls.read(n, self.fps)
+        keyboard, mouse = (filled(rows[:n], n) for rows in self.script)
+        rest = [rows[n:] for rows in self.script]
+        self.script = rest if len(rest[0]) else None
+        held = camera.keys_from_action(keyboard[0], mouse[0])
+        return keyboard, mouse, {"keys": [] if held == "_" else held.split("+")}
+
+    def actions(self) -> list[np.ndarray]:
+        """keyboard (F, 6), mouse (F, 2): all that was walked."""
+        none = np.zeros((0, 6), np.float32), np.zeros((0, 2), np.float32)
+        keyboards, mice = zip(none, *self.walked, strict=True)
+        return [np.concatenate(keyboards), np.concatenate(mice)]
 
     # ---- a chunk
 
@@ -348,6 +390,7 @@ class Player(threading.Thread):
         picks = self.described(info["memory"])
         said["psnr"] = psnr
         before = self.remember(frames, poses)
+        self.walked.append((keyboard, mouse))
         text = f"memory {policy}   f{self.frame}   {' '.join(said['keys'])}"
         kept = {
             "keyboard": keyboard.tolist(),
@@ -365,12 +408,14 @@ class Player(threading.Thread):
 
         # the true renderer may be shown instead; what is kept is what the model made
         self.screen.note(memory=picks)
+        shown = frames
         total = 1000 * (time.monotonic() - began)
         said["ms"] = {**info["ms"], "encode": self.screen.encode, "total": total}
         truth = self.begun.truth
         if self.set["view"] == "truth" and truth:
-            frames = true_views(truth, poses, *self.size)
-        self.show(frames, poses, said)
+            shown = true_views(truth, poses, *self.size)
+        self.show(shown, poses, said, clear=self.game.phase == "replay")
+        self.game.see(self, frames, poses)
 
     def judge(self, frames: np.ndarray, poses: np.ndarray) -> list[float]:
         """PSNR of the last frame of every latent, where the truth is known and not itself shown."""
@@ -412,6 +457,7 @@ class Player(threading.Thread):
             self.session.undo()
             n, self.newest = self.undone.pop()
             taken += n
+            self.walked.pop()
             if self.ring:
                 self.ring.pop()
         self.frame -= taken

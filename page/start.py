@@ -38,6 +38,7 @@ class Start:
     note: str = ""  # what was done to the picture
     truth: dict | None = None  # the world it shows, if known: then the truth is known everywhere
     pose: tuple[float, ...] = (0.0, -world.EYE, 0.0, 0.0, 0.0)
+    number: int | None = None  # of the start pictures that a link counts; None: it is none of them
 
     def save(self, path: Path) -> None:
         """A PNG that says which world it shows, and from where."""

@@ -159,6 +159,7 @@ class Dream:
 
     def __init__(self, slow: float = 0.0) -> None:
         self.options = Options(device="cpu", dtype="float32")
+        self.lengths = [10]
         self.policy = "camera"
         self.slow = slow
 

@@ -34,6 +34,7 @@ from game.scene import make_scene
 from page import folder, opening
 from page.player import Player
 from page.start import open_start
+from page.wayback import Game
 
 
 def test_looking_up_and_walking_into_walls_stays_in_the_known_world(tmp_path: Path) -> None:
@@ -654,7 +655,7 @@ def chromium():
 
 
 @contextlib.contextmanager
-def tab_on(chromium, server, width: int = 1280, height: int = 800):
+def tab_on(chromium, server, width: int = 1280, height: int = 800, place: str = ""):
     """The page in a tab that has begun to play. Errors of the page are errors of the test."""
     complaints = []
     size = {"width": width, "height": height}
@@ -665,7 +666,7 @@ def tab_on(chromium, server, width: int = 1280, height: int = 800):
         lambda message: complaints.append(message.text) if message.type == "error" else None,
     )
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.goto(f"http://127.0.0.1:{server.server_port}", wait_until="commit")
+    tab.goto(f"http://127.0.0.1:{server.server_port}/{place}", wait_until="commit")
     tab.wait_for_function("window.play && play.frames > 5")
     yield tab
     tab.close()
@@ -820,6 +821,39 @@ def test_a_dropped_picture_is_where_the_walk_starts(chromium, tmp_path: Path) ->
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
             "a narrow page does not scroll sideways"
         )
+
+
+@pytest.mark.browser
+def test_a_link_is_opened_played_and_copied(chromium, tmp_path: Path) -> None:
+    place = "#seed=5&start=3&do=w:8,l:60"
+    with page(tmp_path) as (player, server), tab_on(chromium, server, place=place) as tab:
+        wait_for(lambda: player.seed == 5 and player.frame >= 68, PATIENT)
+        assert player.begun.number == 3
+        assert player.poses[17][4] - player.poses[0][4] == pytest.approx(90)
+        tab.keyboard.press("KeyC")
+        tab.wait_for_function("banner.textContent.startsWith('The link to this walk is')")
+        assert tab.evaluate("location.hash").startswith(place)
+
+        tab.evaluate("location.hash = '#seed=x'")
+        tab.wait_for_function("banner.textContent.includes('is ignored: seed is a whole number')")
+        assert player.seed == 5
+
+
+@pytest.mark.browser
+def test_a_short_game_ends_with_two_scores(
+    chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Game, "least", 1.0)
+    with page(tmp_path) as (player, server), tab_on(chromium, server) as tab:
+        tab.click("#game >> text=Play")
+        tab.wait_for_function("gametext.textContent.startsWith('Walk out')")
+        tab.keyboard.press("KeyJ")
+        tab.click("#game >> text=Lead me home")
+        tab.wait_for_function("document.querySelectorAll('#result img').length === 3")
+        assert player.game.phase == "over" and player.set["paused"]
+        shown = tab.inner_text("#result")
+        assert "with memory" in shown and shown.count("dB") == 2
+        assert tab.is_visible("#game >> text=Play") and tab.is_hidden("#game >> text=Stop")
 
 
 @pytest.mark.browser

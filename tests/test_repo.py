@@ -69,6 +69,8 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "folder",
         "film",
         "panels",
+        "link",
+        "wayback",
     },
     "lab": {
         "metrics",

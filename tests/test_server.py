@@ -47,7 +47,7 @@ def test_frames_carry_what_the_page_shows(tmp_path: Path) -> None:
             and viewer.hello["role"] == "play"
             and viewer.hello["preset"] == "fake"
         )
-        assert len(viewer.hello["gallery"]) == 9
+        assert len(viewer.hello["gallery"]) == 10
         header = viewer.frame()
         assert {
             "i",

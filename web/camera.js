@@ -62,7 +62,7 @@ export function invert(chords) {
   const flip = (chord) =>
     chord
       .split("+")
-      .map((key) => opposite[key])
+      .map((key) => opposite[key[0]] + key.slice(1))
       .join("+");
   return chords.map(flip).reverse();
 }

@@ -5,7 +5,7 @@ export const LATENT = 4; // frames that one latent holds: the shortest thing an 
 const NAMES = [..."wasdijkl"];
 const LOOKS = "ijkl";
 const FASTEST = 4; // times: six degrees a frame, as in training
-const KEY = /^([wasd_]|[ijkl](\d(\.\d{1,2})?)?)$/;
+const KEY = /^([wasd_]|[ijkl](\d(\.\d{1,4})?)?)$/;
 const MOST = 40_000; // frames: three quarters of an hour
 
 /**
