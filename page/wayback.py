@@ -13,9 +13,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-import camera
 from dataset import film
 from page.screen import jpeg_of
 
@@ -24,6 +22,7 @@ TURNED = 12.0  # degrees from the first pose: home
 SETTLE = 16  # frames after that in which a still closer one counts
 EXACT = 0.01  # of those distances: no closer one will come
 SHOWN = 256  # pixels of a picture in the result
+OPPOSITE = [1, 0, 3, 2, 4, 5]  # w <-> s, a <-> d among the six keys
 BUSY = ("out", "home", "replay")
 
 OFF = (
@@ -100,9 +99,8 @@ class Game:
     def lead_home(self, player: object) -> None:
         """The way out backwards, exactly: it is played before anybody's keys."""
         if self.phase == "home" or self.far_enough():
-            keyboard, mouse = (torch.from_numpy(rows) for rows in player.actions())
-            back = camera.invert_actions(keyboard, mouse)
-            player.script = [rows.numpy() for rows in back]
+            keyboard, mouse = (rows[::-1] for rows in player.actions())
+            player.script = [keyboard[:, OPPOSITE], -mouse]
             self.go(player, "home")
 
     # ---- every chunk
