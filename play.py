@@ -182,8 +182,9 @@ def replay(args: argparse.Namespace) -> int:
         )
 
     # what the file says goes the way of what a person types: known flags, checked values
-    again = parse(flags_of(said) + (["--debug"] if args.debug else []))
-    refuse_hub(again)
+    with folder.judging(file):
+        again = parse(flags_of(said) + (["--debug"] if args.debug else []))
+        refuse_hub(again)
     again.weights = str(cli.find(again.weights)) if again.weights else ""
     again.out = args.out
     again.stop = args.stop

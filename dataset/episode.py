@@ -14,11 +14,13 @@ is wrong with which file (`inspect`), and no file outside of it is opened.
 Tests: pytest tests/test_episode.py tests/test_data.py
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,12 +164,12 @@ def problems_of_meta(meta: object, prompt: object) -> list[str]:
     # numbers and words that every clip has
     fps = meta.get("fps")
     if not is_number(fps) or not 0 < fps < 1000:
-        found.append(f"meta.json[fps]: expected frames per second, found {fps!r}")
+        found.append(f"meta.json[fps]: expected frames per second, found {fps!r:.80}")
     if not isinstance(meta.get("metric"), bool):
-        found.append(f"meta.json[metric]: expected true or false, found {meta.get('metric')!r}")
+        found.append(f"meta.json[metric]: expected true or false, found {meta.get('metric')!r:.80}")
     view = meta.get("view", "first")
     if view not in ("first", "third"):
-        found.append(f"meta.json[view]: expected first or third, found {view!r}")
+        found.append(f"meta.json[view]: expected first or third, found {view!r:.80}")
     if not isinstance(meta.get("sha256", {}), dict):
         found.append("meta.json[sha256]: expected an object")
 
@@ -260,10 +262,10 @@ def inspect(path: Path, hashes: bool = False) -> tuple[Episode | None, list[str]
         return None, ["no file _DONE: not an episode, or one that was never finished"]
     try:
         episode = read_files(path)
-        done = (path / "_DONE").read_text()
-    except Exception as error:  # what json, numpy and zipfile raise at a hostile file is no list
-        reason = f"{type(error).__name__}: {error}"
-        return None, [f"cannot be read: {reason[:300]}"]
+        with reading("_DONE"):
+            done = (path / "_DONE").read_text()
+    except (ValueError, OSError) as error:
+        return None, [f"cannot be read: {error}"]
 
     found = problems_of_meta(episode.meta, episode.prompt)
     if found:  # nothing below, and no caller, could use it
@@ -273,7 +275,7 @@ def inspect(path: Path, hashes: bool = False) -> tuple[Episode | None, list[str]
     said = [episode.meta.get(name) for name in "THW"]
     shape = list(episode.video.shape[:3])
     if shape != said:
-        found.append(f"rgb: meta.json says {said} frames, height, width; found {shape}")
+        found.append(f"rgb: meta.json says {said!s:.80} frames, height, width; found {shape}")
     return episode, found + problems(episode)
 
 
@@ -281,15 +283,29 @@ def read_files(path: Path) -> Episode:
     for file in FILES:  # a device or a pipe could be read for ever
         if (path / file).exists() and not (path / file).is_file():
             raise ValueError(f"{file} is not a regular file")
-    meta = json.loads((path / "meta.json").read_text())
-    prompt = json.loads((path / WORDS).read_text())
+    with reading("meta.json"):
+        meta = json.loads((path / "meta.json").read_text())
+    with reading(WORDS):
+        prompt = json.loads((path / WORDS).read_text())
     values = {}
     for file, arrays in ARRAYS.items():
-        with np.load(path / file) as stored:
+        with reading(file), np.load(path / file) as stored:
             for name, (dtype, _) in arrays.items():
                 values[name] = stored[key_of(arrays, name)].astype(dtype, copy=False)
-    video = np.load(path / FRAMES, mmap_mode="r")
+    with reading(FRAMES):
+        video = np.load(path / FRAMES, mmap_mode="r")
     return Episode(video, **values, prompt=prompt, meta=meta, path=path)
+
+
+@contextlib.contextmanager
+def reading(file: str) -> Iterator[None]:
+    """What json, numpy and zipfile raise at a hostile file is no list: one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        plain = "".join(letter for letter in reason if letter.isprintable())
+        raise ValueError(f"{file}: {type(error).__name__}: {plain[:300]}") from error
 
 
 def changed_files(path: Path, sums: dict[str, str]) -> list[str]:

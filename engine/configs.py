@@ -7,6 +7,7 @@ tests/test_weights.py
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,12 @@ class Refusal(ValueError):
     """A sentence about a file that needs no more words."""
 
 
+def printable(text: str, letters: int = 300) -> str:
+    """What a stranger's file says, fit for a terminal: one line, no escape codes, not endless."""
+    plain = re.sub(r"\x1b\[\d*m", "", text)
+    return "".join(c if c.isprintable() else "?" for c in plain)[:letters]
+
+
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Whatever a damaged file makes its reader say becomes one line that names the file."""
@@ -33,7 +40,7 @@ def reading(file: Path) -> Iterator[None]:
     except OSError as error:
         raise Refusal(f"{file} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = printable((str(error).splitlines() or [""])[0])
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise Refusal(f"{file} is damaged: {kind}{first_line}") from error
 
@@ -65,7 +72,7 @@ def _ours(config: dict) -> DiTConfig:
     unknown = sorted(set(config) - set(defaults))
     if unknown:
         names = ", ".join(unknown)
-        raise Refusal(f"config has unknown fields {names}: written by another version?")
+        raise ValueError(f"config has unknown fields {names}: written by another version?")
 
     # a size that no network has would be built for ever, or end far from here
     plain = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
@@ -133,9 +140,9 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
     if missing or unexpected:
         hint = ""
         if missing and not unexpected and all(map(is_new, missing)):
-            hint = "\nIt looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
+            hint = " It looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
         elif any(name.endswith("weight_int8") for name in unexpected):
-            hint = "\nIt is quantised: load the float weights and give --int8."
+            hint = " It is quantised: load the float weights and give --int8."
         raise Refusal(
             f"{file.name} is not a Matrix-Game 3 DiT: {_count(missing, 'missing')}, "
             f"{_count(unexpected, 'unexpected')}.{hint}"
@@ -146,8 +153,12 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
                 f"{file.name} does not fit its config: {name} is {tuple(got[name].shape)}, "
                 f"the config needs {tuple(t.shape)}"
             )
+        if not got[name].is_floating_point():
+            raise Refusal(
+                f"{file.name} is damaged: {name} is {got[name].dtype}, weights are floats"
+            )
 
 
 def _count(names: list[str], what: str) -> str:
-    first = names[0] + (", …" if len(names) > 1 else "") if names else ""
+    first = printable(names[0], 80) + (", …" if len(names) > 1 else "") if names else ""
     return f"{len(names)} {what}" + (f" ({first})" if first else "")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import moe
 from dit import DiT, DiTConfig
-from engine.configs import Refusal, check_names, config_of, is_new, reading
+from engine.configs import Refusal, check_names, config_of, is_new, printable, reading
 from vae import PRESETS, VAE, VAEConfig
 
 # ---- what a path means ---------------------------------------------------------------------------
@@ -150,11 +150,14 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict]:
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict]:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise ValueError(f"{outside[0]!r:.80} is no file of its folder")
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise Refusal(
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards, "
-            f"{', '.join(missing)}: {AGAIN}"
+            f"{printable(', '.join(missing))}, named in {index.name}: {AGAIN}"
         )
     tensors = {}
     metadata = {}

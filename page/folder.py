@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,13 +30,15 @@ import torch
 import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
-from engine import cli
+from engine import cli, configs
+from memory import POLICIES
 from page.film import settle
 from page.start import player_cameras
 
 JOURNAL = "session.jsonl"
 FRAMES = "frames.tmp"
 FILMS = ("play.mp4", "play_memory.mp4")
+FARTHEST = 1e6  # metres, degrees, keys: nothing in a walk is larger
 HASHED = 1 << 28  # bytes of the largest weight file whose hash is worth the time
 FLAGS = (  # what a replay needs to be the same again
     "fake",
@@ -65,6 +68,9 @@ SESSION = {  # what every session.json has
     "versions": dict,
     "weights_sha": dict,
 }
+CHUNK = {"n": int, "policy": str, "sha": str}
+HEADER = {"size": list, "pose": list, "flags": dict, "fps": int, "prompt": str, "trail": list}
+ROWS = {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}  # numbers in each
 
 
 # ---- whose it is -------------------------------------------------------------------------------------------
@@ -135,38 +141,94 @@ def about(args: argparse.Namespace) -> dict:
 def session_of(folder: Path, name: str = "session.json") -> dict:
     """What a session file says, if it says all that is asked of it: it may come from a stranger."""
     path = folder / name
-    try:
+    with judging(path):
+        if not path.is_file():  # a pipe could be read for ever
+            raise ValueError("no regular file")
         said = json.loads(path.read_text())
-        problem = problem_of(said)
-    except (ValueError, TypeError, RecursionError) as error:
-        problem = f"{error or type(error).__name__}"
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
+        check_session(said)
     return said
 
 
-def problem_of(said: dict) -> str:
-    """What is wrong with it, or nothing."""
-    if not isinstance(said, dict):
-        return "it must be an object"
-    for key, kind in SESSION.items():
-        if not isinstance(said.get(key), kind):
-            return f"{key} must be there, as {kind.__name__}"
-    for key, width in {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}.items():
-        rows = np.array(said[key] or np.zeros((0, width)), np.float64)
-        if rows.shape[1:] != (width,) or not np.isfinite(rows).all():
-            return f"{key} must be rows of {width} numbers"
+@contextlib.contextmanager
+def judging(path: Path) -> Iterator[None]:
+    """Whatever is wrong with what a file says becomes one line that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        problem = configs.printable(str(error) or type(error).__name__)
+        raise ValueError(f"{path} is damaged: {problem}") from error
 
+
+def check_kinds(said: object, kinds: dict[str, type], what: str = "it") -> None:
+    """An object that has all of these."""
+    if not isinstance(said, dict):
+        raise ValueError(f"{what} must be an object")
+    for key, kind in kinds.items():
+        if not isinstance(said.get(key), kind) or said[key] is True:
+            raise ValueError(f"{what} must have {key}, as {kind.__name__}")
+
+
+def check_rows(said: dict, *names: str) -> None:
+    """Rows of as many finite numbers as there are in an action or a pose."""
+    for name in names:
+        width = ROWS[name]
+        rows = np.array(said[name] or np.zeros((0, width)), np.float64)
+        if rows.shape[1:] != (width,) or not (abs(rows) < FARTHEST).all():
+            raise ValueError(f"{name} must be rows of {width} numbers")
+
+
+def check_scene(truth: dict) -> None:
+    """A world that can be drawn again."""
+    check_kinds(truth, {"scene": dict}, "a world")
+    for problem in episode.problems_of_scene(truth, truth.get("view")):
+        raise ValueError(problem)
+
+
+def check_session(said: object) -> None:
+    """All that a replay, or going on, will ask for."""
+    check_kinds(said, SESSION)
+    check_rows(said, *ROWS)
+    if not 1 <= said["fps"] <= 240:
+        raise ValueError(f"fps must be 1 to 240, not {said['fps']!r:.20}")
+
+    # every action leads to a pose, and the first pose is where it began
     F = len(said["keyboard"])
     if len(said["mouse"]) != F or len(said["poses"]) != F + 1:
-        return "keyboard, mouse and poses have different lengths"
+        raise ValueError("keyboard, mouse and poses have different lengths")
+
     for chunk in said["chunks"]:
-        for key, kind in {"n": int, "policy": str, "sha": str}.items():
-            if not isinstance(chunk.get(key), kind):
-                return f"every chunk needs {key}"
-    if sum(chunk["n"] for chunk in said["chunks"]) != F:
-        return "its chunks have another length than its actions"
-    return ""
+        check_kinds(chunk, CHUNK, "every chunk")
+        if chunk["policy"] not in POLICIES:
+            raise ValueError(f"no policy is called {chunk['policy']!r:.40}")
+    if sum(chunk["n"] for chunk in said["chunks"]) != F or F == 0:
+        raise ValueError("its chunks have another length than its actions")
+    if said.get("state") is not None:
+        check_kinds(said, {"state": int})
+
+
+def check_journal(records: list) -> None:
+    """The same of what was cut off: a header, then chunks and states."""
+    header, *rest = records
+    check_kinds(header, HEADER, "its header")
+    check_rows({"poses": [header["pose"]]}, "poses")
+    check_kinds(header["flags"], {"view": str}, "its header's flags")
+    sides = header["size"]
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side < 10_000 for side in sides):
+        raise ValueError("its header must have size, as height and width")
+    for key in ("truth", "walls"):
+        if header.get(key) is not None:
+            check_kinds(header, {key: dict}, "its header")
+            check_scene(header[key])
+
+    # a chunk is as many frames as it has actions, and its poses are those after each
+    for record in rest:
+        if isinstance(record, dict) and "state" in record:
+            check_kinds(record, {"state": int})
+            continue
+        check_kinds(record, {**CHUNK, "keyboard": list, "mouse": list, "poses": list}, "a chunk")
+        check_rows(record, "keyboard", "mouse", "poses")
+        if not {len(record[key]) for key in ("keyboard", "mouse", "poses")} == {record["n"]}:
+            raise ValueError("a chunk has other numbers of actions than of frames")
 
 
 # ---- what is certain ---------------------------------------------------------------------------------------
@@ -176,13 +238,15 @@ def read_journal(folder: Path) -> tuple[dict, list[dict], list[int]]:
     """Header, chunks and states (frames after which they were taken), as far as all of it was written."""
     lines = (folder / JOURNAL).read_bytes().split(b"\n")[:-1]  # the last one is empty, or cut off
     records = []
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         for line in lines:
             records.append(json.loads(line))
     if not records:
         return {}, [], []
 
     # a chunk counts if its frames are there; they were written first
+    with judging(folder / JOURNAL):
+        check_journal(records)
     header, *rest = records
     H, W = header["size"]
     frames = folder / FRAMES
@@ -320,6 +384,8 @@ def recover(out: str) -> None:
     base = Path(out) if out else cli.beside("runs", "play-")
     for journal in sorted(base.parent.glob(f"{base.name}*/{JOURNAL}")):
         folder = journal.parent
+        if not journal.is_file():  # a pipe could be read for ever
+            continue
         with open(journal, "rb+") as file:
             if not hold(file):
                 continue

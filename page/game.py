@@ -14,6 +14,7 @@ from torch import Tensor
 
 import realtime
 import world
+from dataset.episode import problems_of_scene
 from engine import weights
 from page.controls import LATENT
 from page.start import true_views
@@ -94,4 +95,7 @@ class FakeSession:
 
     def restore(self, path: Path) -> None:
         tensors, truth = weights.read_weights(path)
+        wrong = problems_of_scene(truth, truth.get("view"))
+        if wrong:
+            raise ValueError(wrong[0])
         self.enter(truth, [tuple(pose) for pose in tensors["poses"].tolist()])

@@ -14,6 +14,7 @@ import torch
 import camera
 import realtime
 from dataset import episode
+from engine import configs
 from engine.parts import SIZES, Options
 from page import folder as folders
 from page import link
@@ -120,7 +121,12 @@ def go_on(player: object, folder: Path, said: dict) -> None:
     first = open_start(image, player.size, image.name, player.args.view)
     player.begin(first)
     if done is not None:
-        player.session.restore(folder / "state.safetensors")
+        # the folder may be a stranger's
+        state = folder / "state.safetensors"
+        with configs.reading(state):
+            if not state.is_file():
+                raise ValueError("no regular file")
+            player.session.restore(state)
     walk_again(player, said, done or 0)
 
     # what the player sees first is the last frame that was recorded

@@ -68,6 +68,8 @@ def open_start(
     source: Path | bytes, size: tuple[int, int], name: str, view: str = "first"
 ) -> Start:
     """A start frame of this size (H, W), from a file or its bytes."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError(f"{source} is no regular file; give a PNG or JPEG file")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         picture = Image.open(file, formats=FORMATS)

@@ -266,3 +266,36 @@ def test_twenty_kills_at_random_moments_cost_at_most_ten_seconds_each(tmp_path: 
         missing.append((shown - frames) / 40)
     print(f"seconds missing after 20 kills: {sorted(round(s, 1) for s in missing)}")
     assert max(missing) <= 10
+
+
+# ---- what a seeded hand found (tests/test_fuzz.py)
+
+
+@pytest.mark.parametrize("name", ["session.json", "start.png", "state.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    flags = ("--fake", "--size", "32x32", "--actions", "w:4", "--out", "walk")
+    main(tmp_path, *flags)
+    (tmp_path / "walk" / name).unlink()
+    os.mkfifo(tmp_path / "walk" / name)
+    with pytest.raises(ValueError, match=f"{name}.* no regular file"):
+        main(tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[]", b'{"n": 4}', b'{"state": "x"}', b"[" * 50_000, b'{"size": [0, 0]}']
+)
+def test_a_journal_that_makes_no_sense_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, line: bytes
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    player.recording.wait()
+    player.recording.abandon()
+    journal = tmp_path / "dream/session.jsonl"
+    header = journal.read_bytes().split(b"\n")[0]
+    lines = [line] if b"size" in line else [header, line]
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    folder.recover(str(tmp_path / "dream"))
+    said = capsys.readouterr().out
+    if line[:2] != b"[[":  # a line that cannot be read ends the journal, as one that was cut off
+        assert f"{journal} is damaged: " in said

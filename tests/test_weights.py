@@ -612,3 +612,36 @@ def test_the_same_content_is_the_same_file(tmp_path):
     assert len(set(files)) == 1
     found, metadata = weights.read_weights(tmp_path / "0.safetensors")
     assert metadata == said and torch.equal(found["b"], tensors["b"])
+
+
+# ---- what a seeded hand found (tests/test_fuzz.py)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    file = micro_file(tmp_path)
+    tensors, said = weights.read_weights(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].view(torch.int32)
+    weights.write_weights(file, tensors, said)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: {name} is torch.int32"):
+        weights.load(file)
+
+
+def test_an_index_names_files_of_its_folder_alone(tmp_path):
+    file = tmp_path / "model.safetensors.index.json"
+    save_file({"a": torch.ones(1)}, tmp_path.parent / "other.safetensors")
+    file.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(
+        ValueError, match="index.json is damaged: '../other.safetensors' is no file"
+    ):
+        weights.read_weights(tmp_path)
+
+
+def test_a_refusal_is_one_line_that_a_terminal_can_show(tmp_path):
+    file = micro_file(tmp_path)
+    odd = "\n\x1b[2J" * 200
+    weights.write_weights(file, {odd: torch.ones(1)}, weights.read_weights(file)[1])
+    with pytest.raises(ValueError, match="is not a Matrix-Game 3 DiT") as refused:
+        weights.load(file)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 400
