@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -220,15 +221,15 @@ def test_a_replay_takes_known_flags_with_known_values_alone(
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"flags": None}, "flags must be there, as dict"),
-        ({"seed": "1"}, "seed must be there, as int"),
+        ({"flags": None}, "it must have flags, as dict"),
+        ({"seed": "1"}, "it must have seed, as int"),
         ({"keyboard": [[1, 2]]}, "keyboard must be rows of 6 numbers"),
         ({"mouse": [["a", "b"]]}, "could not convert string"),
         ({"poses": [[0, 0, 0, 0, float("nan")]]}, "poses must be rows of 5 numbers"),
         ({"mouse": []}, "different lengths"),
-        ({"chunks": [{"n": 8}]}, "every chunk needs policy"),
+        ({"chunks": [{"n": 8}]}, "every chunk must have policy"),
         ({"chunks": []}, "another length than its actions"),
-        ({"trail": 3}, "trail must be there, as list"),
+        ({"trail": 3}, "it must have trail, as list"),
     ],
 )
 def test_a_damaged_session_is_named_with_what_is_wrong(
@@ -389,6 +390,16 @@ def test_every_error_is_one_paragraph_and_exit_code_2(
     with pytest.raises(ValueError) as caught:  # __main__ prints it and exits with 2
         play.main(flags)
     assert message in str(caught.value)
+
+
+def test_what_was_measured_is_written_down_for_a_replay() -> None:
+    """bfloat16 is faster in one minute and slower in the next."""
+    args = arguments("--new", "5")
+    resolved = opening.options_of(arguments("--device", "cpu", "--dtype", "float32", "--new", "5"))
+    session = SimpleNamespace(options=resolved)
+    opening.settle(SimpleNamespace(args=args, session=session), live=False)
+    flags = folder.about(args)["flags"]
+    assert (flags["device"], flags["dtype"], flags["new"]) == ("cpu", "float32", 5)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
