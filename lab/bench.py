@@ -7,6 +7,7 @@ segment in turns, so that a busy moment of the machine hits all alike. Every qua
     ladder     from the released order of work to ours, and fewer latents at once
     ablation   the paper's Table 1 and 2: INT8, thinner decoders, retrieval
     pipeline   two processes, one denoises while the other decodes
+    plain      the network beside its plain form (lab/plain.py), here and at 40 M parameters
 
     python lab/bench.py --suite model --preset 5b --decoder light75
     python lab/bench.py --suite ablation --weights assets/tiny
@@ -21,6 +22,8 @@ import contextlib
 import json
 import math
 import os
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +34,7 @@ import dit
 import realtime
 from dit import DiT
 from engine import actors, cli, parts
+from lab import plain
 from vae import VAEConfig
 
 # FLOP/s that others reached: FastWan2.2's DiT, the published decoders
@@ -38,7 +42,7 @@ H200 = {"denoise": 587e12, "full": 377e12, "light50": 239e12, "light75": 139e12}
 EXCHANGE = 0.022  # seconds among ranks, per segment
 CLEAN = 9  # memory and past latents of a later segment
 RETRIEVAL = 5 * 441 * 0.0019  # seconds: five queries, 441 frames, 1.9 ms for a pair of meshes
-SUITES = ("model", "ablation", "ladder", "pipeline")
+SUITES = ("model", "ablation", "ladder", "pipeline", "plain")
 HEAD = "| what | paper | predicted | measured | error |"
 
 
@@ -339,6 +343,61 @@ def pipeline(options: parts.Options, rounds: int) -> list[Row]:
     ]
 
 
+def wider(options: parts.Options) -> list[tuple[str, dit.DiTConfig, int]]:
+    """Name, network and side of a latent: of this preset, and of tiny at 40 M parameters, 1,900 tokens."""
+    H = parts.SIZES[options.preset][0]
+    side = H // parts.vae_config(options.preset).stride[1]
+    small = dit.PRESETS[options.preset]
+    large = replace(dit.PRESETS["tiny"], dim=576, heads=9, ffn=1440)
+    return [(options.preset, small, side), ("40 M", large, 20)]
+
+
+@torch.no_grad()
+def beside_plain(config: dit.DiTConfig, side: int, steps: int, rounds: int) -> tuple[float, float]:
+    """How many times faster than its plain form a segment is denoised, and how far they are apart.
+
+    In seconds of the processor, in turns: what else this machine does counts for neither.
+    """
+    torch.manual_seed(0)
+    network = dit.DiT(config).eval()
+    for p in network.parameters():  # nothing silent
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    context = dit.random_context(config, size=side)
+    noisy = torch.randn(1, config.in_dim, 10, side, side)
+    levels = torch.linspace(1, 0.3, steps)[:, None]
+
+    def ours() -> list[torch.Tensor]:
+        prepared = network.prepare(context)
+        return [network(noisy, sigma, context, prepared) for sigma in levels]
+
+    def plainly() -> list[torch.Tensor]:
+        return [plain.velocity(network, noisy, sigma, context) for sigma in levels]
+
+    # the first round warms up, and says how far they are apart
+    apart = relative_error(torch.cat(ours()), torch.cat(plainly()))
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for run in (plainly, ours):
+            began = time.process_time()
+            run()
+            seconds.append(time.process_time() - began)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios), apart
+
+
+def against_plain(options: parts.Options, rounds: int) -> list[Row]:
+    """Times faster than the plain form: by multiply-adds, and measured."""
+    rows = []
+    for name, config, side in wider(options):
+        cost = total(dit_flops(config, side**2 // 4))
+        saved = options.steps * cost.released / (cost.once + options.steps * cost.step)
+        faster, apart = beside_plain(config, side, options.steps, rounds)
+        rows.append(Row(f"{name} over its plain form", None, saved, faster, apart))
+    return rows
+
+
 # ---- the program --------------------------------------------------------------------------
 
 
@@ -346,7 +405,12 @@ def bench(options: parts.Options, suite: str, rounds: int) -> list[Row]:
     """The rows of a suite; the counted one needs neither the device nor the weights."""
     if suite == "model":
         return model(options)
-    timed = {"ladder": ladder, "ablation": ablation, "pipeline": pipeline}
+    timed = {
+        "ladder": ladder,
+        "ablation": ablation,
+        "pipeline": pipeline,
+        "plain": against_plain,
+    }
     return timed[suite](parts.resolve(options), rounds)
 
 

@@ -13,7 +13,7 @@ import dit
 import moe
 import vae
 from engine.parts import Options, vae_config
-from lab import bench
+from lab import bench, plain
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -127,7 +127,7 @@ def test_every_quantity_is_of_one_suite() -> None:
     for path in sorted(RESULTS.glob("bench-tiny-*.json")):
         rows = json.loads(path.read_text())["rows"]
         tables[path.stem] = {row[0].split(":")[0] for row in rows}
-    assert len(tables) == 3
+    assert len(tables) == 4
     assert len(set.union(*tables.values())) == sum(map(len, tables.values()))
 
 
@@ -206,3 +206,30 @@ def test_the_cost_of_decoding_is_what_its_modules_count(preset, kind, size):
     with torch.no_grad():
         state = net.decode_stream(z)[1]
     assert counted(lambda: net.decode_stream(z, state))["Global"] == bench.vae_flops(net.cfg, *size)
+
+
+# ---- the plain form
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["micro", "tiny"])
+def test_the_plain_form_of_a_network_gives_the_same_velocities(preset):
+    torch.manual_seed(0)
+    for quirks in ({}, {"rays_at_input": False, "fp32_stream": True}):
+        model = dit.DiT(replace(dit.PRESETS[preset], **quirks))
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        context = dit.random_context(model.cfg, 2, size=4)
+        x = torch.randn(2, model.cfg.in_dim, 10, 4, 4)
+        sigma = torch.tensor([0.9, 0.3])
+        ours = model(x, sigma, context, model.prepare(context))
+        apart = bench.relative_error(plain.velocity(model, x, sigma, context), ours)
+        assert apart < 1e-5
+
+
+def test_bench_plain_says_how_much_faster_we_are(tmp_path, monkeypatch):
+    small = dit.PRESETS["micro"]
+    monkeypatch.setattr(bench, "wider", lambda options: [("micro", small, 8)])
+    (row,) = rows_of("plain", tmp_path).values()
+    assert row[3] > 1
+    assert row[4] < 1e-5

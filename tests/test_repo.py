@@ -88,6 +88,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "models",
         "costs",
         "bench",
+        "plain",
         "report",
         "summary",
         "figures",
