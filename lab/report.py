@@ -154,7 +154,20 @@ def contrast(
 
 def results(out: Path) -> Results:
     paths = [path for path in sorted(out.glob("*.json")) if path.stem in CLAIMS]
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    for result in found.values():
+        fill_from_gpu(result, out)
+    return found
+
+
+def fill_from_gpu(result: dict, out: Path) -> None:
+    """Claims that need a GPU, from what lab/gpu.py has stored beside them."""
+    seen: dict[str, float] = {}
+    for path in out.glob("gpu-*.json"):
+        seen |= json.loads(path.read_text())["claims"]
+    for claim in result["claims"]:
+        if claim["measure"].startswith("needs ") and claim["name"] in seen:
+            claim |= {"value": seen[claim["name"]], "n": 1, "verdict": "reported"}
 
 
 def check_measures(found: Results, out: Path) -> None:
@@ -174,7 +187,8 @@ def all_tables(out: Path, found: Results) -> dict[str, str]:
         tables[f"{name}:raw"] = raw_table(result)
     for name, result in results(out / "final").items():
         tables[f"final-{name}"] = claim_table(result)
-    for path in (*out.glob("bench-*.json"), *out.glob("compare-*.json")):
+    stored = (path for kind in ("bench", "compare", "gpu") for path in out.glob(f"{kind}-*.json"))
+    for path in stored:
         tables[path.stem] = "\n".join(json.loads(path.read_text())["table"])
     return tables
 

@@ -89,6 +89,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "costs",
         "bench",
         "plain",
+        "gpu",
         "report",
         "summary",
         "figures",
