@@ -141,7 +141,7 @@ def obey(player: object, body: dict) -> None:
         COMMANDS[name](player, body)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         player.screen.note(info=f"{name}: {error}")
-    player.screen.note(facts=player.facts() | {"n": player.screen.serial})
+    player.say_facts()
 
 
 def heard(player: object, route: str, body: dict) -> tuple[int, str]:

@@ -74,6 +74,8 @@ def walk_link(player: object, text: str) -> None:
     wanted = link.parse(text, len(player.gallery), player.session.lengths)
     path = player.gallery[wanted.start]
     start = open_start(path, player.size, path.name, player.args.view)
+
+    # with segments of another length it would be another walk; the folder has to know it, too
     if wanted.new and not player.args.fake:
         player.args.new = wanted.new
         player.session.options = replace(player.session.options, new=wanted.new)
@@ -85,6 +87,7 @@ def walk_link(player: object, text: str) -> None:
 
 def link_of(player: object) -> str:
     """The way the player has come, as a link that leads the same way."""
+    # a picture of one's own, or a folder that goes on: nobody else has what the walk began with
     keyboard, mouse = player.actions()
     if player.begun.number is None or len(keyboard) != player.frame:
         raise ValueError("a link can only hold walks that began with one of the start pictures")

@@ -251,6 +251,10 @@ class Player(threading.Thread):
             "vram": round(vram, 1),
         }
 
+    def say_facts(self) -> None:
+        """What is set now; frames that were made before still say otherwise."""
+        self.screen.note(facts=self.facts() | {"n": self.screen.serial})
+
     def show(self, frames: np.ndarray, poses: list, said: dict, clear: bool = False) -> None:
         """Put frames on the screen, each with all that the page says about it."""
         first = self.frame - len(frames) + 1

@@ -151,6 +151,7 @@ class Game:
         player.script = None
         player.session.policy = "camera"
         player.set["paused"] = True
+        player.say_facts()
         self.go(player, "over")
 
     # ---- what the page says

@@ -862,6 +862,7 @@ def test_a_short_game_ends_with_two_scores(
         tab.click("#game >> text=Lead me home")
         tab.wait_for_function("document.querySelectorAll('#result img').length === 3")
         assert player.game.phase == "over" and player.set["paused"]
+        tab.wait_for_function("document.body.dataset.memory === 'on'")
         shown = tab.inner_text("#result")
         assert "with memory" in shown and shown.count("dB") == 2
         assert tab.is_visible("#game >> text=Play") and tab.is_hidden("#game >> text=Stop")

@@ -70,8 +70,7 @@ export class Controls {
 
   readGamepad() {
     const [pad] = (navigator.getGamepads?.() ?? []).filter(Boolean);
-    if (!pad) return;
-    const [x, y, lookX = 0, lookY = 0] = pad.axes;
+    const [x, y, lookX = 0, lookY = 0] = pad?.axes ?? [0, 0]; // one that was unplugged holds nothing
     const keys = [...stickKeys(x, y, "wasd"), ...stickKeys(lookX, lookY, "ijkl")];
     this.set("gamepad", keys);
   }
