@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import moe
 import world
-from context import segment_cameras
+from context import Window, segment_cameras
 from dataset.prompt import embed_prompt
 from engine import actors, parts
 from lab.worlds import Script, draw
@@ -100,7 +100,7 @@ def decode(
 ) -> Tensor:  # (B, last, H, W, 3) in [0, 1]
     """Four latents before the wanted ones fill the decoder's history."""
     net = p.nets["decoder"]
-    wanted = -(-last // 4)
+    wanted = Window().latent_of(last)
     z = z[:, :, -(wanted + 4) :]
     video = net.decode(z.to(dtype_of(net)), clamp=True)[:, :, -last:]
     return (video.float().permute(0, 2, 3, 4, 1) + 1) / 2
@@ -142,7 +142,7 @@ def third_person(script: Script) -> Callable[[Tensor], Tensor]:
 
 def begin(p: Player, script: Script, z: Tensor, how: How) -> actors.Denoiser:
     """A denoiser that stands at the last known frame and remembers the known ones."""
-    known = (script.known - 1) // 4 + 1  # latents
+    known = Window().latent_of(script.known)  # latents
     last = script.known - 1
     denoiser = actors.Denoiser(p.nets["dit"], p.meta, p.options)
     if script.view == "third":

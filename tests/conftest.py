@@ -2,6 +2,8 @@
 
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
@@ -9,6 +11,10 @@ os.environ.setdefault(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import make_studio, shaken  # noqa: E402
+
+import dit  # noqa: E402
+import moe  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
 _connect = socket.socket.connect
@@ -25,3 +31,25 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         return _connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a micro model can be trained."""
+    folder = tmp_path_factory.mktemp("studio")
+    make_studio(folder)
+    return folder
+
+
+@pytest.fixture
+def experts() -> moe.Experts:
+    torch.manual_seed(0)
+    return shaken(moe.build("micro-moe"))
+
+
+@pytest.fixture
+def scene() -> SimpleNamespace:
+    """What a micro network is asked: a context and noise."""
+    torch.manual_seed(1)
+    c = dit.PRESETS["micro"]
+    return SimpleNamespace(context=dit.random_context(c), x=torch.randn(1, c.in_dim, 10, 8, 8))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import plain_attention, plain_rope, relative_error
 from torch import Tensor
 
 import attention as attention_file
@@ -16,26 +17,6 @@ from attention import attention
 def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     loss = y.float().sin().sum()
     return torch.autograd.grad(loss, inputs)
-
-
-def rel(ours: Tensor, golden: Tensor) -> float:
-    golden = golden.detach()
-    difference = ours.detach() - golden
-    return float(difference.norm() / golden.norm())
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, L, heads, head_dim)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = scores / q.shape[-1] ** 0.5
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-
-
-def plain_rope(x: Tensor, angles: Tensor) -> Tensor:  # (B, L, heads, d), (..., heads, d/2)
-    turn = torch.polar(torch.ones_like(angles), angles)  # complex128
-    x64 = x.double()
-    pairs = x64.unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(pairs) * turn
-    return torch.view_as_real(turned).flatten(-2).to(x)
 
 
 def test_a_rotation_keeps_lengths_and_turns_pairs():
@@ -127,11 +108,11 @@ def test_our_rms_norm_equals_torchs(dtype: torch.dtype, tolerance: float):
     weight = torch.randn(32, generator=g).to(dtype)
     ours = attention_file.rms(x, weight)
     torchs = F.rms_norm(x, (32,), weight, 1e-6)
-    assert rel(ours, torchs) < tolerance
+    assert relative_error(ours, torchs) < tolerance
 
     (our_gradient,) = gradients(ours, (x,))
     (torchs_gradient,) = gradients(torchs, (x,))
-    assert rel(our_gradient, torchs_gradient) < 2 * tolerance
+    assert relative_error(our_gradient, torchs_gradient) < 2 * tolerance
 
 
 def test_more_ranks_than_places_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -1,20 +1,17 @@
 """What py promises."""
 
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import clip_context
+from helpers import best_time, clip_context, keys, random_actions, random_cameras, released_pose5
 from safetensors.torch import load_file
 from torch import Tensor, float64
 from torch.testing import assert_close
 
 from camera import (
     ANCHORED_SCALE,
-    KEYS,
     STEP,
     anchored_rays,
     c2w_to_pose,
@@ -37,43 +34,6 @@ HOME = (0, 0, 0, 0, 0)
 GOLDEN = Path(__file__).parent / "golden"
 CAMERA = load_file(GOLDEN / "camera.safetensors")
 ROLLOUT = load_file(GOLDEN / "rollout.safetensors")
-
-
-def keys(held: str = "") -> list[float]:
-    return [float(name in held.split()) for name in KEYS]
-
-
-def random_actions(frames: int, seed: int) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    keyboard = torch.rand(frames, 6, generator=g) < 0.4
-    mouse = torch.rand(frames, 2, generator=g).double()
-    return keyboard.double(), mouse * 0.4 - 0.2
-
-
-def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=float64)
-    poses = torch.randn(n, 5, generator=g).double() * scale
-    return pose_to_c2w(poses)
-
-
-def released_pose5(poses: Tensor) -> Tensor:
-    """Released (x forward, y right, z up, pitch, yaw) in centimetres -> ours."""
-    forward, right, up, pitch, yaw = poses.double().unbind(1)
-    return torch.stack([right / 100, -up / 100, forward / 100, pitch, yaw], -1)
-
-
-def best_time(run: Callable[[], object], rounds: int = 7) -> float:
-    """Seconds of one thread's own work, so that a busy machine does not count."""
-    threads = torch.get_num_threads()
-    times = []
-    torch.set_num_threads(1)
-    for _ in range(rounds):
-        began = time.thread_time()
-        run()
-        times.append(time.thread_time() - began)
-    torch.set_num_threads(threads)
-    return min(times)
 
 
 def test_actions_then_their_inverses_return_home() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import make_context
+from helpers import GOLDEN_CONFIG, make_context, plain_attention, plain_rope, relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,24 +32,6 @@ from flow import sample, sigma_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = dit.PRESETS["micro"]
-GOLDEN_CONFIG = DiTConfig(  # tests/golden/meta.json in our names
-    dim=64,
-    heads=2,
-    layers=2,
-    ffn=128,
-    in_dim=48,
-    text_dim=64,
-    text_len=16,
-    freq_dim=256,
-    ray_channels=1536,
-    sigma_theta=0.0,
-    action_blocks=(0,),
-    action_hidden=16,
-    action_width=64,
-    action_heads=4,
-    action_rope=4,
-    rays_at_input=False,
-)
 CASES = (
     "first_segment",
     "later_segment_with_memory",
@@ -75,23 +57,12 @@ def inputs(cfg: DiTConfig, B: int = 2, memory: int = 2, past: int = 2, new: int 
     return x, sigma, random_context(cfg, B, memory, past, new, size)
 
 
-def rel(ours: Tensor, golden: Tensor) -> float:
-    difference = (ours - golden).detach()
-    return float(difference.norm() / golden.detach().norm())
-
-
 def with_parts_of(c: SimpleNamespace, change: Callable[[Tensor], Tensor]) -> SimpleNamespace:
     """Another context, every tensor of it changed."""
     return SimpleNamespace(**{name: change(value) for name, value in vars(c).items()})
 
 
 # ---- the plain form: one timestep per token, every token through every block, no batches --------
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, L, heads, head_dim)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
-    weights = (scores / q.shape[-1] ** 0.5).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def plain_rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -101,13 +72,6 @@ def plain_rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
 
 def plain_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def plain_rope(x: Tensor, angles: Tensor) -> Tensor:  # (B, L, heads, d), (..., heads, d/2)
-    turn = torch.polar(torch.ones_like(angles), angles)  # complex128
-    pairs = x.double().unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(pairs) * turn
-    return torch.view_as_real(turned).flatten(-2).to(x)
 
 
 def plain_actions(m: ActionModule, x: Tensor, c: SimpleNamespace, cfg: DiTConfig) -> Tensor:
@@ -278,8 +242,8 @@ def test_the_fast_form_equals_the_plain_form(memories: int, actions: tuple[int, 
     plain = plain_forward(model, x, sigma, c)
     new = model(x, sigma, c)
     past_and_new = model(x, sigma, c, return_past=True)
-    assert rel(new, plain[:, :, -3:]) < 2e-6
-    assert rel(past_and_new, plain[:, :, -5:]) < 2e-6
+    assert relative_error(new, plain[:, :, -3:]) < 2e-6
+    assert relative_error(past_and_new, plain[:, :, -5:]) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -320,7 +284,7 @@ def test_memory_is_read_but_never_predicted():
     v = model(x, sigma, c)
     assert v.shape == x.shape
     c.memory = torch.randn_like(c.memory)
-    assert rel(model(x, sigma, c), v) > 1e-3
+    assert relative_error(model(x, sigma, c), v) > 1e-3
 
 
 def test_zero_initialised_action_modules_change_nothing():
@@ -345,12 +309,12 @@ def test_the_action_norm_weights_are_loaded_and_ignored_unless_switched_on():
     x, sigma, c = inputs(MICRO)
     v = model(x, sigma, c)
     multiplied = loud(replace(MICRO, action_norm_weight=True))
-    assert rel(multiplied(x, sigma, c), v) > 1e-3
+    assert relative_error(multiplied(x, sigma, c), v) > 1e-3
     for norm in ("img_attn_q_norm", "img_attn_k_norm", "key_attn_q_norm", "key_attn_k_norm"):
         for m in (model, multiplied):
             nn.init.ones_(getattr(m.blocks[0].action_model, norm).weight)
     assert torch.equal(model(x, sigma, c), v)
-    assert rel(multiplied(x, sigma, c), v) < 1e-6
+    assert relative_error(multiplied(x, sigma, c), v) < 1e-6
 
 
 # ---- positions ---------------------------------------------------------------------------------------------
@@ -387,7 +351,7 @@ def test_only_differences_of_time_count_and_there_is_no_wall_at_2048(later: int)
     x, sigma, c = inputs(MICRO)
     v = model(x, sigma, c)
     c.times = c.times + later
-    assert rel(model(x, sigma, c), v) < 1e-5
+    assert relative_error(model(x, sigma, c), v) < 1e-5
 
 
 # ---- against the release -----------------------------------------------------------------------------------
@@ -541,7 +505,9 @@ def test_unipc_matches_official(steps: int, s: int):
     ours = torch.stack(list(flow.unipc(v, golden["x0"], grid)))
     assert (ours - golden["trajectory"]).abs().max() < 1e-5
     euler = torch.stack(list(flow.euler(v, golden["x0"], grid)))
-    assert rel(euler[-1], golden["trajectory"][-1]) > 5e-4  # another sampler is visibly another
+    assert (
+        relative_error(euler[-1], golden["trajectory"][-1]) > 5e-4
+    )  # another sampler is visibly another
 
 
 def golden_model(**changes) -> DiT:
@@ -587,9 +553,9 @@ def golden_case(case: str) -> tuple[Tensor, Tensor, SimpleNamespace, Tensor]:
 def test_matches_official_on_golden_weights(case: str):
     model = golden_model(sigma_theta=0.3 if "perturbed" in case else 0.0)
     x, sigma, context, out = golden_case(case)
-    assert rel(model(x, sigma, context, return_past=True), out) < 2e-6
+    assert relative_error(model(x, sigma, context, return_past=True), out) < 2e-6
     new = out[:, :, -x.shape[2] :]
-    assert rel(model(x, sigma, context, model.prepare(context)), new) < 2e-6
+    assert relative_error(model(x, sigma, context, model.prepare(context)), new) < 2e-6
 
 
 @pytest.mark.gpu
@@ -600,12 +566,12 @@ def test_matches_official_on_a_gpu(case: str):
     x, sigma, context, out = golden_case(case)
     context = with_parts_of(context, Tensor.cuda)
     v = model(x.cuda(), sigma.cuda(), context, return_past=True)
-    assert rel(v.cpu(), out) < 5e-6
+    assert relative_error(v.cpu(), out) < 5e-6
 
 
 def test_a_wrong_perturbation_is_visible():
     x, sigma, context, out = golden_case("perturbed_rope_sigma_0.3")
-    assert rel(golden_model()(x, sigma, context, return_past=True), out) > 1e-4
+    assert relative_error(golden_model()(x, sigma, context, return_past=True), out) > 1e-4
 
 
 def rollout_context(g: dict, k: int, history: Tensor) -> Context:
@@ -658,7 +624,7 @@ def test_a_rollout_of_four_segments_matches_official():
         x0 = sample(model, context, sigma_grid(3), noise, "unipc")
         history = torch.cat([history, x0], 2)
         ours = history if k == 0 else history[:, :, -10:]
-        assert rel(ours, g[f"segment{k}.latents"]) < 5e-6
+        assert relative_error(ours, g[f"segment{k}.latents"]) < 5e-6
 
 
 # ---- precision, training, bad input ------------------------------------------------------------------------
@@ -670,7 +636,7 @@ def test_bf16_weights_stay_near_float32(fp32_stream: bool):
     x, sigma, c = inputs(MICRO)
     v = model(x, sigma, c)
     low = model.bfloat16()(x, sigma, c)
-    assert low.dtype == torch.float32 and rel(low, v) < 0.05
+    assert low.dtype == torch.float32 and relative_error(low, v) < 0.05
 
 
 def test_a_block_compiles_into_one_graph():
@@ -689,7 +655,7 @@ def test_autocast_changes_little():
     x, sigma, c = inputs(MICRO)
     with torch.autocast("cpu", torch.bfloat16):
         low = model(x, sigma, c)
-    assert rel(low.float(), model(x, sigma, c)) < 0.05
+    assert relative_error(low.float(), model(x, sigma, c)) < 0.05
 
 
 def test_the_loss_falls_and_every_parameter_learns():
@@ -816,11 +782,11 @@ def test_ranks_that_share_places_compute_what_one_computes(
     for v in Threads(ranks).run(
         lambda group: model(x, sigma, c, model.prepare(c, group), return_past=True)
     ):
-        assert rel(v, alone) < 2e-6
+        assert relative_error(v, alone) < 2e-6
     alone = sample(model, c, sigma_grid(2), x)
     together = Threads(ranks).run(lambda group: sample(model, c, sigma_grid(2), x, group=group))
     for x0 in together:
-        assert rel(x0, alone) < 2e-6
+        assert relative_error(x0, alone) < 2e-6
         assert torch.equal(x0, together[0])
 
 
@@ -832,7 +798,7 @@ def rank_main(rank: int, port: int, expected: dict[str, Tensor], path: str) -> N
     for dtype in (torch.float32, torch.bfloat16):
         model = loud(MICRO).to(dtype)
         v = model(x, sigma, c, model.prepare(c, dist.group.WORLD), return_past=True)
-        errors[str(dtype)] = rel(v, expected[str(dtype)])
+        errors[str(dtype)] = relative_error(v, expected[str(dtype)])
     torch.save(errors, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 

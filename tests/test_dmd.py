@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import clip_context
+from helpers import clip_context, seeded
 
 import camera
 import dit
@@ -18,10 +18,6 @@ from dmd import DMDConfig, few_step, generator_loss, rollout
 
 MICRO = dit.PRESETS["micro"]
 CFG = DMDConfig()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def latents(n):

@@ -4,16 +4,13 @@ import io
 
 import pytest
 import torch
+from helpers import seeded
 
 from error_buffer import ErrorBuffer, ErrorConfig
 
 ALWAYS = ErrorConfig(
     warmup=0, probability=1.0, jitter=0.0, dtype="float32", capacity=8, per_push=99
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def residual(seed, B=2, T=3):

@@ -4,15 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from helpers import character_id
 
 from game import figure
-
-
-def character_id(digits: dict[str, int]) -> int:
-    return sum(
-        digits[slot] * math.prod(list(figure.SLOTS.values())[:k])
-        for k, slot in enumerate(figure.SLOTS)
-    )
 
 
 def test_more_than_1e8_characters():

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
-from helpers import make_studio
 
 import dit
 import engine.run
@@ -76,13 +75,6 @@ def test_a_session_on_a_gpu_draws_what_the_cpu_draws(change: dict, tmp_path: Pat
 
 
 # ---- training ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("studio")
-    make_studio(folder)
-    return folder
 
 
 def losses(run: Path) -> list[float]:

@@ -3,13 +3,20 @@
 import dataclasses
 import math
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import clip_context, make_context, palindrome
+from helpers import (
+    best_time,
+    clip_context,
+    keys,
+    make_context,
+    palindrome,
+    random_actions,
+    random_cameras,
+    released_pose5,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,23 +40,6 @@ CAMERA, ROLLOUT = (
     load_file(GOLDEN / "camera.safetensors"),
     load_file(GOLDEN / "rollout.safetensors"),
 )
-
-
-def keys(held: str = "") -> list[float]:
-    return [float(name in held.split()) for name in camera.KEYS]
-
-
-def random_actions(frames: int, seed: int) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    keyboard = torch.rand(frames, 6, generator=g) < 0.4
-    mouse = torch.rand(frames, 2, generator=g).double() * 0.4 - 0.2
-    return keyboard.double(), mouse
-
-
-def random_cameras(n: int, seed: int = 0, spread: float = 5.0) -> Tensor:
-    scale = torch.tensor([spread, 0.5, spread, 20, 120], dtype=torch.float64)
-    g = torch.Generator().manual_seed(seed)
-    return camera.pose_to_c2w(torch.randn(n, 5, generator=g).double() * scale)
 
 
 def walk(latents: int, bound: float, seed: int = 0) -> Tensor:
@@ -77,12 +67,6 @@ def walk(latents: int, bound: float, seed: int = 0) -> Tensor:
 def at(x: float = 0, z: float = 0, yaw: float = 0) -> Tensor:
     """(1, 4, 4): one camera, at eye level zero."""
     return camera.pose_to_c2w(torch.tensor([[x, 0, z, 0, yaw]]))
-
-
-def released_pose5(poses: Tensor) -> Tensor:
-    """Released (x forward, y right, z up, pitch, yaw) in centimetres -> ours."""
-    forward, right, up, pitch, yaw = poses.double().unbind(-1)
-    return torch.stack([right / 100, -up / 100, forward / 100, pitch, yaw], -1)
 
 
 def refused(says: str) -> object:
@@ -309,19 +293,6 @@ def test_overlap_does_not_care_where_the_world_begins() -> None:
     there = overlap(moved[:5], moved)
     here = overlap(c2w[:5], c2w)
     assert (there - here).abs().max() < 0.01
-
-
-def best_time(run: Callable[[], object], rounds: int = 7) -> float:
-    """Seconds of one thread's own work, so that a busy machine does not count."""
-    threads = torch.get_num_threads()
-    times = []
-    torch.set_num_threads(1)
-    for _ in range(rounds):
-        began = time.thread_time()
-        run()
-        times.append(time.thread_time() - began)
-    torch.set_num_threads(threads)
-    return min(times)
 
 
 def test_retrieval_is_hundreds_of_times_faster_than_a_mesh_boolean() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import relative_error
 from safetensors.torch import load, load_file, save
 from torch import nn
 
@@ -63,10 +64,6 @@ class Block(nn.Module):
         scores = a["q"](x) @ a["k"](x).mT / 32**0.5
         h = x + a["o"](scores.softmax(-1) @ a["v"](x))
         return h + self.ffn(h)
-
-
-def relative(y, ref):
-    return ((y - ref).norm() / ref.norm()).item()
 
 
 # ---- identity
@@ -221,8 +218,8 @@ def test_int8_matches_official_in_its_rounding_mode():
 def test_true_rounding_is_closer():
     linear = linear_of(GOLDEN["weight"], None)
     exact = GOLDEN["x"] @ GOLDEN["weight"].t()
-    ours = relative(Int8Linear(linear)(GOLDEN["x"]), exact)
-    released = relative(Int8Linear(linear, released=True)(GOLDEN["x"]), exact)
+    ours = relative_error(Int8Linear(linear)(GOLDEN["x"]), exact)
+    released = relative_error(Int8Linear(linear, released=True)(GOLDEN["x"]), exact)
     assert ours < 0.009 and released > 1.5 * ours, (ours, released)
 
 
@@ -233,7 +230,7 @@ def test_the_error_on_gaussian_data_lies_in_its_band():
     linear = random_linear(256, 256)
     x = torch.randn(200, 256)
     y = linear(x).detach()
-    assert 0.005 < relative(Int8Linear(linear)(x), y) < 0.02
+    assert 0.005 < relative_error(Int8Linear(linear)(x), y) < 0.02
 
 
 def test_the_error_is_as_large_as_expected_and_never_above_its_bound():

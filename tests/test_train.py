@@ -18,7 +18,6 @@ import pytest
 import safetensors
 import torch
 import torch.distributed as dist
-from helpers import make_studio
 from torch import Tensor
 
 import data
@@ -65,13 +64,6 @@ try:
 except ValueError as error:
     sys.exit(str(error))
 """
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("studio")
-    make_studio(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

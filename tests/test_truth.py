@@ -5,6 +5,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pytest
 import torch
+from helpers import random_cameras
 from torch import Tensor
 
 import camera
@@ -16,13 +17,6 @@ WHOLE = 4 / 3 * (memory.FAR**3 - memory.NEAR**3)  # cubic metres of a view
 
 def cameras_of(*poses: list[float]) -> Tensor:  # x, y, z, pitch, yaw each
     return camera.pose_to_c2w(torch.tensor(poses).double())
-
-
-def random_cameras(n: int, seed: int, spread: float) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    poses = torch.randn(n, 5, generator=g).double()
-    scale = torch.tensor([spread, 0.5, spread, 20, 120])
-    return camera.pose_to_c2w(poses * scale)
 
 
 def share_seen_from(*pose: float) -> float:

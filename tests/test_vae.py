@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import relative_error
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,10 +41,6 @@ def streamed(model: VAE, z: Tensor, sizes: list[int]) -> Tensor:
         video, state = model.decode_stream(piece, state)
         out.append(video)
     return torch.cat(out, 2)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float(((a - b).norm() / b.norm()).detach())
 
 
 def golden_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -275,12 +272,12 @@ def test_matches_official(file: str, width: int) -> None:
     whole = model.encode(video)
     chunked = model.encode(video, chunk=1)
     decoded = model.decode(golden["z"])
-    assert relative(whole, golden["latent"]) < 5e-6
-    assert relative(chunked, golden["latent"]) < 5e-6
-    assert relative(decoded, golden["decoded"]) < 5e-6
+    assert relative_error(whole, golden["latent"]) < 5e-6
+    assert relative_error(chunked, golden["latent"]) < 5e-6
+    assert relative_error(decoded, golden["decoded"]) < 5e-6
     with torch.enable_grad():  # the path that training takes
         decoded = model.decode(golden["z"]).detach()
-    assert relative(decoded, golden["decoded"]) < 5e-6
+    assert relative_error(decoded, golden["decoded"]) < 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +342,7 @@ def test_our_files_carry_their_config() -> None:
     assert back.conv2.weight.dtype == torch.float32
     assert float(back.latent_std[0]) == 2
     z = latents(1, 2)
-    assert relative(back.decode(z), model.decode(z)) < 0.05
+    assert relative_error(back.decode(z), model.decode(z)) < 0.05
 
 
 def test_the_shipped_files_fit_in_8_mb() -> None:

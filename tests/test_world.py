@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import character_id
 
 import world
 from camera import intrinsics, step_pose
@@ -339,13 +340,6 @@ def test_rendering_is_fast_enough_to_make_data():
 
 
 # ---- characters
-
-
-def character_id(digits: dict[str, int]) -> int:
-    number = 0
-    for slot, size in reversed(figure.SLOTS.items()):
-        number = number * size + digits[slot]
-    return number
 
 
 def seen_from_behind(scene):
