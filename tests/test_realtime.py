@@ -649,3 +649,21 @@ def test_guidance_subtracts_the_negative_prompt_of_the_preset(
     context = guided.plan(torch.zeros(56, 6), torch.zeros(56, 2), "none").context
     assert torch.equal(context.null().text[0], parts.embed(options, "blurred, still image"))
     assert not torch.equal(context.null().text[0], context.text[0])
+
+
+def test_a_start_picture_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the grey levels would be others if 0..255 were divided in bfloat16."""
+    session = realtime.Session(replace(OPTIONS, dtype="bfloat16"))
+    encoder = session.nets["encoder"]
+    encode = encoder.encode
+    seen = []
+
+    def watched(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels)
+        return encode(pixels)
+
+    monkeypatch.setattr(encoder, "encode", watched)
+    grey = torch.arange(64 * 64).remainder(256).view(64, 64, 1).expand(64, 64, 3)
+    session.reset(grey.byte())
+    right = (grey.permute(2, 0, 1).float() / 127.5 - 1).bfloat16()
+    assert torch.equal(seen[0][0, :, 0].bfloat16(), right)
