@@ -349,6 +349,9 @@ def vae_from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
 def _vae_config(tensors: dict[str, Tensor], config: dict | None) -> VAEConfig:
     if config:
         plain = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+        # so many blocks would be built for ever
+        if not 0 < plain.get("res_blocks", 1) <= 100:
+            raise ValueError(f"its config says res_blocks = {plain['res_blocks']!s:.40}")
         return VAEConfig(**plain)
     # released: only the base widths can differ
     released = PRESETS["wan2.2"]

@@ -536,7 +536,7 @@ def test_a_torch_file_that_holds_no_tensors_by_name_is_damaged(tmp_path):
 
 def test_a_damaged_vae_is_one_line_that_names_the_file(tmp_path):
     file = tmp_path / "vae.safetensors"
-    for config in ({"wings": 2}, {"dim": "wide"}, [1], {"dim_mult": 3}):
+    for config in ({"wings": 2}, {"dim": "wide"}, [1], {"dim_mult": 3}, {"res_blocks": 10**9}):
         weights.write_weights(file, {"a": torch.ones(1)}, {"vae": config})
         with pytest.raises(ValueError, match="vae.safetensors is damaged: "):
             weights.load_vae(file)
