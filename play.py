@@ -281,6 +281,7 @@ def check(args: argparse.Namespace) -> int:
 def make_start(args: argparse.Namespace) -> int:
     """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
     assets = cli.beside("assets")
+    # world and pose stand in the old file, so it is read before it is replaced
     for path in (assets / "start.png", *assets.glob("gallery/*.png")):
         open_start(path, (64, 64), path.name).save(path)
     return 0
