@@ -1,12 +1,20 @@
-"""What a GPU would be asked to do, on a machine without one (tests/fake_gpu.py): no two devices meet."""
+"""What a GPU would be asked to do, on a machine without one (tests/fake_gpu.py): no two devices meet.
+
+A device must be known before the first backward pass of a process, and can't be forgotten: every walk
+below is a function that runs in a process of its own.
+"""
 
 import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from fake_gpu import GPU, fake_gpu
+from fake_gpu import GPU, fake_gpu, register
 
 import dit
 import engine.run
@@ -24,7 +32,19 @@ from realtime import Session
 MICRO = Options("micro", "random", dtype="float32", new=2)
 
 
-def test_the_fake_device_tells_two_devices_apart_and_keeps_the_numbers():
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Callable]:
+    """apart(walk, ...) is walk(...) in the other process; what it raises is raised here."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, register) as pool:
+        yield lambda walk, *arguments: pool.submit(walk, *arguments).result()
+
+
+def test_the_fake_device_tells_two_devices_apart_and_keeps_the_numbers(apart: Callable):
+    apart(two_devices)
+
+
+def two_devices() -> None:
     with fake_gpu():
         x = torch.arange(6.0, device=GPU).view(2, 3)
         here = torch.ones(3)
@@ -64,11 +84,15 @@ def frames_of(options: Options, state: Path) -> torch.Tensor:
     [{"decoder": "light75"}, {"quantize": "qkvo"}, {"new": 10, "steps": 2, "guidance": 2.0}],
     ids=["thin decoder", "INT8", "guided"],
 )
-def test_a_session_on_a_gpu_draws_what_the_cpu_draws(change: dict, tmp_path: Path):
+def test_a_session_on_a_gpu_draws_what_the_cpu_draws(change: dict, tmp_path: Path, apart: Callable):
+    apart(play_twice, change, tmp_path)
+
+
+def play_twice(change: dict, folder: Path) -> None:
     options = replace(MICRO, **change)
     with fake_gpu():
-        here = frames_of(replace(options, device="cpu"), tmp_path / "cpu.safetensors")
-        there = frames_of(replace(options, device=GPU), tmp_path / "gpu.safetensors")
+        here = frames_of(replace(options, device="cpu"), folder / "cpu.safetensors")
+        there = frames_of(replace(options, device=GPU), folder / "gpu.safetensors")
     difference = (here.int() - there.int()).abs()
     # fused kernels of the CPU are not taken for a labelled tensor: the last bit may differ
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
@@ -84,32 +108,39 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("stage", ["vae", "lightvae", "base", "moe", "distill"])
 def test_every_stage_trains_and_resumes_on_a_gpu_with_the_losses_of_the_cpu(
-    stage: str, studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, studio: Path, tmp_path: Path, apart: Callable
 ):
     for name in ("assets", "datasets"):
         (tmp_path / name).symlink_to(studio / name)
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    monkeypatch.setattr(engine.run, "listen", lambda run: None)
+    apart(train_twice, stage, tmp_path)
+
+
+def train_twice(stage: str, folder: Path) -> None:
     early = error_buffer.ErrorConfig(warmup=1)
-    monkeypatch.setattr(error_buffer, "ErrorConfig", lambda **kwargs: replace(early, **kwargs))
     usual = ["--preset", "micro", "--dtype", "float32", "--batch", "2", "--log-every", "1"]
-    base = tmp_path / "runs/base"
-    with fake_gpu():
+
+    def run(name: str, steps: int, device: str, *flags: str) -> None:
+        place = torch.device(device, 0) if device == GPU else torch.device("cpu")
+        with mock.patch.object(engine.run, "device_of", lambda cfg: place):
+            which = ["--run", name, "--steps", str(steps), "--device", "cpu"]
+            assert train.main([*usual, *which, *flags]) == 0
+
+    with (
+        fake_gpu(),
+        mock.patch.object(cli, "ROOT", folder),
+        mock.patch.object(engine.run, "listen"),
+        mock.patch.object(error_buffer, "ErrorConfig", lambda **kwargs: replace(early, **kwargs)),
+    ):
+        flags = ["--stage", stage]
         if stage == "distill":
-            assert train.main([*usual, "--run", "base", "--steps", "1", "--device", "cpu"]) == 0
-            usual += ["--init", str(base), "--adversarial", "0.1", "--cold-start", "1"]
-
-        def run(name: str, steps: int, device: str) -> None:
-            place = torch.device(device, 0) if device == GPU else torch.device("cpu")
-            monkeypatch.setattr(engine.run, "device_of", lambda cfg: place)
-            flags = ["--stage", stage, "--run", name, "--steps", str(steps), "--device", "cpu"]
-            assert train.main([*usual, *flags]) == 0
-
-        run("here", 3, "cpu")
-        run("there", 2, GPU)
-        run("there", 3, GPU)
-    here = losses(tmp_path / "runs/here")
-    there = losses(tmp_path / "runs/there")
+            run("base", 1, "cpu")
+            flags += ["--init", str(folder / "runs/base"), "--adversarial", "0.1"]
+            flags += ["--cold-start", "1"]
+        run("here", 3, "cpu", *flags)
+        run("there", 2, GPU, *flags)
+        run("there", 3, GPU, *flags)
+    here = losses(folder / "runs/here")
+    there = losses(folder / "runs/there")
     assert len(there) >= 3 and there[-1] == pytest.approx(here[-1], rel=0.02)
 
 
@@ -142,7 +173,11 @@ def full_size(preset: str, device: str) -> tuple[dit.DiT, Context, torch.Tensor]
 
 
 @pytest.mark.parametrize("preset", ["5b", "28b-moe"])
-def test_a_step_of_the_full_size_fits_together(preset: str):
+def test_a_step_of_the_full_size_fits_together(preset: str, apart: Callable):
+    apart(step_of, preset)
+
+
+def step_of(preset: str) -> None:
     with fake_gpu("meta"), torch.no_grad():
         network, context, noise = full_size(preset, GPU)
         # which expert is asked depends on a number, and here are none
@@ -152,7 +187,11 @@ def test_a_step_of_the_full_size_fits_together(preset: str):
         assert x0.shape[-2:] == (44, 80)
 
 
-def test_the_full_decoder_makes_720p_frames_of_two_streamed_latents():
+def test_the_full_decoder_makes_720p_frames_of_two_streamed_latents(apart: Callable):
+    apart(decode_at_full_size)
+
+
+def decode_at_full_size() -> None:
     with fake_gpu("meta"), torch.no_grad():
         with torch.device("meta"):
             decoder = vae.VAE(vae.pruned(vae.PRESETS["wan2.2"], 0.75))
