@@ -217,6 +217,9 @@ def compare(said: dict, new: list[dict], now: dict) -> int:
     old = said["chunks"]
     same = sum(a["sha"] == b["sha"] for a, b in zip(new, old, strict=False))
     verdict = f"{same} of {len(old)} chunks are identical"
+    if same == len(new) < len(old):
+        print(f"{verdict}; the replay was stopped there")
+        return 130
     if same == len(old):
         print(verdict)
         return 0

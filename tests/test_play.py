@@ -920,3 +920,10 @@ def test_the_shipped_model_turns_away_and_back_in_the_page(chromium, tmp_path: P
         tab.set_viewport_size({"width": 480, "height": 900})
         tab.screenshot(path=str(tmp_path / "narrow.png"), full_page=True)
     assert 20_000 < (tmp_path / "page.png").stat().st_size < 200_000
+
+
+def test_a_replay_that_was_stopped_blames_no_device(capsys: pytest.CaptureFixture) -> None:
+    played = [{"sha": "one"}, {"sha": "two"}]
+    now = {"versions": {}, "weights_sha": ""}
+    assert play.compare({"chunks": played, **now}, played[:1], now) == 130
+    assert capsys.readouterr().out == "1 of 2 chunks are identical; the replay was stopped there\n"
