@@ -22,12 +22,7 @@ Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evalu
 """
 
 import base64
-import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -35,12 +30,11 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
-import torch
 
 import world
 from engine import cli, weights
 from lab import claims, costs, models, report, retrieval, revisits, sanity, stats, walks
-from lab.run import Run
+from lab.run import Run, origin
 
 RESULTS = cli.beside("results")
 SHIPPED = cli.beside("assets", "tiny")
@@ -91,45 +85,10 @@ def command_of(name: str, args: Namespace) -> str:
     return " ".join(words)
 
 
-def machine() -> str:
-    """The processor, where the system tells its name, and how many cores there are."""
-    name = platform.machine()
-    listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        found = re.search(r"model name\s*: (.*)", listed.read_text())
-        name = found[1] if found else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = cli.beside()
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def provenance(name: str, args: Namespace) -> dict:
     """All that another person needs to measure the same again."""
-    hashes = {}
-    for file in Path(args.weights).rglob("*.safetensors"):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        hashes["/".join(file.parts[-2:])] = digest[:12]
-    return {
-        "command": command_of(name, args),
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "seed": 0,
-        "machine": machine(),
-        "split": split_of(args),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "worlds": worlds_of(args),
-        "commit": commit(),
-        "weights": hashes,
-    }
+    files = Path(args.weights).rglob("*.safetensors")
+    return origin(command_of(name, args), split_of(args), worlds_of(args), files)
 
 
 # ---- a run --------------------------------------------------------------------------------

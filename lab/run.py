@@ -4,22 +4,78 @@ What is found is rows and columns of numbers, one number for each world: raw["ro
 for them by these names. What a run leaves out, and why, stands in `absent`.
 """
 
+import hashlib
 import json
 import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy import ndarray
 from torch import Tensor
 
 from dataset.film import psnr
+from engine import cli
 from lab import metrics, players, registration, truth, worlds
 from lab.claims import Raw
 
 SOME = 6  # worlds for what is slow, unless all are asked for
 LOST = 0.75  # ZNCC under which a frame is lost, where nobody has measured it yet
+
+
+# ---- where a number comes from ------------------------------------------------------------
+
+
+def machine() -> str:
+    """The processor, where the system tells its name, and how many cores there are."""
+    name = platform.machine()
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        found = re.search(r"model name\s*: (.*)", listed.read_text())
+        name = found[1] if found else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = cli.beside()
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def origin(command: str, split: str, seeds: list[int], files: Iterable[Path]) -> dict:
+    """What to type for the same numbers, with which weights, code and libraries, and where it ran."""
+    hashes = {}
+    for file in files:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        hashes["/".join(file.parts[-2:])] = digest[:12]
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "seed": 0,
+        "machine": machine(),
+        "split": split,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "worlds": seeds,
+        "commit": commit(),
+        "weights": hashes,
+    }
+
+
+# ---- a measurement ------------------------------------------------------------------------
 
 
 def off(found: registration.Found, pose: ndarray) -> dict[str, float]:
