@@ -1,36 +1,48 @@
 """Attend, with a clock per head.
 
-What it does. Rotary positions, one attention product whatever the kernel, and the exchange that
-lets ranks share a segment by place.
-Paper: §3.1-3.2, Eq. 7 (perturbed RoPE).  Released: the same angles, cut at latent 2,048.
+What it does. Three things that attention needs everywhere in the network: the times and places of
+tokens as angles (rotary positions, RoPE), the attention product itself, and an exchange for
+processes that share the work on one segment.
+Paper: §3.1-3.2, Eq. 7 (perturbed RoPE).  Released: the same angles, from a table that ends at
+latent 2,048.
 
-Why it works. RoPE turns pair j of a query at time t by ω_j·t and of a key at time t' by ω_j·t'.
-Turning both by the same angle changes no product, so a score depends on the lag alone, Σ_j
-cos(ω_j·(t − t') + φ_j):
+Why it works. RoPE takes n pairs of the numbers of a query or key, and reads each pair as a point in
+the plane. For a token at time t it turns point j about the origin by the angle ω_j·t. The dot
+product of two points depends on their lengths and the angle between them. So when a query at time t
+meets a key at time t', only the lag t − t' counts:
+
+    score = Σ_j a_j·cos(ω_j·(t − t') + φ_j)
+
+a_j (the product of the two lengths) and φ_j (the angle between the two points before any turn) come
+from what the tokens contain. The frequencies fall from 1 radian per latent to almost 1/θ:
 
     ω_j = θ^(−j/n),    j = 0 .. n − 1                                                          (1)
 
-At lag 0 all terms agree. At some far lags they nearly agree again, and since every head has the
-same ω, all heads see that ghost at the same lag: a memory of long ago looks recent. Give every
-head a base of its own, and the ghosts fall apart while lag 0 stays:
+With one θ for all heads there are far lags at which many of the turns ω_j·lag are near a multiple
+of 360 degrees, in all heads at once: a latent of long ago looks like a recent one. Eq. 7 gives every
+head h a θ of its own, so that such lags differ from head to head:
 
     θ_h = 10000·(1 + σ_θ·ε_h),   ε_h = linspace(−1, 1, heads)[h]   Eq. 7                       (2)
 
-How alike is a time to one so many latents later? The mean over heads and pairs of what (1) sums:
+(σ_θ is a constant, 0.8, and has nothing to do with the noise level σ.) How alike do two times look,
+whatever the tokens contain? Take every a_j as 1, every φ_j as 0, and the mean over pairs and heads:
 
-    likeness(lag) = mean cos(ω·lag)                                                            (3)
+    likeness(lag) = mean of cos(ω·lag)                                                         (3)
 
-The demo prints it for a short lag, where σ_θ changes little, and for the worst ghost far away.
+The demo prints it for a lag of 10, which (2) hardly changes, and the largest one of all lags from
+200 on, which it lowers: in a network of the size `tiny` from 0.68, more than lag 10 has, to 0.44.
 
-Space has pairs of its own, of row and of column: a token's angles are time | row | column.
+The row and the column of a token are told in the same way, by pairs of their own: a third of all
+pairs for each. The rest are for time.
 
-Ranks share places, not time. Only here do they need each other: rank r holds all heads of its
-places,
+Many ranks. A rank is one of several processes, on a GPU each, that compute one segment together.
+Each holds some places of the picture, at all times. All layers but self-attention work on one place
+at a time; for self-attention the ranks trade places for heads, and back:
 
-    all heads, own places  --exchange-->  own heads, all places  --attend, exchange back-->  all, own
+    all heads, own places  --exchange-->  own heads, all places  --attend, exchange-->  as before
 
-What differs. Angles are computed on the fly, so there is no end at latent 2,048. Torch's product
-serves everywhere, but for flash-attn on a GPU where that is installed: the same function.
+What differs. Angles are computed when they are needed, so there is no last latent. The product is
+flash-attn's on a GPU where that is installed, torch's everywhere else.
 
 Try it: python attention.py      Tests: pytest tests/test_attention.py
 """
@@ -58,28 +70,30 @@ def frequencies(theta: Tensor, pairs: int) -> Tensor:  # (heads,) -> (heads, pai
 
 
 def clocks(cfg: object, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """(heads, pairs) frequencies of time, and of row and column, which get a third of the pairs each."""
+    """Frequencies of every head: (heads, n) for time, (heads, n') for the row and for the column."""
     epsilon = torch.linspace(-1, 1, cfg.heads, dtype=torch.float64, device=device)
     theta = 10000 * (1 + cfg.sigma_theta * epsilon)  # (2)
     pairs = cfg.dim // cfg.heads // 2
-    of_space = pairs // 3
-    return frequencies(theta, pairs - 2 * of_space), frequencies(theta, of_space)
+    for_row = pairs // 3  # and as many for the column
+    for_time = pairs - 2 * for_row
+    return frequencies(theta, for_time), frequencies(theta, for_row)
 
 
 def likeness(lags: Tensor, cfg: object) -> Tensor:  # (n,) latents -> (n,)
-    of_time, _ = clocks(cfg)
-    return (lags[:, None, None] * of_time).cos().mean((-1, -2))  # (3)
+    omega, _ = clocks(cfg)  # (heads, pairs)
+    angles = lags[:, None, None] * omega
+    return angles.cos().mean((-1, -2))  # (3)
 
 
 def rope_angles(times: Tensor, h: int, w: int, cfg: object) -> Tensor:
     """(B, T) absolute latent indices -> (B, T, h·w, heads, head_dim/2) angles: time | row | column."""
-    of_time, of_space = clocks(cfg, times.device)
-    time = times[..., None, None, None] * of_time  # (B, T, 1, heads, n)
+    omega_time, omega_space = clocks(cfg, times.device)
+    time = times[..., None, None, None] * omega_time  # (B, T, 1, heads, pairs of time)
 
     place = torch.arange(h * w, device=times.device)[:, None, None]
-    row = place // w * of_space
-    column = place % w * of_space
-    space = torch.cat([row, column], -1)  # (h·w, heads, 2n)
+    row = place // w
+    column = place % w
+    space = torch.cat([row * omega_space, column * omega_space], -1)  # (h·w, heads, other pairs)
 
     shape = (*times.shape, h * w, cfg.heads, -1)
     return torch.cat([time.expand(*shape), space.expand(*shape)], -1)
@@ -94,12 +108,12 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn pairs (2j, 2j+1) of x (..., heads, head_dim) by rope (..., heads|1, head_dim/2, 2)."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if x.is_cuda:
-        # real arithmetic compiles into one kernel
+        # written out, because torch.compile makes one kernel of it
         a, b = pairs.unbind(-1)
         cos, sin = rope.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
     else:
-        # a complex product: four times faster on a CPU
+        # the same as (a + bi)·(cos + i·sin): at least four times faster on a CPU
         product = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
         turned = torch.view_as_real(product)
     return turned.flatten(-2).to(x.dtype)
@@ -107,7 +121,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 # ---- the product ---------------------------------------------------------------------------------
 
-CUDNN_FIRST = [
+CUDNN_FIRST = [  # torch takes the first that can do it
     Kernel.CUDNN_ATTENTION,
     Kernel.FLASH_ATTENTION,
     Kernel.EFFICIENT_ATTENTION,
@@ -133,7 +147,8 @@ def load_flash() -> Callable | None:
     return kernel
 
 
-# a block that is being compiled asks these while it is traced, and must not trace them
+# torch.compile reads the code of a block to make a graph of it. These two are called then, and
+# their answers go into the graph as constants: their own code must not become part of it.
 
 
 @torch.compiler.assume_constant_result
@@ -147,8 +162,8 @@ def is_hopper() -> bool:
 
 
 def pick_flash(q: Tensor) -> Callable | None:
-    knows = q.is_cuda and q.element_size() == 2  # no float32
-    return flash_kernel() if knows else None
+    supported = q.is_cuda and q.element_size() == 2  # flash-attn has no float32
+    return flash_kernel() if supported else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +177,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if flash is not None:
         return flash(q, k, v)
 
-    # on Hopper torch would take its FlashAttention-2 kernel, but cuDNN's is 1.6 times faster
+    # on Hopper GPUs torch would take FlashAttention-2; by published figures (not measured here)
+    # cuDNN's kernel is 1.6 times faster there
     order = contextlib.nullcontext()
     if q.is_cuda and is_hopper():
         order = sdpa_kernel(CUDNN_FIRST, set_priority=True)
@@ -180,8 +196,10 @@ def shares(places: int, group: dist.ProcessGroup | None) -> tuple[list[int], sli
     me = 0 if group is None else dist.get_rank(group)
     if ranks > places:
         raise ValueError(f"{ranks} ranks cannot share {places} places; use at most {places} ranks")
-    sizes = [places // ranks + (rank < places % ranks) for rank in range(ranks)]
-    return sizes, slice(sum(sizes[:me]), sum(sizes[: me + 1]))
+    each, left = divmod(places, ranks)  # the first ranks take one more, until none is left
+    sizes = [each + 1] * left + [each] * (ranks - left)
+    begin = sum(sizes[:me])
+    return sizes, slice(begin, begin + sizes[me])
 
 
 def exchange(
@@ -206,44 +224,50 @@ def gather_places(y: Tensor, places: list[int], group: dist.ProcessGroup) -> Ten
 def attention_across(
     q: Tensor, k: Tensor, v: Tensor, places: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """All heads of our places in, all heads of our places out; between, our heads of all places."""
+    """attention() for ranks that share the places: (B, T·S_ours, H, d) of our places, in and out."""
     B, _, H, d = q.shape
     ranks = len(places)
-    ours = places[dist.get_rank(group)]
-    heads = -(-H // ranks)  # per rank; H is padded up to a multiple
+    S_ours = places[dist.get_rank(group)]
+    heads = (H + ranks - 1) // ranks  # of each rank, rounded up: the last ranks may get zeros
 
     def own_heads(x: Tensor) -> Tensor:  # (B, T·S_ours, H, d) -> (B, T·S, heads, d)
-        latents = x.shape[1] // ours
+        T = x.shape[1] // S_ours
         padded = F.pad(x, (0, 0, 0, heads * ranks - H))
-        shapes = [(B, latents * S, heads, d) for S in places]
-        return torch.cat(exchange(padded.split(heads, 2), shapes, group), 1)
+        of_each_rank = padded.split(heads, 2)
+        shapes = [(B, T * S, heads, d) for S in places]
+        received = exchange(of_each_rank, shapes, group)
+        return torch.cat(received, 1)
 
     y = attention(own_heads(q), own_heads(k), own_heads(v))  # (B, T·S, heads, d)
 
-    # and back: to every rank its places, from every rank its heads
-    latents = q.shape[1] // ours
-    parts = y.split([latents * S for S in places], 1)
-    shapes = [(B, q.shape[1], heads, d)] * ranks
-    return torch.cat(exchange(parts, shapes, group), 2)[:, :, :H]
+    # back: every rank gets its places again, and from every other one the heads that it computed
+    T = q.shape[1] // S_ours
+    places_of_each_rank = y.split([T * S for S in places], 1)
+    shapes = [(B, T * S_ours, heads, d)] * ranks
+    received = exchange(places_of_each_rank, shapes, group)
+    return torch.cat(received, 2)[:, :, :H]
 
 
 # ---- the layer -----------------------------------------------------------------------------------
 
 
 def rms(x: Tensor, weight: Tensor | None) -> Tensor:
-    """x / √(mean x² + ε)·weight over the last axis."""
+    """x / √(mean(x²) + 1e-6), times the weight; over the last axis."""
     weight = None if weight is None else weight.to(x.dtype)
     if x.is_cuda:
         return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
 
-    # on a CPU two thirds of F.rms_norm's time
+    # on a CPU, for thousands of rows in bfloat16, two thirds of the time of F.rms_norm
     mean = x.square().mean(-1, keepdim=True, dtype=torch.float32)
     normal = x * (mean + 1e-6).rsqrt().to(x.dtype)
     return normal if weight is None else normal * weight
 
 
 class Attention(nn.Module):
-    """Projections of the self- and the text attention; q and k are normalised over all heads together."""
+    """The layers around attention(): of self-attention, and of attention to the text.
+
+    q and k are normalised over all heads together, before they are split into heads.
+    """
 
     def __init__(self, cfg: object):  # dit.DiTConfig
         super().__init__()
@@ -258,7 +282,7 @@ class Attention(nn.Module):
     def query(self, x: Tensor) -> Tensor:  # (B, ..., D) -> (B, L, heads, head_dim)
         return self.split(rms(self.q(x), self.norm_q.weight))
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:  # the same, twice
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, L, heads, head_dim) each
         k = rms(self.k(x), self.norm_k.weight)
         return self.split(k), self.split(self.v(x))
 
@@ -271,7 +295,7 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Clocks:
-    """What positions need of a dit.DiTConfig."""
+    """The fields of a dit.DiTConfig that clocks() reads."""
 
     dim: int
     heads: int
@@ -279,16 +303,16 @@ class Clocks:
 
 
 def main() -> None:
-    """The ghosts of Eq. 7: how alike a time looks to one long ago, one clock for all or one per head."""
+    """How alike a time looks to one long ago: with one clock for all heads, and with one per head."""
     far = torch.arange(200, 2000)
     for name, dim, heads in (("tiny", 256, 4), ("5b", 3072, 24)):
         for sigma_theta in (0.0, 0.8):
             cfg = Clocks(dim, heads, sigma_theta)
             near = likeness(torch.tensor([10]), cfg).item()
-            ghost, where = likeness(far, cfg).max(0)
+            largest, where = likeness(far, cfg).max(0)
             print(
                 f"{name:4s} σ_θ = {sigma_theta}: 10 latents ago {near:.3f}, "
-                f"and {far[where]} latents ago {ghost:.3f}"
+                f"and {far[where]} latents ago {largest:.3f}"
             )
 
 
