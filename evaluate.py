@@ -33,7 +33,7 @@ import numpy as np
 
 import world
 from engine import cli, weights
-from lab import claims, costs, models, report, retrieval, revisits, sanity, stats, walks
+from lab import claims, costs, models, report, retrieval, revisits, rivals, sanity, stats, walks
 from lab.run import Run, origin
 
 RESULTS = cli.beside("results")
@@ -43,6 +43,7 @@ OPENED = 32  # final worlds that had been looked at before the last tables
 COMMANDS: dict[str, Callable[[Run], None]] = {
     "sanity": sanity.sanity,
     "memory": revisits.remember,
+    "rivals": rivals.rivals,
     "drift": walks.drift,
     "explore": walks.explore,
     "action": walks.action,

@@ -66,6 +66,16 @@ MEMORY = """
   M11  | >= 0.7    | adoption of a foreign memory   | adoption: exact, other world
 """
 
+# Other things in the place of the memory, and other ways to know what was there; bank-only pixels.
+RIVALS = """
+  §3.2 | -0.5-0.5 dB | 0.4 m: last frames - none | psnr bank-only: 0.4 m, last frames - 0.4 m, none
+  §3.2 | >= 5 dB | 0.4 m: retrieval - pooled     | psnr bank-only: 0.4 m, retrieval - 0.4 m, pooled
+  §3.2 | -1-1 dB | exact: warp cache - retrieval | psnr bank-only: exact, warp cache - exact, retrieval
+  §3.2 | >= 1 dB | 0.85 m: warp cache - retrieval | psnr bank-only: 0.85 m, warp cache - 0.85 m, retrieval
+  §3.2 | >= 2 dB | 1.9 m: warp cache - retrieval | psnr bank-only: 1.9 m, warp cache - 1.9 m, retrieval
+  §3.2 | 1-1.6 x | a segment's time: retrieval / none | ms: retrieval / none
+"""
+
 # Does a long rollout keep to the world? In place it looks round a room that the bank knows.
 DRIFT = """
   §3.1 | >= -0.5 dB/100 frames | in place, memory on: slope | dB per 100 frames: in place, camera
@@ -216,6 +226,7 @@ def table(text: str) -> list[Claim]:
 CLAIMS = {
     "sanity": table(SANITY),
     "memory": table(MEMORY),
+    "rivals": table(RIVALS),
     "drift": table(DRIFT),
     "explore": table(EXPLORE),
     "action": table(ACTION),

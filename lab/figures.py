@@ -1,7 +1,8 @@
 """Figures from what is stored, and from nothing else.
 
-Revisits by arm, drift by segment, what is looked back at from above, and where the time of a segment
-goes. They need matplotlib, as nothing else does; without it the tables are still written.
+Revisits by arm, ways to remember by place, drift by segment, what is looked back at from above, and
+where the time of a segment goes. They need matplotlib, as nothing else does; without it the tables are
+still written.
 """
 
 import re
@@ -14,6 +15,7 @@ CURVES = {  # figure -> the command it is from, the keys that are drawn, its tit
     "drift": ("drift", r"segment \d+/(.+): psnr", "PSNR by segment, dB"),
     "sharpness": ("drift", r"segment \d+/(.+): sharpness", "sharpness by segment, 1 = truth"),
 }
+NO_NETWORK = ("frame copied", "frames warped")  # rivals that draw nothing: hatched
 LADDER = re.compile(r"(.+): ([\d.]+) ms.*")  # a row of the bench: what, and how long
 
 
@@ -46,6 +48,9 @@ def plot(
     facts = found.get("retrieval", {}).get("facts")
     if facts:
         save(from_above(facts), folder / "retrieval.png")
+    rivals = found.get("rivals", {}).get("facts")
+    if rivals:
+        save(by_place(rivals["rivals"]), folder / "rivals.png")
     if ladder:
         save(where_time_goes(ladder), folder / "ladder.png")
 
@@ -88,6 +93,29 @@ def from_above(facts: dict) -> object:
     high = poses.max(0) + 3
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.legend(loc="upper right")
+    return figure
+
+
+def by_place(facts: dict[str, dict]) -> object:
+    """Ways to remember: a group of bars for each place, with the intervals over worlds."""
+    figure, axes = blank("PSNR of what only a memory can know, dB", (9, 3.5))
+    width = 0.8 / len(facts)
+    left = -0.4 + width / 2
+    for arm, fact in facts.items():
+        scores = fact["scores"]["bank-only"]
+        means = [score["mean"] for score in scores.values()]
+        hatch = "//" if arm in NO_NETWORK else None
+        at = np.arange(len(means)) + left
+        axes.bar(at, means, width, label=arm, hatch=hatch, edgecolor="white")
+        # where worlds were too few for an interval there is none
+        for x, score in zip(at, scores.values(), strict=True):
+            if score["interval"]:
+                axes.vlines(x, *score["interval"], color="black", linewidth=0.8)
+        left += width
+    places = [f"seen again: {place}" for place in scores]
+    axes.set_xticks(range(len(places)), places)
+    axes.set_ylim(bottom=10)  # another world has 13
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
     return figure
 
 

@@ -6,7 +6,7 @@ four of them are the past. Everything after that is the model's own.
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import moe
 import world
-from context import Window, segment_cameras
+from context import Memory, Window, segment_cameras
 from dataset.prompt import embed_prompt
 from engine import actors, parts
 from lab.worlds import Script, draw
@@ -48,9 +48,13 @@ class How(NamedTuple):
     later: int = 0  # latents of silence between what is known and now
     new: int = 10  # latents at once
     after: Callable[[actors.Denoiser], None] | None = None  # called after the first segment
+    recall: "Recall | None" = None  # what stands in the memory slots, if not what the bank answers
 
 
 AS_PLAYED = How()
+
+# a denoiser, (5, 4, 4) cameras that ask, the first latent that is too new to answer
+Recall = Callable[[actors.Denoiser, Tensor, int], Memory]
 
 
 def lacking(stage: str, how: str = "") -> NoReturn:
@@ -173,7 +177,20 @@ def begin(p: Player, script: Script, z: Tensor, how: How) -> actors.Denoiser:
     source = z if how.bank is None else how.bank
     latents = source[0, :, :known].to(denoiser.now.past)
     denoiser.bank.append(latents, cameras.to(p.options.device), torch.arange(known))
+    if how.recall:
+        denoiser.recall = partial(recall_instead, denoiser, how.recall)
     return denoiser
+
+
+def recall_instead(
+    denoiser: actors.Denoiser,
+    recall: Recall,
+    asking: Tensor,
+    before: int,
+    policy: str,
+) -> tuple[Memory, list[dict]]:
+    """In the place of Denoiser.recall: nothing to show beside the memory."""
+    return recall(denoiser, asking, before), []
 
 
 def ends_of(known: int, segments: int, new: int) -> range:

@@ -1,9 +1,10 @@
 """Tables from results/*.json alone, and the pages that show them.
 
 A page asks for a table by its name, <!-- table:NAME -->: a command (its claims on test worlds),
-final-COMMAND (on the last worlds), COMMAND:raw (every row and column), compare-FOLDER (arms by seed),
-bench-PRESET-SUITE, or `summary`, the README's. What stands between the marks of README.md is written
-anew; results/README.md is made whole by lab/summary.py. The same json give the same bytes.
+final-COMMAND (on the last worlds), COMMAND:raw (every row and column), rivals:places (ways to
+remember, by place), compare-FOLDER (arms by seed), bench-PRESET-SUITE, or `summary`, the README's.
+What stands between the marks of README.md is written anew; results/README.md is made whole by
+lab/summary.py. The same json give the same bytes.
 """
 
 import base64
@@ -103,6 +104,28 @@ def raw_table(result: dict) -> str:
     return "\n".join([*table(["", *columns], lines), "", footer(result)])
 
 
+def rivals_table(facts: dict[str, dict]) -> str:
+    """Two rows for every way to remember: PSNR at each place with its interval, then its costs."""
+    places = list(next(iter(facts.values()))["scores"]["all"])
+    head = ["", "pixels", *places, "ms per segment", "numbers kept"]
+    rows = []
+    for arm, fact in facts.items():
+        for pixels, scores in fact["scores"].items():
+            row = [arm, pixels, *(with_interval(scores[place]) for place in places)]
+            costs = [number(fact["ms"]), f"{fact['numbers kept']:,}"]
+            rows.append(row + (costs if pixels == "all" else ["", ""]))
+    return "\n".join(table(head, rows))
+
+
+def with_interval(score: dict) -> str:
+    """A mean in dB, and what it could be in other worlds."""
+    cell = f"{score['mean']:.1f}"
+    if score["interval"]:
+        low, high = score["interval"]
+        cell += f" [{low:.1f}, {high:.1f}]"
+    return cell
+
+
 def difference(values: dict[str, float], base: dict[str, float]) -> str:
     """Mean over seeds that both arms have, with Student's interval."""
     paired = [values[seed] - base[seed] for seed in values if seed in base]
@@ -185,8 +208,12 @@ def all_tables(out: Path, found: Results) -> dict[str, str]:
     for name, result in found.items():
         tables[name] = claim_table(result)
         tables[f"{name}:raw"] = raw_table(result)
-    for name, result in results(out / "final").items():
+    last = results(out / "final")
+    for name, result in last.items():
         tables[f"final-{name}"] = claim_table(result)
+    for kind, those in (("", found), ("final-", last)):
+        if facts := those.get("rivals", {}).get("facts"):
+            tables[f"{kind}rivals:places"] = rivals_table(facts["rivals"])
     stored = (path for kind in ("bench", "compare", "gpu") for path in out.glob(f"{kind}-*.json"))
     for path in stored:
         tables[path.stem] = "\n".join(json.loads(path.read_text())["table"])

@@ -17,6 +17,19 @@ SLOPES = {
     "both-2": -1.7,
     "both-3": -2.5,
 }
+SCORE = {"mean": 20.04, "interval": [19.0, 21.5]}
+FACTS = {
+    "none": {
+        "scores": {"all": {"exact": SCORE}, "bank-only": {"exact": SCORE | {"interval": None}}},
+        "ms": 70.25,
+        "numbers kept": 0,
+    },
+    "frame copied": {
+        "scores": {"all": {"exact": SCORE}, "bank-only": {"exact": SCORE}},
+        "ms": 5.0,
+        "numbers kept": 46080,
+    },
+}
 
 
 def result(**more: object) -> dict:
@@ -79,6 +92,23 @@ def test_a_table_that_nobody_measured_says_so_and_all_else_is_kept(tmp_path: Pat
     assert readme.read_text() == f"# x\n{filled}kept\n"
 
 
+def test_ways_to_remember_are_a_table_by_place_of_the_test_worlds_and_of_the_last(
+    tmp_path: Path,
+) -> None:
+    store(tmp_path / "rivals.json", result(facts={"rivals": FACTS}))
+    store(tmp_path / "final/rivals.json", result(facts={"rivals": {"none": FACTS["none"]}}))
+    tables = report.all_tables(tmp_path, report.results(tmp_path))
+    assert tables["rivals:places"].splitlines() == [
+        "|  | pixels | exact | ms per segment | numbers kept |",
+        "|---|---|---|---|---|",
+        "| none | all | 20.0 [19.0, 21.5] | 70.25 | 0 |",
+        "| none | bank-only | 20.0 |  |  |",
+        "| frame copied | all | 20.0 [19.0, 21.5] | 5 | 46,080 |",
+        "| frame copied | bank-only | 20.0 [19.0, 21.5] |  |  |",
+    ]
+    assert len(tables["final-rivals:places"].splitlines()) == 4
+
+
 def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     facts = {
@@ -91,6 +121,7 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     store(tmp_path / "retrieval.json", result(facts=facts))
     memory = {f"exact, {arm}/psnr": [20.0, 21.0] for arm in ("camera", "none")}
     store(tmp_path / "memory.json", result(raw=memory))
+    store(tmp_path / "rivals.json", result(facts={"rivals": FACTS}))
     drift = {f"segment 0{k}/in place, camera: psnr": [20.0 - k] for k in (1, 2)}
     store(tmp_path / "drift.json", result(raw=drift))
     rows = [
@@ -100,5 +131,6 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     store(tmp_path / "bench-tiny-ladder.json", {"rows": rows, "table": ["x"]})
     report.report(tmp_path, tmp_path / "none.md", tmp_path / "figures")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
-    assert set(sizes) == {"retrieval.png", "ladder.png", "memory.png", "drift.png"}
+    drawn = {"retrieval.png", "ladder.png", "memory.png", "drift.png", "rivals.png"}
+    assert set(sizes) == drawn
     assert max(sizes.values()) < 200_000
