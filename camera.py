@@ -1,37 +1,43 @@
 """What a key does to a camera, and where its rays run.
 
-What it does. Actions become poses, poses become camera matrices, cameras become rays: the only
-way in which the network learns where it looks. Readers of foreign data convert to these
-conventions at the door.
+What it does. Actions become poses, poses become camera matrices, and cameras become rays. The rays
+are what tells the network where it looks. Readers of foreign data convert to these conventions
+when they read.
 Paper: §3.2 (relative Plücker encoding).  Released: its own axes and channels, kept below.
 
-Conventions. c2w 4x4, OpenCV axes (x right, y DOWN, z forward), metres, floor y = 0; c2w =
-[Ry(yaw) Rx(pitch) | t], yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels,
-pixel centres at +0.5. pose5 = (x, y, z, pitch°, yaw°). action[t] drives frame t -> t+1.
+Conventions. A camera is c2w = [R | p], 4x4, from camera to world, in metres. R = Ry(yaw)·Rx(pitch)
+turns, p is the camera's position. Axes as in OpenCV: x right, y DOWN, z forward; the floor is y = 0.
+yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels, pixel centres at +0.5.
+A pose is five numbers: x, y, z, pitch°, yaw°. action[f] leads from frame f to f + 1.
 
-Why it works. A pixel sees a line. The line through o in direction d is the same from every point
-o + t·d on it, so (o, d) says more than is seen. Plücker's six numbers do not:
+Why it works. A pixel sees along a line, from the camera's position o in the direction d. The pair
+(o, d) changes when o moves along that line, although the line is the same. Plücker's six numbers
+do not change:
 
-    ray = (d, m),   m = o × d          the moment: (o + t·d) × d = o × d for every t           (1)
+    line = (d, m),  m = o × d        because (o + s·d) × d = o × d for every s                 (1)
 
-Cameras are told relative to one of them, the anchor a: then rays do not depend on where in the
-world the walk takes place.
+(m is called the moment.) Where in the world a walk takes place should not matter either. So cameras
+are given relative to one of them, the anchor c2w_a = [R_a | p_a]; ours is the last past frame:
 
-    g = c2w_a⁻¹ · c2w = [R_aᵀ R | R_aᵀ (t − t_a)]                                              (2)
+    g = c2w_a⁻¹·c2w = [R_aᵀ·R | R_aᵀ·(p − p_a)]                                                (2)
 
-Our anchor is the last past frame. Our channels are o, d and m: o too, because a network can use a
-distance that m hides for rays through the origin. And as finer dials of the same heading cos kα
-and sin kα of the azimuth α for k = 2, 4, 8, each from the one before:
+Our network is told d and m of each ray, and o too: whoever walks straight ahead sees rays along
+the way he went, whose moments are near 0 however far he went. And since a small turn changes d
+little, also cos kα and sin kα for k = 2, 4, 8, where α is the azimuth of the ray (its angle to the
+right of straight ahead): they change k times as fast. Each k comes from the one before:
 
     cos 2kα = cos²kα − sin²kα,    sin 2kα = 2·cos kα·sin kα                                    (3)
 
-A frame turns and walks at once. If it walked along the heading before the turn, its inverse would
-walk along the one after, and not come home. The mean of both is the same there and back:
+In one frame a player turns by Δyaw and walks a step. In which direction? Along the mean of the
+heading before and after:
 
     heading = yaw + Δyaw/2                                                                     (4)
 
-What differs. The released integrator takes the mean of two wrapped yaws: one step goes astray at
-±180°. Its channels, though called Plücker, are (o, d) without the moment.
+The way back turns by −Δyaw, from yaw + Δyaw, and so has the same mean: a step back undoes a step
+exactly. With the heading before the turn, or the one after it, it would not.
+
+What differs. The released integrator wraps yaw to ±180° before it takes the mean: the one step
+across ±180° goes backwards. Its channels, though called Plücker, are (o, d) without the moment.
 
 Try it: python camera.py      Tests: pytest tests/test_camera.py
 """
@@ -47,10 +53,10 @@ from torch import Tensor
 STEP = 0.1235  # metres per frame; a diagonal moves 1/√2 of it on each axis
 DEGREES = 15.0  # degrees per mouse unit, both axes
 DEAD_ZONE = 0.02  # smaller mouse values count as 0
-# third person
-ARM = 2.8  # metres behind the eye
+# the camera of the third person, seen from the player's eye
+ARM = 2.8  # metres behind it
 LIFT = 0.15  # metres above it
-TILT = 12.0  # degrees down
+TILT = 12.0  # degrees that it looks further down
 KEYS = ("w", "s", "a", "d", "jump", "attack")  # order of the six keyboard entries
 
 
@@ -74,11 +80,11 @@ def place(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 3)
 
 
 def is_rigid(c2w: Tensor, tolerance: float = 1e-4) -> Tensor:  # (..., 4, 4) -> (...) bool
-    """RᵀR = I, (x × y)·z > 0, everything finite."""
+    """Whether R is a rotation (RᵀR = I and, for its columns, (x × y)·z > 0) and all is finite."""
     R = rotation(c2w).double()
     x, y, z = R.unbind(-1)
-    off = R.mT @ R - torch.eye(3).to(R)
-    orthonormal = off.abs().amax((-1, -2)) < tolerance
+    error = R.mT @ R - torch.eye(3).to(R)
+    orthonormal = error.abs().amax((-1, -2)) < tolerance
     right_handed = (torch.linalg.cross(x, y) * z).sum(-1) > 0
     finite = c2w[..., :3, :].isfinite().flatten(-2).all(-1)
     return orthonormal & right_handed & finite
@@ -99,7 +105,7 @@ def check_rigid(name: str, c2w: Tensor) -> None:
 
 
 def turned(mouse: Sequence[float]) -> list[float]:
-    """Degrees of pitch and yaw; a hand that trembles turns nothing."""
+    """Degrees of pitch and yaw."""
     return [DEGREES * value if abs(value) >= DEAD_ZONE else 0.0 for value in mouse]
 
 
@@ -122,7 +128,6 @@ def step_pose(
     d_pitch, d_yaw = turned(mouse)
     forward, right, diagonal = walked(keyboard)
 
-    # along the mean heading of the frame
     heading = math.radians(yaw + 0.5 * d_yaw)  # (4)
     sin = math.sin(heading)
     cos = math.cos(heading)
@@ -131,13 +136,14 @@ def step_pose(
     z += step * (forward * cos - right * sin)
 
     limit = math.inf if max_pitch is None else max_pitch
-    return x, y, z, min(max(pitch + d_pitch, -limit), limit), yaw + d_yaw
+    pitch = min(max(pitch + d_pitch, -limit), limit)
+    return x, y, z, pitch, yaw + d_yaw
 
 
 def integrate(
     pose: Sequence[float], keyboard: Tensor, mouse: Tensor, max_pitch: float | None = None
 ) -> Tensor:
-    """pose5 of frame 0, actions (F, 6) and (F, 2) -> (F+1, 5) float64."""
+    """The pose of frame 0, actions (F, 6) and (F, 2) -> poses (F+1, 5) float64."""
     expect("keyboard", keyboard, (len(mouse), len(KEYS)))
     expect("mouse", mouse, (len(mouse), 2))
     poses = [tuple(float(value) for value in pose)]
@@ -150,14 +156,12 @@ def integrate(
 
 
 def pose_to_c2w(pose: Tensor) -> Tensor:  # (..., 5) -> (..., 4, 4), same dtype
-    """[Ry(yaw) Rx(pitch) | t]"""
+    """[Ry(yaw)·Rx(pitch) | p], the product written out."""
     x, y, z, pitch, yaw = pose.unbind(-1)
     pitch = torch.deg2rad(pitch)
     yaw = torch.deg2rad(yaw)
-    sp = pitch.sin()
-    cp = pitch.cos()
-    sy = yaw.sin()
-    cy = yaw.cos()
+    sp, cp = pitch.sin(), pitch.cos()
+    sy, cy = yaw.sin(), yaw.cos()
     zero = torch.zeros_like(x)
     one = torch.ones_like(x)
     rows = [
@@ -170,19 +174,19 @@ def pose_to_c2w(pose: Tensor) -> Tensor:  # (..., 5) -> (..., 4, 4), same dtype
 
 
 def behind(poses: Tensor, max_pitch: float = 85.0) -> Tensor:  # (n, 5) -> (n, 4, 4)
-    """The camera of the third person, where no wall shortens its arm (world.cameras does that)."""
+    """The camera of the third person behind a player. In the game walls bring it nearer (world.cameras)."""
     tilted = poses.clone()
-    pitch = tilted[:, 3]
-    pitch.sub_(TILT).clamp_(-max_pitch, max_pitch)
+    tilted[:, 3] = (poses[:, 3] - TILT).clamp(-max_pitch, max_pitch)
     c2w = pose_to_c2w(tilted)
     forward = c2w[:, :3, 2]
-    place(c2w).add_(c2w.new_tensor([0, -LIFT, 0]) - ARM * forward)
+    up = c2w.new_tensor([0, -LIFT, 0])
+    c2w[:, :3, 3] += up - ARM * forward
     return c2w
 
 
 def c2w_to_pose(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 5)
-    """Roll is lost, yaw lies in [-180°, 180°]."""
-    x, y, z = rotation(c2w)[..., 2].unbind(-1)  # where it looks
+    """The pose of a camera that does not roll; yaw lies in [-180°, 180°]."""
+    x, y, z = rotation(c2w)[..., 2].unbind(-1)  # its forward axis
     yaw = torch.atan2(x, z)
     pitch = torch.asin((-y).clamp(-1, 1))
     angles = torch.stack([pitch, yaw], -1)
@@ -192,7 +196,7 @@ def c2w_to_pose(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 5)
 def relative(base: Tensor, other: Tensor) -> Tensor:  # (..., 4, 4) twice -> base⁻¹ · other
     inverse = rotation(base).mT
     turn = inverse @ rotation(other)
-    # the difference first: exact far from the origin too
+    # the positions are subtracted before they are turned: exact even far from the origin
     away = place(other) - place(base)
     shift = inverse @ away[..., None]  # (2)
     top = torch.cat([turn, shift], -1)
@@ -210,7 +214,7 @@ def intrinsics(H: int, W: int, fov: float = 90.0) -> Tensor:
 
 
 def directions(K: Tensor, H: int, W: int) -> Tensor:  # (..., 4) -> (..., 3, H*W)
-    """Of length 1, in the camera's own axes: ((u − cx)/fx, (v − cy)/fy, 1) / |·|"""
+    """Through each pixel (u, v), in the camera's axes: ((u − cx)/fx, (v − cy)/fy, 1), at length 1."""
     fx, fy, cx, cy = K[..., None].unbind(-2)
     rows = torch.arange(H).to(K) + 0.5
     columns = torch.arange(W).to(K) + 0.5
@@ -221,39 +225,40 @@ def directions(K: Tensor, H: int, W: int) -> Tensor:  # (..., 4) -> (..., 3, H*W
 
 
 def rays(c2w: Tensor, K: Tensor, H: int, W: int) -> Tensor:  # (..., 4, 4), (4,) -> (..., 6, H, W)
-    """Origin and direction: what the release calls Plücker channels, without the moment o × d."""
+    """Origin and direction of the ray of every pixel, in the axes that c2w leads to."""
     d = rotation(c2w) @ directions(K.to(c2w), H, W)
     o = place(c2w)[..., None].expand_as(d)
     return torch.cat([o, d], -2).unflatten(-1, (H, W))
 
 
 def moment(o: Tensor, d: Tensor) -> Tensor:  # (..., 3, n) twice -> (..., 3, n)
+    """o × d, written out."""
     ox, oy, oz = o.unbind(-2)
-    x, y, z = d.unbind(-2)
-    across = [
-        oy * z - oz * y,
-        oz * x - ox * z,
-        ox * y - oy * x,
+    dx, dy, dz = d.unbind(-2)
+    product = [
+        oy * dz - oz * dy,
+        oz * dx - ox * dz,
+        ox * dy - oy * dx,
     ]
-    return torch.stack(across, -2)  # (1)
+    return torch.stack(product, -2)  # (1)
 
 
 def azimuth_waves(d: Tensor) -> Tensor:  # (..., 3, n) -> (..., 6, n)
-    """cos kα, sin kα for k = 2, 4, 8 of the azimuth α = atan2(x, z): doubled three times."""
+    """cos kα and sin kα of the azimuth α = atan2(x, z) of rays d, for k = 2, 4, 8."""
     x, _, z = d.unbind(-2)
     radius = (x * x + z * z).sqrt().clamp(min=1e-6)
     cos = z / radius
     sin = x / radius
     waves = []
-    for _ in range(3):
-        double = 2 * cos * sin
-        cos = cos * cos - sin * sin  # (3)
-        sin = double
+    for _ in range(3):  # k = 2, 4, 8
+        sin_twice = 2 * cos * sin
+        cos_twice = cos * cos - sin * sin  # (3)
+        cos, sin = cos_twice, sin_twice
         waves += [cos, sin]
     return torch.stack(waves, -2)
 
 
-ANCHORED_SCALE = 2.0  # metres per unit of o: a segment is 7 m, so |o| is about 1
+ANCHORED_SCALE = 2.0  # metres per unit of o: 40 frames walk up to 4.9 m, so |o| is about 1
 
 
 def anchored_rays(
@@ -263,13 +268,13 @@ def anchored_rays(
     h: int,
     w: int,
 ) -> Tensor:  # (B, 60, L, h, w) float32
-    """15 channels for each of the four frames, along the ray of the cell's centre."""
-    # in double: the difference of two places kilometres away is still exact
+    """Of the ray through each cell's centre 15 numbers, o, d, m and azimuth, in each of four frames."""
+    # in double, for which the difference of two positions kilometres away is still exact
     g = relative(anchor.double()[:, None, None], cameras.double())
     g = g.float().transpose(1, 2)  # (B, 4, L, 4, 4)
 
-    cells = directions(K.to(g), h, w).view(-1, 1, 1, 3, h * w)
-    d = rotation(g) @ cells  # (B, 4, L, 3, h*w)
+    in_camera = directions(K.to(g), h, w).view(-1, 1, 1, 3, h * w)
+    d = rotation(g) @ in_camera  # (B, 4, L, 3, h*w)
     o = place(g) / ANCHORED_SCALE
     o = o[..., None].expand_as(d)
     channels = torch.cat([o, d, moment(o, d), azimuth_waves(d)], -2)  # (B, 4, L, 15, h*w)
@@ -280,25 +285,27 @@ def anchored_rays(
 
 
 def to_released(c2w: Tensor) -> Tensor:
-    """Our cameras -> the left-handed ones of the release, det −1.
+    """Our cameras -> the left-handed ones of the release, whose det R is −1.
 
-    World rows are x forward, y right, z from y; the image-down column changes its sign, so that
-    their mouse "up" tilts down.
+    Their world has x forward, y right and z up. Our y (down) becomes their z WITHOUT a change of
+    sign, so what looks up here looks down there, as the release does when its mouse says "up".
+    The image-down column changes its sign, so that it still points down.
     """
     rows = [2, 0, 1, 3]
     return c2w[..., rows, :] * c2w.new_tensor([1, -1, 1, 1])
 
 
 def from_released(extrinsics: Tensor) -> Tensor:
-    """The exact inverse: only signs and places change."""
+    """The inverse of to_released, exact: rows move back and a sign changes, nothing is computed."""
     rows = [1, 2, 0, 3]
     return extrinsics[..., rows, :] * extrinsics.new_tensor([1, -1, 1, 1])
 
 
 def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:
-    """(F, 6), (F, 2) -> (F, 5) float32, centimetres: the released integrator bit for bit.
+    """(F, 6), (F, 2) -> (F, 5) float32, in centimetres: the released integrator, bit for bit.
 
-    Angles are float32, and a step goes along the mean of two WRAPPED yaws: astray at ±180°.
+    Its angles are float32, and a step goes along the mean of two WRAPPED yaws. Where yaw passes from
+    179° to −179° that mean is 0°, and the step goes backwards.
     """
     pose = torch.zeros(5)
     poses = []
@@ -309,8 +316,8 @@ def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:
         angles[1] -= 360 * torch.round(angles[1] / 360)
 
         forward, right, diagonal = walked(keys)
-        yaw = (pose[4] + angles[1]) / 2
-        heading = math.radians(float(yaw))
+        mean_yaw = (pose[4] + angles[1]) / 2
+        heading = math.radians(float(mean_yaw))
         sin = math.sin(heading)
         cos = math.cos(heading)
         x = cos * forward - sin * right
@@ -324,8 +331,7 @@ def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:
 
 # ---- keys by name --------------------------------------------------------------------------------
 
-# (pitch, yaw); 0.1 = 1.5° per frame
-LOOK = {
+LOOK = {  # (pitch, yaw) in mouse units; 0.1 is 1.5° per frame
     "i": (0.1, 0.0),
     "k": (-0.1, 0.0),
     "j": (0.0, -0.1),
@@ -349,13 +355,14 @@ def parse_keys(chord: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         pressed[key[0]] = float(found[2] or 1)
 
     keyboard = tuple(float(key in pressed) for key in KEYS)
-    turns = [[pressed[key] * step for step in LOOK[key]] for key in LOOK if key in pressed]
-    mouse = tuple(sum(turn[axis] for turn in turns) for axis in (0, 1))
-    return keyboard, mouse
+    looking = [key for key in LOOK if key in pressed]
+    pitch = sum(pressed[key] * LOOK[key][0] for key in looking)
+    yaw = sum(pressed[key] * LOOK[key][1] for key in looking)
+    return keyboard, (pitch, yaw)
 
 
 def actions_from_keys(chords: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Keyboard (F, 6) and mouse (F, 2) of so many frames."""
+    """Keyboard (F, 6) and mouse (F, 2), one chord per frame."""
     actions = [parse_keys(chord) for chord in chords]
     keyboard = torch.tensor([keys for keys, _ in actions])
     mouse = torch.tensor([turn for _, turn in actions])
@@ -366,16 +373,17 @@ def keys_from_action(keyboard: Sequence[float], mouse: Sequence[float]) -> str:
     """The chord that an action shows: what a viewer prints over a frame."""
     held = [key for key, on in zip(KEYS, keyboard, strict=True) if on > 0.5]
     for key, (pitch, yaw) in LOOK.items():
+        # one of the two is ±0.1, the other 0: does the mouse turn that way, beyond the dead zone?
         if pitch * mouse[0] + yaw * mouse[1] > 0.1 * DEAD_ZONE:
             held.append(key)
     return "+".join(held) or "_"
 
 
 def main() -> None:
-    """A circle that closes, and a line that stays what it is wherever one stands on it."""
-    keyboard, mouse = actions_from_keys(["w+l"] * 241)
+    """A full circle ends where it began; and the moment of a line is the same along it."""
+    keyboard, mouse = actions_from_keys(["w+l"] * 241)  # 240 times 1.5° is a full circle
     ours = integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
-    theirs = released_poses(keyboard, mouse)
+    theirs = released_poses(keyboard, mouse)  # the last action moves nothing yet
     gap = 100 * (ours[-1, :3] - ours[0, :3]).norm()
     released_gap = (theirs[-1, :3] - theirs[0, :3]).norm()
     print(

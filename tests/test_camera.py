@@ -1,4 +1,4 @@
-"""What py promises."""
+"""What camera.py promises."""
 
 import math
 from pathlib import Path
