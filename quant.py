@@ -1,43 +1,45 @@
 """Run the attention projections in INT8.
 
-What it does. Replaces nn.Linear by a layer whose product is one of integers. It never meets a
-model class, and is for inference only.
+What it does. Replaces chosen nn.Linear layers, found by their names in any model, by layers that
+multiply integers of 8 bits. For inference only.
 Paper: §3.4 and Table 1 (27.38 frames/s without INT8, about 40 with).  Released: the layer, no
 weights.
 
-Why it works. Write every row of the weights as small integers times a scale, once, and every
-token too, at every call:
+Why it works. A GPU multiplies small integers faster than floats. So each row of numbers is written
+as integers from −127 to 127 times one scale s. A row of weights (those of one output) is converted
+once, a row of inputs (a token) at every call:
 
     s = max_k |row[k]| / 127                                                                   (1)
     row_int8 = round(row / s)                                                                  (2)
 
-A scale per token m and one per output channel n do not depend on k, so they leave the sum over k:
+The scale s_x[m] of token m and the scale s_w[n] of output n do not depend on k, so they can be taken
+out of the sum over the K inputs:
 
     y[m,n] = Σ_k x[m,k]·w[n,k] + b[n] ≈ (Σ_k x_int8[m,k]·w_int8[n,k])·s_x[m]·s_w[n] + b[n]     (3)
 
-What is left in it is exact: K products of 7 bits fit into 32 for every K below 130,000. So all
-error is that of rounding (2), at most s/2 an entry. Multiply out (x + e_x)(w + e_w) and nothing
-can be worse than
+The sum of integers is exact: it stays below 2³¹ for every K below 133,000. So all error comes from
+(2): an entry is off by e_x or e_w, at most s/2. Multiply out (x + e_x)·(w + e_w), take absolute
+values, and the error of the output ŷ cannot be larger than
 
     |ŷ − y| <= s_w/2·Σ_k |x| + s_x/2·Σ_k |w| + K·s_x·s_w/4                                     (4)
 
-Errors do not conspire, though. A rounding error is uniform in ±s/2, its variance s²/12; with c =
-max/rms of a row that is c²/(12·127²) of the row's power, and the powers of independent errors
-add:
+Usually it is much smaller, because errors of both signs cancel. Take e as evenly distributed in
+±s/2: its variance is s²/12. With c, the largest entry of a row divided by the root of its mean
+square, (1) makes this a share c²/(12·127²) of the row's mean square. For independent errors the
+shares of x and w add up, and the power of the signal over that of the error, in decibels, is
 
     SQNR = 10·log10(12·127² / (c_x² + c_w²)) dB                                                (5)
 
-So what hurts is a row with one large entry and many small ones. A scale per row, not per matrix,
-keeps such a row from hurting others. By default only self_attn.{q,k,v,o} are converted, the
-paper's list.
+So a row with one large entry and many small ones (a large c) is hurt most, and since every row has
+its own scale, no other row is. By default only self_attn.{q,k,v,o} are converted, as in the paper.
 
-What differs, and is undone by kind="released": the released kernel truncates activations toward
-zero (its ±0.5 is cast to int8 before it is added), its weight scales end up bf16 with the rest of
-the model, and it rounds the product to bf16 before adding the bias. Here a token of zeros gives
-the bias, not NaN; shapes and devices that torch._int_mm refuses take padding or an exact product
-in float64.
+What differs, and is as released with kind="released": the released kernel truncates activations
+toward zero (it casts its ±0.5 to int8 before adding it, which makes it 0), its weight scales end up
+in bf16 with the rest of the model, and the product is rounded to bf16 before the bias is added. Here
+a token of zeros gives the bias, not NaN. What torch._int_mm does not take (few rows, odd widths,
+other devices) is padded, or computed in float64, which is exact too.
 
-On a CPU this shows that the numbers are right; at width 256 it is a little slower than bf16.
+A CPU has no use for it but to show that the numbers are right: bfloat16 is faster there.
 
 Try it: python quant.py      Tests: pytest tests/test_quant.py
 """
@@ -67,9 +69,9 @@ def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, K) int
 
 
 def quantise_rows(x: Tensor, released: bool = False) -> tuple[Tensor, Tensor]:
-    """(M, K) -> (M, K) int8, (M,) scales. One division a row, not one an entry."""
+    """(M, K) -> (M, K) int8, (M,) scales. As in the release, x is multiplied by 1/s, not divided by s."""
     largest = x.float().abs().amax(dim=1).clamp(min=1e-12)
-    inverse = 127 / largest  # (1), upside down
+    inverse = 127 / largest  # 1/s of (1)
     scaled = x.float() * inverse[:, None]
     rounded = scaled.trunc() if released else scaled.round()  # (2)
     return rounded.to(torch.int8), 1 / inverse
@@ -77,17 +79,22 @@ def quantise_rows(x: Tensor, released: bool = False) -> tuple[Tensor, Tensor]:
 
 def error_bound(x: Tensor, w: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)
     """No output of the layer is further off than this."""
-    s_x = quantise_rows(x)[1][:, None]
-    s_w = quantise_weight(w)[1]
+    _, s_x = quantise_rows(x)
+    _, s_w = quantise_weight(w)
+    s_x = s_x[:, None]
     sum_x = x.abs().sum(1)[:, None]
     sum_w = w.abs().sum(1)
     return s_w / 2 * sum_x + s_x / 2 * sum_w + x.shape[1] * s_x * s_w / 4  # (4)
 
 
 def expected_sqnr(x: Tensor, w: Tensor) -> float:  # dB
-    """How far the error lies below the signal, for rows like these."""
-    powers = [rows.abs().amax(1).square() / rows.square().mean(1) for rows in (x, w)]  # c²
-    noise = sum(power.mean().item() for power in powers)
+    """How far the error lies below the signal, if rows have the mean c² of these."""
+
+    def mean_c_squared(rows: Tensor) -> float:
+        largest = rows.abs().amax(1).square()
+        return (largest / rows.square().mean(1)).mean().item()
+
+    noise = mean_c_squared(x) + mean_c_squared(w)
     return 10 * math.log10(12 * 127**2 / noise)  # (5)
 
 
@@ -104,13 +111,14 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:  # (M, K), (N, K) int8 -> (M, N) int
     if a.device.type == "cpu":
         return torch._int_mm(a, b.t())
     if a.device.type == "cuda" and K % 8 == 0 and N % 8 == 0:
-        few = nn.functional.pad(a, (0, 0, 0, 32 - M)) if M <= 16 else a  # it wants more than 16
-        return torch._int_mm(few, b.t())[:M]
+        if M <= 16:  # it takes no fewer than 17 rows
+            a = nn.functional.pad(a, (0, 0, 0, 32 - M))
+        return torch._int_mm(a, b.t())[:M]
     return int_mm_plain(a, b)
 
 
 def int_mm_plain(a: Tensor, b: Tensor) -> Tensor:
-    """The oracle: sums below 2⁵³ are exact in float64."""
+    """The same in float64, in which whole numbers below 2⁵³ are exact; tests compare with it."""
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
@@ -118,7 +126,7 @@ def int_mm_plain(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """Weights per output channel, activations per token."""
+    """An nn.Linear with a scale for each output's weights and, at every call, one for each token."""
 
     def __init__(self, linear: nn.Linear, released: bool = False):
         super().__init__()
@@ -147,11 +155,12 @@ class Int8Linear(nn.Module):
         if self.released:
             y = y.bfloat16()
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)  # (3)
+            y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Linear":
-        # model.to(bfloat16) would round the scales, and with them every weight, as the release does
+        # model.to(bfloat16) comes here and would round the scales (as happens in the release), and
+        # with a scale all weights of its row change: keep them as they were
         exact = self.weight_scales
         super()._apply(fn, recurse)
         if self.weight_scales.dtype != exact.dtype:
@@ -163,7 +172,7 @@ class Int8Linear(nn.Module):
 
 
 def chosen(model: nn.Module, which: str = "qkvo") -> list[str]:
-    """Names of the linear layers that `which` means, e.g. "qkvo", "qkvo+ffn", "all"."""
+    """Names of the linear layers that `which` means: one of LAYERS, or several as in "qkvo+ffn"."""
     words = which.split("+")
     unknown = [word for word in words if word not in LAYERS]
     if unknown:
@@ -179,9 +188,9 @@ def chosen(model: nn.Module, which: str = "qkvo") -> list[str]:
 
 
 def quantize_(model: nn.Module, which: str = "qkvo", kind: str = "int8") -> list[str]:
-    """Replace the chosen layers in place; returns their names.
+    """Replace the chosen layers in place, and return their names.
 
-    "released:all" names the kind and the layers in one word.
+    which="released:all" is short for which="all", kind="released".
     """
     if ":" in which:
         kind, which = which.split(":", 1)
@@ -196,6 +205,7 @@ def quantize_(model: nn.Module, which: str = "qkvo", kind: str = "int8") -> list
 
 @torch.no_grad()
 def main() -> None:
+    """Error as (5) expects it and within (4); what one huge entry does; bytes saved."""
     torch.manual_seed(0)
     linear = nn.Linear(256, 256)
     x = torch.randn(304, 256)
