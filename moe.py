@@ -1,29 +1,36 @@
 """Two networks, one per noise range, behind one door: two whole networks, not a token router.
 
-Paper: §3.5 (28B = 2 x 14B). Neither weights nor code were released; the scheme is Wan2.2-A14B's.
+What it does. An `Experts` answers like a DiT, but asks one of several DiTs, its experts: at noise
+level σ, about a context c,
 
     v(x_σ, σ, c) = v_high(x_σ, σ, c)  if σ >= boundary  else  v_low(x_σ, σ, c)                 (1)
 
-Why the noise axis splits. In x_σ = (1 − σ)·x0 + σ·ε a component of x0 of power P stands above the
-noise by
+There is one high-noise expert for each view (first and third person) and one low-noise expert that
+all views share.
+Paper: §3.5 (28B = 2 x 14B). Neither weights nor code were released; the scheme is Wan2.2-A14B's.
+
+Why divide by noise level. In x_σ = (1 − σ)·x0 + σ·ε the noise has power σ² in every component of
+the picture, and a component of x0 with power P has (1 − σ)²·P. Their ratio is
 
     SNR(σ)·P,    SNR(σ) = ((1 − σ)/σ)²                                                         (2)
 
-and the best guess of it keeps that share of what is seen which is signal, not noise:
+The best linear guess of the component multiplies what is seen by the share of its power that is
+signal. How much of the component can be known at this level is therefore
 
-    decided(σ, P) = SNR·P / (1 + SNR·P)                                                        (3)
+    decided(σ, P) = SNR·P / (1 + SNR·P)                  0: nothing, 1: all of it              (3)
 
-Pictures have their power in what is large and slow: going down from noise, layout and motion are
-decided first, details last. At the boundary, σ = .9 with SNR 1/81, a component of 81 times the
-mean power is half decided, one of mean power by 1 %. Above it a network plans, below it one
-paints, and each gets all its weights for one task.
+The mean power of latents is 1, but large and slow components have much more than fine ones. So on
+the way from σ = 1 to 0 the layout and the motion are decided first, details last. At the boundary,
+σ = 0.9, SNR is 1/81: a component with 81 times the mean power is decided by half, one with the mean
+power by 1 %. Above it layout is the task, below it detail; with a network for each, all weights of a
+network serve one task.
 
-Going down σ the expert changes once: a step costs one 14B forward, and only one network has to be
-on the device (offload). Views plan differently and paint alike: a high-noise expert for each, one
-low-noise expert for both. With cameras and actions an expert has 19.1 B parameters, 14.3 B of
-them as in Wan2.2.
+On the way down the expert changes once. So a step costs no more than with one network, and only one
+has to be on the device (offload).
 
-What differs. The boundary is not disclosed; here it is Wan2.2's. All experts share one context.
+What differs. The paper does not say where the boundary is; 0.9 is that of Wan2.2's image-to-video
+model. Here all experts have cameras and actions, the low-noise one too: 19.1 B parameters each, of
+which 14.3 B are Wan2.2's.
 
 Try it: python moe.py      Tests: pytest tests/test_moe.py
 """
@@ -39,8 +46,10 @@ from dit import DiT, DiTConfig
 
 @dataclass(frozen=True)
 class MoEConfig:
+    """What a checkpoint stores beside the weights."""
+
     expert: DiTConfig = DiTConfig()  # the architecture of every expert
-    boundary: float = 0.9  # σ from which the high-noise expert works
+    boundary: float = 0.9  # the lowest σ of the high-noise experts
     views: tuple[str, ...] = ("first", "third")  # one high-noise expert each
 
 
@@ -52,14 +61,14 @@ PRESETS = {
 
 
 class Experts(nn.Module):
-    """One high-noise expert per view and a low-noise expert they share; answers like a dense DiT."""
+    """One high-noise expert per view and a low-noise expert that they share; called like a DiT."""
 
     def __init__(
         self,
         high: dict[str, nn.Module],  # view -> DiT
         low: nn.Module,
         boundary: float = 0.9,
-        offload: bool = False,  # idle experts wait on the CPU, the working one joins its input
+        offload: bool = False,  # only the expert in use is on the input's device, others on the CPU
     ):
         super().__init__()
         self.high = nn.ModuleDict(high)
@@ -67,27 +76,27 @@ class Experts(nn.Module):
         self.cfg = low.cfg
         self.boundary = boundary
         self.offload = offload
-        self.view = next(iter(high))  # of this session; see look()
+        self.view = next(iter(high))  # whose high-noise expert is in use; see look()
 
     @property
     def config(self) -> MoEConfig:
-        """What a checkpoint stores."""
         return MoEConfig(self.cfg, self.boundary, tuple(self.high))
 
     def look(self, view: str) -> "Experts":
+        """Use the high-noise expert of this view from now on."""
         if view not in self.high:
             raise ValueError(f"no expert for view {view!r}; this model has {', '.join(self.high)}")
         self.view = view
         return self
 
     def which(self, sigma: Tensor) -> str:  # (B,) -> "low" or the name of a view
-        high = sigma >= self.boundary
+        high = sigma >= self.boundary  # (1)
         if high.any() != high.all():
             raise ValueError(f"one expert a step: {sigma} is on both sides of {self.boundary}")
         return self.view if high.all() else "low"
 
     def at(self, name: str, device: torch.device) -> nn.Module:
-        """The expert of this name, on the device where it is needed."""
+        """The expert of this name; with offload it is moved to the device, and the others away."""
         experts = {**self.high, "low": self.low}
         if self.offload:
             for other, idle in experts.items():
@@ -97,25 +106,25 @@ class Experts(nn.Module):
         return experts[name]
 
     def prepare(self, context, group=None) -> dict:
-        """Filled by the first step of an expert, emptied when the next one takes over."""
+        """As DiT.prepare, but an expert prepares when it is first asked: here the inputs are kept."""
         return {"inputs": (context, group)}
 
     def forward(self, x_sigma, sigma, context, prepared=None, return_past=False) -> Tensor:
         """As DiT.forward."""
         name = self.which(sigma)
-        expert = self.at(name, x_sigma.device)  # (1)
+        expert = self.at(name, x_sigma.device)
         if prepared is None:
             return expert(x_sigma, sigma, context, return_past=return_past)
         if name not in prepared:
+            # what the other expert has prepared is large, and not needed again
             inputs = prepared["inputs"]
-            # the other expert's share is large and not needed again
             prepared.clear()
             prepared.update({"inputs": inputs, name: expert.prepare(*inputs)})
         return expert(x_sigma, sigma, context, prepared=prepared[name], return_past=return_past)
 
 
 def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu") -> DiT | Experts:
-    """A fresh model of either kind, by preset or config; device "meta" costs no memory."""
+    """A new DiT or Experts, by the name of a preset or by config; on device "meta" it has no memory."""
     known = {**DENSE, **PRESETS}
     if isinstance(preset, str) and preset not in known:
         raise ValueError(f"unknown preset {preset!r}; use {', '.join(known)}")
@@ -127,15 +136,18 @@ def build(preset: str | DiTConfig | MoEConfig, device: str | torch.device = "cpu
         return Experts(high, DiT(cfg.expert), cfg.boundary)
 
 
-def decided(sigma: float, power: float) -> float:  # 0: all is open, 1: nothing is
+def decided(sigma: float, power: float) -> float:
+    """The share of a component of this power that can be known at noise level sigma."""
     snr = ((1 - sigma) / sigma) ** 2  # (2)
     return snr * power / (1 + snr * power)  # (3)
 
 
 def main() -> None:
+    """How much of layout (81 times the mean power) and detail is decided, and which expert is asked."""
     experts = build("micro-moe", "meta")
     for sigma in (0.99, 0.9, 0.89, 0.5):
-        layout, detail = decided(sigma, 81), decided(sigma, 1)
+        layout = decided(sigma, 81)
+        detail = decided(sigma, 1)
         who = experts.which(torch.tensor([sigma]))
         print(f"σ {sigma:.2f}: decided of layout {layout:3.0%}, of detail {detail:3.0%}: {who}")
     size = sum(p.numel() for p in build("28b-moe", "meta").low.parameters()) / 1e9
