@@ -2,7 +2,8 @@
 
 Five routes (play.py lists them). One stream per viewer, a thread per connection; HTTP threads touch
 the controls, the screen and a queue of commands, never the model. Only this machine is served; another
-host demands a token.
+host demands a token. The page is sent as one text, so its policy (HEADERS) can forbid the browser to
+load anything else.
 """
 
 import base64
@@ -21,7 +22,10 @@ from page import commands
 from page.controls import KEYS
 from page.screen import STREAMS
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+INSIDE = re.compile(  # what index.html asks for: its style, or one of its scripts
+    r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>'
+)
 BODY = 16_384  # bytes of an input
 PICTURE = 16_000_000  # bytes of a command: it may carry a picture
 SLOTS = 64  # connections at once; more are closed unheard
@@ -43,6 +47,17 @@ HEADERS = {
     "script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+
+
+def whole_page() -> str:
+    """index.html with its style and its scripts in the places where it names them."""
+
+    def put_in(found: re.Match) -> str:
+        style, script = found.groups()
+        tag = "style" if style else "script"
+        return f"<{tag}>\n{(HERE / (style or script)).read_text()}</{tag}>"
+
+    return INSIDE.sub(put_in, (HERE / "index.html").read_text())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,8 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         if error:
             self.refuse(403, error)
         elif route == "/":
-            page = (HERE / "page/index.html").read_bytes()
-            self.reply(200, page, "text/html; charset=utf-8")
+            self.reply(200, whole_page().encode(), "text/html; charset=utf-8")
         elif route == "/state":
             self.reply(200, player.state())
         elif route == "/frames":
