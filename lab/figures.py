@@ -131,3 +131,94 @@ def where_time_goes(ladder: list[list]) -> object:
         axes.annotate(f"{ms:.0f} ", (ms, name), va="center", ha="right", color="white")
     axes.invert_yaxis()
     return figure
+
+
+# ---- a fault beside the healthy training ---------------------------------------------------
+
+PANELS = {  # a curve's name -> its title; the first of them are of the log, the others of the play
+    "critic": "critic's loss",
+    "latent_std": "spread of the student's latents",
+    "loss": "loss of the velocity",
+    "norm": "gradient norm",
+    "psnr": "PSNR on held-out worlds, dB",
+    "spread": "spread of played latents, 1 = truth",
+}
+COLOURS = ("black", "tab:red", "tab:blue", "tab:orange", "tab:purple", "tab:green")
+SMOOTH = 5  # lines of a log
+
+
+def curves_of(facts: dict, name: str) -> dict[str, np.ndarray]:
+    """Arm -> (n, 2) points of one curve; arms without it are left out."""
+    found = {}
+    for arm, fact in facts["arms"].items():
+        if name in fact["scores"]:
+            # of every moment the mean over worlds
+            means = np.mean(fact["scores"][name], 1)
+            steps = facts["steps"][: len(means)]
+            found[arm] = np.column_stack([steps, means])
+        elif name in fact.get("log", {}):
+            found[arm] = np.array(fact["log"][name])
+    return found
+
+
+def beside_healthy(facts: dict, strips: dict[str, np.ndarray]) -> object:
+    """Four curves above, with all arms in each. Below them one view of one world: a row for every
+    arm, a column for every moment, and the truth on the left."""
+    import matplotlib.figure
+
+    colours = dict(zip(facts["arms"], COLOURS, strict=False))
+    heights = [2.9, 1.15 * len(colours)]
+    figure = matplotlib.figure.Figure((11, sum(heights)))
+    above, below = figure.subfigures(2, height_ratios=heights)
+    draw_panels(above, facts, colours)
+    draw_strips(below, facts["steps"], strips, colours)
+    return figure
+
+
+def draw_panels(figure: object, facts: dict, colours: dict[str, str]) -> None:
+    """The first four curves that there are, side by side."""
+    panels = {name: curves for name in PANELS if (curves := curves_of(facts, name))}
+    shown = list(panels)[:4]
+    every = figure.subplots(1, len(shown), squeeze=False)
+    for axes, name in zip(every[0], shown, strict=True):
+        for arm, points in panels[name].items():
+            draw_curve(axes, points, colours[arm])
+        axes.set_title(PANELS[name], fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.17, top=0.9, wspace=0.25)
+
+
+def draw_curve(axes: object, points: np.ndarray, colour: str) -> None:
+    """Few points with marks; many as a faint line, with its running mean on top."""
+    if len(points) < 2 * SMOOTH:
+        axes.plot(*points.T, "o-", color=colour, markersize=3)
+        return
+    axes.plot(*points.T, color=colour, alpha=0.2, linewidth=0.8)
+    mean = np.convolve(points[:, 1], np.ones(SMOOTH) / SMOOTH, "valid")
+    axes.plot(points[SMOOTH - 1 :, 0], mean, color=colour)
+
+
+def draw_strips(
+    figure: object,
+    steps: list[int],
+    strips: dict[str, np.ndarray],  # arm -> its pictures side by side; and the truth
+    colours: dict[str, str],
+) -> None:
+    """The names of the arms stand on the left, in the colours of their curves."""
+    side = len(strips["truth"])
+    grid = figure.subplots(len(colours), len(steps) + 1, squeeze=False)
+    for row, (arm, colour) in zip(grid, colours.items(), strict=True):
+        strip = np.concatenate([strips["truth"], strips[arm]], 1)
+        count = strip.shape[1] // side
+        for axes, picture in zip(row, np.split(strip, count, 1), strict=False):
+            axes.imshow(picture)
+        row[0].set_ylabel(arm, color=colour, rotation=0, ha="right", va="center")
+
+    # a training that ended early leaves its last places empty
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    titles = ["truth", *(f"step {step}" for step in steps)]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    figure.subplots_adjust(left=0.2, right=0.9, bottom=0.02, top=0.92, wspace=0.05, hspace=0.05)

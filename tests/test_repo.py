@@ -93,6 +93,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "bench",
         "plain",
         "gpu",
+        "failures",
         "report",
         "summary",
         "figures",
