@@ -99,6 +99,11 @@ document.addEventListener("visibilitychange", () => {
 
 // ---- mouse and fingers --------------------------------------------------------------------------
 
+// the key map lies on the picture: a click or a finger puts it away
+$("help").addEventListener("click", () => {
+  $("help").hidden = true;
+});
+
 // a click into the picture catches the mouse, which then looks around; Escape lets it go
 $("screen").addEventListener("click", () => {
   $("help").hidden = true;
@@ -120,6 +125,7 @@ function listenTo(element) {
   const { key } = element.dataset;
   element.addEventListener("pointerdown", (event) => {
     event.preventDefault();
+    $("help").hidden = true;
     if (play.pace === "turn") return fillSlot(key);
     play.touch.add(key);
     sendInput();

@@ -719,6 +719,17 @@ def test_held_keys_are_held_until_the_page_loses_the_focus(chromium, tmp_path: P
         wait_for(lambda: not player.controls.held, PATIENT)
 
 
+@pytest.mark.browser
+def test_a_finger_puts_the_key_map_away(chromium, tmp_path: Path) -> None:
+    """A phone has no keys: else the list would hide the picture for ever."""
+    with page(tmp_path) as (_, server), tab_on(chromium, server, 390, 844) as tab:
+        for place in (".key[data-key=w]", "#help"):
+            assert tab.is_visible("#help")
+            tab.click(place)
+            assert tab.is_hidden("#help")
+            tab.click("#buttons >> text=Keys")
+
+
 def press(tab, key: str, happens, shown: str) -> None:
     """A key; what it does to the player, and what the page then shows."""
     tab.keyboard.press(key)
