@@ -33,10 +33,23 @@ import numpy as np
 
 import world
 from engine import cli, weights
-from lab import claims, costs, models, report, retrieval, revisits, rivals, sanity, stats, walks
+from lab import (
+    claims,
+    costs,
+    models,
+    outside,
+    report,
+    retrieval,
+    revisits,
+    rivals,
+    sanity,
+    stats,
+    walks,
+)
 from lab.run import Run, origin
 
 RESULTS = cli.beside("results")
+OUTSIDE = cli.beside("runs", "outside")
 SHIPPED = cli.beside("assets", "tiny")
 OPENED = 32  # final worlds that had been looked at before the last tables
 
@@ -81,7 +94,9 @@ def command_of(name: str, args: Namespace) -> str:
     if not args.full:
         words.append("--quick")
     words.append(f"--worlds {len(worlds_of(args))}")
-    if Path(args.weights) != SHIPPED:
+    if args.model:
+        words.append(f"--model {args.model}")
+    elif Path(args.weights) != SHIPPED:
         words.append(f"--weights {args.weights}")
     return " ".join(words)
 
@@ -128,6 +143,29 @@ def measure(name: str, args: Namespace) -> dict:
     return result
 
 
+def measure_outside(names: list[str], args: Namespace) -> None:
+    """A model of somebody else by frames alone; into a file of its own, where each command keeps the
+    place of its last run."""
+    guest = outside.load(args.model)
+    out = Path(args.out)
+    path = out / f"outside-{args.model.rpartition(':')[2]}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if name in outside.LEFT_OUT:
+            stored[name] = {"absent": {"*": outside.LEFT_OUT[name]}}
+            print(f"\n## {name}: left out, it {outside.LEFT_OUT[name]}", flush=True)
+            continue
+        result = origin(command_of(name, args), split_of(args), worlds_of(args), [])
+        run = Run(result["worlds"], args.full, "", out, RESULTS)
+        outside.COMMANDS[name](run, guest)
+        stored[name] = result | {"notes": run.notes, "raw": run.raw}
+        weights.write_text(path, json.dumps(stored))
+        print(f"\n## {name}\n", report.raw_table(stored[name]), sep="\n", flush=True)
+    weights.write_text(path, json.dumps(stored))
+    print(f"\nstored in {path}")
+
+
 def compare(out: Path, against: str) -> None:
     """Arms that were trained several times, as a table; stored beside their folder."""
     result = report.contrast(out, against)
@@ -150,10 +188,16 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--worlds", type=int, default=0, help="how many, if not those 64 or 8")
     text = "folder of the .safetensors, or a run"
     parser.add_argument("--weights", default=str(SHIPPED), help=text)
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the json files")
+    text = "MODULE:CLASS, a model of your own with reset and step: see lab/outside.py"
+    parser.add_argument("--model", default="", help=text)
+    parser.add_argument("--out", help="folder of the json files: results, or runs/outside")
     text = "compare: the arm that the others are compared with"
     parser.add_argument("--against", default="none", help=text)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model and (args.command in ("report", "compare") or Path(args.weights) != SHIPPED):
+        raise ValueError("--model brings its own weights, and is measured: not report, not compare")
+    args.out = args.out or str(OUTSIDE if args.model else RESULTS)
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -166,7 +210,11 @@ def main(argv: list[str]) -> None:
     if args.command == "compare":
         compare(out, args.against)
         return
-    for name in COMMANDS if args.command == "all" else [args.command]:
+    names = list(COMMANDS) if args.command == "all" else [args.command]
+    if args.model:
+        measure_outside(names, args)
+        return
+    for name in names:
         result = measure(name, args)
         print(f"\n## {name} ({result['seconds']} s)\n")
         print(report.raw_table(result), report.claim_table(result), sep="\n\n", flush=True)

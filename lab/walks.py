@@ -5,6 +5,8 @@ and there truth is one of many answers: sharpness and TWFD say more than PSNR. W
 off the picture by registration, so a film that stands still earns nothing.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,9 @@ OPPOSITE = {
     "left, right": ("a:3", "d:3", (0, 2), 0.1),
     "turn": ("j2:4", "l2:4", (4,), 2.0),
 }
+
+Actions = tuple[Tensor, Tensor]  # (n, 6) keys and (n, 2) mouse
+Draw = Callable[[Script, Iterable[Actions]], Tensor]  # see draw_arms
 
 
 class Film(NamedTuple):
@@ -72,7 +77,13 @@ def follow(
 ) -> tuple[Film, dict[str, list[float]]]:
     """A long rollout: the film, and its curves by segment; its summaries go into the row `arm`."""
     film = film_of(p, script, segments, policy)
+    return film, summarise(run, arm, film)
+
+
+def summarise(run: Run, arm: str, film: Film) -> dict[str, list[float]]:
+    """A film of whole segments: what became of it in the row `arm`; its curves by segment."""
     curves = curves_of(film)
+    segments = len(film.true) // 40
     parts = {name: x.view(segments, 40).mean(1).tolist() for name, x in curves.items()}
     lost = stats.time_to_lost(curves["zncc"].tolist(), run.tau)
     span = 6 * segments  # 15 % of the frames
@@ -92,7 +103,7 @@ def follow(
                 film.true[last],
             ).mean()
     run.put(arm, values)
-    return film, parts
+    return parts
 
 
 def drift(run: Run) -> None:
@@ -174,52 +185,59 @@ def side_by_side(strips: list[ndarray]) -> ndarray:
     return both.repeat(2, 0).repeat(2, 1)
 
 
-def score_walk(run: Run, row: str, film: ndarray, true: ndarray, shown: ndarray) -> None:
+def score_walk(
+    run: Run,
+    row: str,
+    film: ndarray | Tensor,
+    true: ndarray,
+    shown: ndarray | None = None,  # the truth as the VAE shows it
+) -> None:
     """Sharpness and PSNR of the forty frames before each of SCORED_AT."""
     for end in SCORED_AT:
         last = slice(end - 40, end)
-        made = metrics.sharpness(film[last], true[last]).mean()
-        most = metrics.sharpness(shown[last], true[last]).mean()
-        values = {
-            f"sharpness after {end}": made,
-            f"sharpness of the VAE after {end}": most,
-            f"psnr after {end}": psnr(film[last], true[last]).mean(),
-        }
+        values = {f"sharpness after {end}": metrics.sharpness(film[last], true[last]).mean()}
+        if shown is not None:
+            most = metrics.sharpness(shown[last], true[last]).mean()
+            values[f"sharpness of the VAE after {end}"] = most
+        values[f"psnr after {end}"] = psnr(film[last], true[last]).mean()
         run.put(row, values)
 
 
 # ---- actions ------------------------------------------------------------------------------
 
 
-def opposites(run: Run, p: Player, seed: int) -> None:
+def draw_arms(p: Player, script: Script, arms: Iterable[Actions]) -> Tensor:
+    """(n, 40, H, W, 3): what follows the known frames under each of n pairs of keys and mouse."""
+    z = players.opened(p, script).latents
+    made = [players.rollout(p, script, z, 1, How(actions=actions))[0] for actions in arms]
+    return players.decode(p, torch.cat(made), 40)
+
+
+def opposites(run: Run, draw: Draw, seed: int) -> None:
     """Opposite keys from one state under one noise, held for 0.37 m or 12 degrees; where is the
     camera eight frames later?"""
     script = worlds.place(seed, "w:3 s:6 w:3 a:3 d:6 a:3 l2:120 l:10 j:10 -:52")
-    z = players.opened(p, script).latents
     home = script.poses[KNOWN - 1].numpy()
-    for name, (one, two, axes, dead) in OPPOSITE.items():
-        moved = []
-        asked = []
-        made = []
-        for held in (one, two):
-            actions = worlds.actions_of(f"{held} -:{40 - int(held[-1])}")
-            asked.append(camera.integrate(home, *actions)[8].numpy() - home)
-            made.append(players.rollout(p, script, z, 1, How(actions=actions))[0])
-        for image in players.decode(p, torch.cat(made), 40)[:, 7].numpy():
-            moved.append(worlds.register(script.scene, image, home).pose - home)
-        moved = np.stack(moved)[:, axes]
-        asked = np.stack(asked)[:, axes]
+    held = [keys for pair in OPPOSITE.values() for keys in pair[:2]]
+    arms = [worlds.actions_of(f"{keys} -:{40 - int(keys[-1])}") for keys in held]
+    images = draw(script, arms)[:, 7].numpy()
+
+    # where each was drawn from, and where it should have been: two after two belong together
+    found = [worlds.register(script.scene, image, home).pose for image in images]
+    meant = [camera.integrate(home, *actions)[8].numpy() for actions in arms]
+    moves = np.stack([found, meant]) - home
+    for k, (name, (_, _, axes, dead)) in enumerate(OPPOSITE.items()):
+        moved, asked = moves[:, 2 * k : 2 * k + 2, axes]
         run.put("KCtrl", {name: metrics.answered(moved, asked, dead)})
 
 
-def obey(run: Run, p: Player, seed: int) -> None:
+def obey(run: Run, draw: Draw, seed: int) -> None:
     """One walk under true, shuffled and no actions; and where the true ones led."""
     script, arms = worlds.errand(seed)
-    frames, z = players.opened(p, script)
-    made = [players.rollout(p, script, z, 1, How(actions=a))[0] for a in arms.values()]
-    images = players.decode(p, torch.cat(made), 40)
+    true = worlds.draw(script, slice(KNOWN, KNOWN + 40)).frames
+    images = draw(script, arms.values())
     for arm, image in zip(arms, images, strict=True):
-        run.scores(arm, image, frames[KNOWN : KNOWN + 40])
+        run.scores(arm, image, true)
     if seed in run.some:
         measure_gain(run, script, images[0])
 
@@ -242,11 +260,15 @@ def measure_gain(run: Run, script: Script, film: Tensor) -> None:
 
 def action(run: Run) -> None:
     """M5: true, shuffled and no actions under equal noise; gain; opposite keys."""
-    p = run.player
+    obedience(run, partial(draw_arms, run.player))
+
+
+def obedience(run: Run, draw: Draw) -> None:
+    """All that is asked of whatever draws what follows from keys."""
     for seed in run.worlds:
-        obey(run, p, seed)
+        obey(run, draw, seed)
     for seed in run.some:
-        opposites(run, p, seed)
+        opposites(run, draw, seed)
     both_act = [run.row("KCtrl", name) for name in OPPOSITE]
     run.raw["KCtrl/mean"] = np.mean(both_act, 0).tolist()
 
@@ -262,4 +284,4 @@ def ablation(run: Run) -> None:
     revisits.reappear(run, rows)
     for seed in run.some:
         follow(run, run.player, "in place", worlds.patrol(seed, 8), 8)
-        obey(run, run.player, seed)
+        obey(run, partial(draw_arms, run.player), seed)

@@ -20,6 +20,7 @@ def arguments(out: Path, **more: object) -> Namespace:
         "tune": False,
         "worlds": 2,
         "weights": str(out / "none"),
+        "model": "",
         "out": str(out),
     }
     return Namespace(**given | more)

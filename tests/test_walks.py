@@ -1,5 +1,6 @@
 """What walks.py and revisits.py promise, with a renderer in place of the model."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_opposite_keys_count_only_if_both_act(
 ) -> None:
     perfect(monkeypatch, frozen)
     run = fresh_run(tmp_path)
-    walks.opposites(run, None, TEST)
+    walks.opposites(run, partial(walks.draw_arms, None), TEST)
     assert set(run.raw) == {f"KCtrl/{name}" for name in walks.OPPOSITE}
     assert all(values == [float(not frozen)] for values in run.raw.values())
 
