@@ -16,7 +16,8 @@ The unit is the held-out world: arms share worlds, walks and noise, and interval
 What is claimed stands in lab/claims.py; predictions are stored before a run begins. Every table and
 figure comes from results/*.json alone. What needs retraining: --weights RUN --out DIR/ARM-SEED, for
 which `ablation` is a short command; then `compare --out DIR` sets the arms side by side. LPIPS, FID
-and FVD need downloaded networks and are not computed.
+and FVD need downloaded networks and are not computed. A model of somebody else is scored by its frames
+alone, in a file of its own: --model MODULE:CLASS, see lab/outside.py.
 
 Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evaluate.py
 """
