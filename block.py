@@ -1,7 +1,7 @@
 """One block: attend to everything, take in cameras, text and actions, then an MLP.
 
-What it does. Tokens (B, T, S, D) become tokens: T latents, S places of the picture in each, D
-features. The network is a stack of such blocks (dit.py). A block has five steps:
+What it does. Takes tokens x (B, T, S, D) and returns tokens: T latents, S places of the picture in
+each, D numbers per token. The network is a stack of such blocks (dit.py). A block has five steps:
 
     1. self-attention over the tokens of all latents
     2. cameras scale and shift every token
@@ -11,37 +11,40 @@ features. The network is a stack of such blocks (dit.py). A block has five steps
 
 Paper: §3.1, §3.2.  Released: Wan2.2's block with cameras and actions added.
 
-Why it works. One network works at every noise level, and the level decides what is to be done: at
-high noise a layout is invented, at low noise an edge sharpened. dit.py turns the level of each
-latent into a vector e; a linear layer W makes of it a shift, a scale and a gate for each of the
-two large branches, self-attention and MLP ("adaLN"):
+Noise level. The same weights serve every noise level, though at a high one a layout has to be
+invented and at a low one an edge sharpened. So each latent has a vector e, made from its level by
+dit.py. From e, a linear layer W makes a shift, a scale and a gate for each of the two large
+branches, self-attention (1.) and MLP (5.):
 
     (shift, scale, gate) = learned + W·silu(e)        for two branches: six rows of D          (1)
     x = x + gate·branch(LN(x)·(1 + scale) + shift)                                             (2)
 
-`learned` is each block's own (modulation), W is one for all blocks (dit.py, time_projection). LN
-brings each token to mean 0 and variance 1. How strongly the branch then sees a feature is up to
-scale and shift; how much of its result is added, to the gate. Memory and past get the e of level 0.
-No mask sets them apart in self-attention; this does, with their times and cameras.
+`learned` is a parameter of each block (modulation); W is one for all blocks (dit.time_projection).
+LN, layer norm, brings each token to mean 0 and variance 1. Scale and shift then decide how strongly
+the branch sees each of the D numbers, the gate how much of its result is added. (Known as adaLN.)
 
-Cameras. Each token has a ray token P, made of the rays of its cells (dit.py). It acts after
-self-attention, when the token has gathered what other views saw:
+Memory, past and new latents are one sequence without any mask. What tells them apart is e, which
+memory and past have for level 0, and their times and cameras.
+
+Cameras. Each token has a ray token P, made of the rays of its cells (dit.py). It changes the token
+after self-attention, in which that has collected from other latents what is now to be seen from here:
 
     g = W₂·silu(W₁·P) + P                                                                      (3)
     x = (1 + scale(g))·x + shift(g)                   scale and shift: a linear layer each     (4)
 
-These two layers start at zero. So a video model that is given cameras makes the same videos at
-first.
+Both layers of (4) start at zero, so that at first a video model with cameras added makes the same
+videos as without.
 
-norm3. A norm usually stands before a branch, and x itself goes on without it. Here, as released,
-norm3(x) REPLACES x. Its size starts afresh in every block, so that the sums of the first blocks
-do not grow until nothing that later ones add is noticed.
+norm3. Usually a norm is applied to what enters a branch, while x itself is passed on without it.
+Here, as in the release, norm3(x) REPLACES x. So x has the same size at this point of every block.
+Otherwise it would grow from block to block, and what later blocks add would count less and less.
 
-Cheaper, with the same bits: prepare() computes what does not change between the steps of sampling.
-And a block may be asked for the last latents only: then all latents are keys and values of its
+Less work for the same result. prepare() computes what does not change between the steps of sampling.
+And of the last block only the last latents are wanted: then all latents are keys and values of its
 self-attention, but only these are queries.
 
-What differs. Matrix products are in the weights' dtype, not float32.
+What differs. The release computes the projections of self-attention in float32, whatever the weights
+are; here they are computed in the weights' dtype.
 
 Try it: python dit.py      Tests: pytest tests/test_dit.py
 """
@@ -58,14 +61,14 @@ import attention
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """What a branch gets: x (B, T, S, D), shift and scale (B, T, 1, D) -> (B, T, S, D)."""
+    """What enters a branch: x (B, T, S, D), shift and scale (B, T, 1, D) -> (B, T, S, D)."""
     normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normal, 1 + scale)  # (2)
+    return torch.addcmul(shift, normal, 1 + scale)  # shift + normal·(1 + scale), of (2)
 
 
 @dataclass
 class Prepared:
-    """What the network computes from the context alone: valid for all steps of a segment."""
+    """What DiT.share computes from the context alone: the same in all steps of a segment."""
 
     clean: Tensor  # (B, M+P, S, D) embedded memory and past
     rays: Tensor  # (B, T, S, D) ray tokens
@@ -76,8 +79,8 @@ class Prepared:
     action_rope: Tensor  # (T, 1, action head_dim/2, 2)
     places: list[int]  # how many places each rank holds; S is the number of this rank
     here: slice  # which of all places are this rank's
-    group: dist.ProcessGroup | None  # the ranks that share this segment; None: there is one
-    blocks: list[tuple] | None = None  # per block: Block.prepare; None: every forward computes it
+    group: dist.ProcessGroup | None  # the ranks that share this segment; None: only this process
+    blocks: list[tuple] | None = None  # Block.prepare of each; None: each forward computes it anew
 
 
 class Block(nn.Module):
@@ -96,10 +99,11 @@ class Block(nn.Module):
         self.action_model = actions.ActionModule(cfg) if has_actions else None
 
     def prepare(self, shared: Prepared) -> tuple:
-        """Camera (1 + scale, shift), text (K, V) and keyboard (K, V or None), from the context alone."""
-        g = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(shared.rays)))
-        g = g + shared.rays  # (3)
-        camera = 1 + self.cam_scale_layer(g), self.cam_shift_layer(g)
+        """From the context alone: a factor and shift by camera, k and v of text, k and v of keyboard."""
+        hidden = F.silu(self.cam_injector_layer1(shared.rays))
+        g = self.cam_injector_layer2(hidden) + shared.rays  # (3)
+        camera = (1 + self.cam_scale_layer(g), self.cam_shift_layer(g))
+
         text = self.cross_attn.key_value(shared.text)
         keyboard = None
         if self.action_model is not None:
@@ -112,42 +116,46 @@ class Block(nn.Module):
         level: Tensor,  # (B, T, 6, D) W·silu(e) of each latent
         shared: Prepared,
         ready: tuple | None,  # from prepare
-        wanted: int,  # results are wanted for this many of the latents, the last ones
+        wanted: int,  # of how many latents, the last ones, the result is wanted
     ) -> Tensor:  # (B, wanted, S, D)
         camera, text, keyboard = ready or self.prepare(shared)
         last = slice(x.shape[1] - wanted, None)
         dtype = self.norm3.weight.dtype  # of the matrix products; x itself may be float32
-        level = (self.modulation + level).to(x.dtype)[:, :, :, None]  # (1); (B, T, 6, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = level.unbind(2)
+        rows = (self.modulation + level).to(x.dtype)  # (1)
+        rows = rows[:, :, :, None]  # (B, T, 6, 1, D): the same at all places
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)
 
-        # 1. memory, past and new latents are ONE sequence
-        y = self.attend(modulate(x, shift1, scale1).to(dtype), last, shared)
+        # 1. self-attention
+        inputs = modulate(x, shift1, scale1).to(dtype)
+        y = self.attend(inputs, last, shared)
         x = torch.addcmul(x[:, last], y, gate1[:, last])  # (2)
 
-        # 2. from where this place is seen, and in which direction
-        scale, shift = camera
-        x = torch.addcmul(shift[:, last], x, scale[:, last])  # (4)
+        # 2. cameras
+        factor, shift = camera
+        x = torch.addcmul(shift[:, last], x, factor[:, last])  # (4)
 
-        # 3. what the text says of the world; x goes on normalised
+        # 3. text; from here on x is normalised
         x = self.replace_stream(x)
-        y = attention.attention(self.cross_attn.query(x.to(dtype)), *text)
+        q = self.cross_attn.query(x.to(dtype))
+        y = attention.attention(q, *text)
         x = x + self.cross_attn.o(y.flatten(2)).view_as(x)
 
-        # 4. what the player does
+        # 4. actions
         if self.action_model is not None:
             mouse = shared.mouse[:, last]
             rope = shared.action_rope[last]
             x = self.action_model(x.to(dtype), mouse, keyboard, rope).to(x.dtype)
 
-        # 5. every token by itself
-        y = self.ffn(modulate(x, shift2[:, last], scale2[:, last]).to(dtype))
+        # 5. MLP
+        inputs = modulate(x, shift2[:, last], scale2[:, last]).to(dtype)
+        y = self.ffn(inputs)
         return torch.addcmul(x, y, gate2[:, last])  # (2)
 
-    def attend(self, a: Tensor, last: slice, shared: Prepared) -> Tensor:
+    def attend(self, x: Tensor, last: slice, shared: Prepared) -> Tensor:
         """(B, T, S, D) -> (B, wanted, S, D): self-attention of the last latents to all of them."""
-        asking = a[:, last]
+        asking = x[:, last]
         q = self.self_attn.query(asking)
-        k, v = self.self_attn.key_value(a)
+        k, v = self.self_attn.key_value(x)
         q = attention.rotate(q, shared.rope[:, -q.shape[1] :])
         k = attention.rotate(k, shared.rope)
         if shared.group is None:
@@ -157,6 +165,7 @@ class Block(nn.Module):
         return self.self_attn.o(y.flatten(2)).view_as(asking)
 
     def replace_stream(self, x: Tensor) -> Tensor:
+        """norm3, in the dtype of x."""
         weight = self.norm3.weight.to(x.dtype)
         bias = self.norm3.bias.to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)

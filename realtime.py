@@ -1,12 +1,13 @@
 """Denoise the next segment while the last one is being decoded.
 
-What it does. A Session is one player in one world: reset(image, prompt, seed) gives frame 0, step(keyboard,
-mouse) the next 56 frames, then 40 at a time, or 20, or 8. A step is submit + collect, and submit(k+1)
-before collect(k) is the pipeline. open_session shares the work between N + 1 processes.
+What it does. A Session is one player in one world. reset(image, prompt, seed) gives frame 0, each
+step(keyboard, mouse) the frames of one more segment: 56 of the first, then 40 (or 20, or 8). A step
+is submit, which denoises, and collect, which waits for the decoder. Whoever submits segment k + 1
+before collecting k lets both go on at once. open_session shares the work among N + 1 processes.
 Paper: §3.4, Table 1: 40 FPS at 720p, eight GPUs denoise and one decodes.
 
-Why it works. A segment of n frames takes D = t_dit seconds to denoise and V = t_vae to decode. Only the
-latents of segment k are needed for segment k+1, never its pixels, so the two need not take turns:
+Why it works. A segment of n frames takes D seconds to denoise and V to decode. Segment k + 1 needs
+the latents of segment k, not its pixels, so it can be denoised while k is being decoded:
 
     in turn     | D k | V k     | D k+1 | V k+1   |            a segment every D + V
     side by side| D k | D k+1 | D k+2 | D k+3 |                a segment every max(D, V)
@@ -15,46 +16,47 @@ latents of segment k are needed for segment k+1, never its pixels, so the two ne
 
     P_serial = D + V                                                                  (1)
 
-Side by side, let s_k be when segment k is denoised and e_k when it is decoded. Each actor takes the
-next segment as soon as both it and the segment are there: s_k = s_(k−1) + D, e_k = max(s_k, e_(k−1)) + V.
-After the first segments one of the two is always busy, and the distance of two e_k is its time:
+Side by side, let s_k be when the latents of segment k are ready and e_k when its frames are:
+s_k = s_(k−1) + D. Decoding begins when these latents are there and the segment before is decoded:
+e_k = max(s_k, e_(k−1)) + V. If V <= D, the decoder waits for latents, e_k = s_k + V, and frames come
+every D seconds. If V > D, latents soon wait for the decoder, e_k = e_(k−1) + V. In both cases
 
-    P = max(D, V)                                                                     (2)
+    P = max(D, V)                   seconds between two segments                      (2)
     FPS = n / P                                                                       (3)
 
-The gain is at most twofold, at D = V. Where V > D the decoder would fall behind by V − D with every
-segment; a queue of two makes the denoiser wait instead, so lag and memory are bounded.
-A pipeline raises throughput, not reaction. A key waits for the next decision, which comes once per
-R = n / 40 seconds at 40 FPS; then its segment is denoised; then V₁, until the first latent is decoded:
+The gain is at most twofold, at D = V. Where V > D, ever more segments would wait to be decoded;
+only two may (QUEUE), then the denoiser waits as well.
 
-    mean  = R/2 + D + V₁            key to picture, at a random moment                (4)
-    worst = R + D + V₁              just after a decision                             (5)
+A key does not act sooner for it. Keys are read when a segment is submitted, at 40 FPS once in
+R = n / 40 seconds. A key waits for that, R/2 on average; then its segment is denoised, then decoded,
+and its frames are handed over together. From the key to the picture it takes
 
-That is why 2 new latents feel better than 10, though every segment pays for memory and past again:
-shortest_sustained() measures the fewest that this machine still makes faster than they are shown.
+    mean  = R/2 + D + V             pressed at a random moment                        (4)
+    worst = R + D + V               pressed just after the keys were read             (5)
 
-N + 1 processes, three channels (engine/ranks.py; engine/actors.py is what each of them does):
+So 2 new latents act sooner than 10, but cost more per frame: each segment pays for memory and past.
+shortest_sustained() measures how few a machine can make faster than they are shown.
+
+N + 1 processes, three channels (engine/ranks.py; what each process does is in engine/actors.py):
 
     rank 0 ── orders: signed text through a store ──► ranks 1 .. N−1 "denoise",  rank N "decode"
            ── tensors: send, as an order names them ─► the ranks that read it
            ◄─ answers: frames, sent back ──────────── rank N
     and inside every block ranks 0 .. N−1 exchange heads for places (attention.py)
 
-All denoisers hold equal memories, because all get the same calls and a segment's noise depends on (seed,
-number) alone; for the same reason undo, restore, replay and N ranks give the same frames. If a rank dies,
-fails or stalls, rank 0 raises one ConnectionError and all end within seconds.
+All denoisers hold the same memory, as they get the same calls and the noise of a segment depends on
+the seed and its number alone. So do undo, restore and replay give the same frames again. If a rank
+dies, fails or stalls, rank 0 raises one ConnectionError, and all processes end.
 
-On one host rank 0 starts the others, with torchrun or without. On several, torchrun starts all:
-they meet at its MASTER_ADDR, and only who knows the operator's secret is obeyed (meeting.py):
+On one host rank 0 starts the others. On several, torchrun starts all (engine/meeting.py):
 
     export MATRIX_GAME_SECRET=...                                         the same on all hosts
     torchrun --nnodes 3 --node-rank K --nproc-per-node 3 --master-addr HOST play.py --dit-ranks 8
 
-What differs. The released parallel start fails as documented. Here frames leave as they are made; there is
-no wall at latent 2,048; pixels are rounded, not cut; frame 0 belongs to reset; segments may be short.
+What differs. The released command for many GPUs fails as documented. Here pixels are rounded, not
+cut, time may pass latent 2,048, frame 0 belongs to reset, and segments may be short.
 
 Try it: python realtime.py      Tests: pytest tests/test_realtime.py tests/test_ranks.py
-Bench:  python lab/bench.py
 """
 
 import json
@@ -90,14 +92,16 @@ START = (0.0, -1.6, 0.0, 0.0, 0.0)  # x, y, z, pitch, yaw: eyes 1.6 m above the 
 
 class Chunk(NamedTuple):
     frames: Tensor  # (n, H, W, 3) uint8
-    info: dict  # segment, first_latent, policy, bank; poses, keyboard, mouse as used; memory; ms
+    # segment, first_latent, policy, how many latents are in the bank; poses, keyboard and mouse as
+    # used; which latents were remembered; milliseconds of each part
+    info: dict
 
 
 # ---- one player ---------------------------------------------------------------------------------
 
 
 class Session:
-    """One player in one world; knows nothing of pages. With a store it is rank 0 of all who meet there."""
+    """One player in one world. With a store it is rank 0 of the processes that meet there."""
 
     def __init__(
         self,
@@ -108,13 +112,14 @@ class Session:
     ) -> None:
         self.options = resolve(options)
         self.policy = options.policy
-        self.pending: deque = deque()  # of (decoding, info), oldest first
+        self.pending: deque = deque()  # of (decoding, info), oldest first: submitted, not collected
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        mine = ("dit", "encoder") if store else ("dit", "encoder", "decoder")
-        self.nets, meta = load_parts(self.options, *mine)
+        here = ("dit", "encoder") if store else ("dit", "encoder", "decoder")
+        self.nets, meta = load_parts(self.options, *here)
         self.choose_length(meta)
 
-        # two threads on the same cores would halve each other's speed
+        # a thread that decodes, or waits for the rank that does. Not on one CPU: two threads that
+        # compute on the same cores would halve each other's speed
         self.pool = ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None
         self.team = None
         if store:
@@ -125,7 +130,7 @@ class Session:
         self.decoder = self.team or Decoder(self.nets["decoder"], self.options)
 
     def choose_length(self, meta: dict) -> None:
-        """Segments of a length that these weights were trained for."""
+        """Play in segments of a length that the weights were trained for."""
         self.lengths = [int(n) for n in meta["new"].split()]
         if self.options.new not in self.lengths:
             print(
@@ -136,7 +141,7 @@ class Session:
             self.options = replace(self.options, new=self.lengths[0])
 
     def everywhere(self, name: str, *args: object) -> object:
-        """The same call on every denoising rank."""
+        """Call this method of the denoiser here and on every other denoising rank."""
         if not self.team:
             return getattr(self.denoiser, name)(*args)
         with self.team.guarded("denoiser"):
@@ -165,10 +170,11 @@ class Session:
                 f"got {tuple(image.shape)} {image.dtype}"
             )
 
-        # one frame is one latent; what was still to be decoded belongs to the old world
-        self.pending.clear()
+        self.pending.clear()  # what was still to be decoded belongs to the old world
+
+        # one frame is one latent. In bfloat16 this arithmetic would move half of the grey levels
         pixels = image.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1  # (1, 3, 1, H, W)
-        pixels = pixels.to(**self.denoiser.place)  # now: bfloat16 cannot tell grey levels apart
+        pixels = pixels.to(**self.denoiser.place)
         latent = self.nets["encoder"].encode(pixels).cpu()  # (1, C, 1, h, w)
         self.everywhere("reset", latent, embed(self.options, prompt), int(seed), tuple(pose))
         info = {
@@ -190,7 +196,7 @@ class Session:
         return self.collect()
 
     def submit(self, keyboard: Tensor, mouse: Tensor) -> None:
-        """Denoise the next segment and hand it to the decoder. Read the keys just before this."""
+        """Denoise the next segment and hand it to the decoder. The keys should be read just before."""
         keyboard, mouse = self.checked(keyboard, mouse)
         camera.choose("policy", self.policy, memory.POLICIES)
         self.idle(2 * QUEUE)
@@ -198,7 +204,7 @@ class Session:
         self.decode(latents, info)
 
     def checked(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
-        """As many finite actions as the next segment takes."""
+        """The actions as float tensors, if they are finite and as many as the next segment takes."""
         if not self.denoiser.now:
             raise ValueError("no world yet: call reset(image) before the first step")
         keyboard = torch.as_tensor(keyboard).float()
@@ -214,18 +220,20 @@ class Session:
         return keyboard, mouse
 
     def decode(self, latents: Tensor, info: dict, fresh: bool = False) -> None:
-        """In order, in one thread or by collect().
+        """Give latents to the decoder's thread; without one they are decoded in collect().
 
-        At most QUEUE segments wait: a slow decoder costs time, never memory.
+        At most QUEUE segments wait for that thread. If it is slow, this waits.
         """
-        if self.pool and len(self.pending) > QUEUE:
-            decoding, _ = self.pending[-QUEUE - 1]
-            decoding.exception()  # blocks until that one is done
-        work = partial(self.decoder.decode, latents, fresh)
-        self.pending.append((self.pool.submit(work) if self.pool else work, info))
+        decoding = partial(self.decoder.decode, latents, fresh)
+        if self.pool:
+            if len(self.pending) > QUEUE:
+                earlier, _ = self.pending[-QUEUE - 1]
+                earlier.exception()  # returns when that one is done
+            decoding = self.pool.submit(decoding)
+        self.pending.append((decoding, info))
 
     def collect(self) -> Chunk:
-        """The oldest submitted segment, as soon as it is decoded."""
+        """The oldest segment that was submitted, as soon as it is decoded."""
         if not self.pending:
             raise ValueError("nothing to collect: submit() first")
         decoding, info = self.pending.popleft()
@@ -234,14 +242,14 @@ class Session:
         return Chunk(frames, info)
 
     def idle(self, most: int = 0) -> None:
-        """Nothing, or not too much, is being decoded."""
+        """Refuse to go on while more than so many segments are submitted and not collected."""
         if len(self.pending) > most:
             raise ValueError(
                 f"{len(self.pending)} segments were submitted and not collected: "
                 "collect() them first"
             )
 
-    # ---- back, away and home again
+    # ---- undo, save and restore
 
     def undo(self) -> None:
         """Take the last segment back: latents, poses, memory, decoder.
@@ -258,7 +266,7 @@ class Session:
         self.decoder.undo()
 
     def save(self, path: str | Path) -> None:
-        """The whole state in one safetensors file; after restore() the same actions give the same frames."""
+        """The whole state, in one safetensors file."""
         self.idle()
         state = self.denoiser.dump()
         state |= {f"decoder.{name}": x for name, x in self.decoder.dump().items()}
@@ -270,9 +278,11 @@ class Session:
         weights.write_weights(path, state, about)
 
     def restore(self, path: str | Path) -> None:
+        """Go on from a saved state: the same actions then give the same frames."""
         self.idle()
         state, about = weights.read_weights(path)
-        preset, view = about.get("session"), about.get("view", "first")
+        preset = about.get("session")
+        view = about.get("view", "first")
         if (preset, view) != (self.options.preset, self.options.view):
             raise ValueError(
                 f"{path} is no saved session of preset {self.options.preset} "
@@ -280,14 +290,18 @@ class Session:
                 f"it says: {preset or 'no session'}, {view} person"
             )
         self.policy = about["policy"]
-        # one file, two owners
-        decoder = {name: x for name, x in state.items() if name.startswith("decoder.")}
-        walk = {name: x for name, x in state.items() if name not in decoder}
-        self.everywhere("load", walk)
-        self.decoder.load({name.removeprefix("decoder."): x for name, x in decoder.items()})
+        of_decoder = {}
+        of_denoiser = {}
+        for name, x in state.items():
+            if name.startswith("decoder."):
+                of_decoder[name.removeprefix("decoder.")] = x
+            else:
+                of_denoiser[name] = x
+        self.everywhere("load", of_denoiser)
+        self.decoder.load(of_decoder)
 
     def close(self) -> None:
-        """End the other ranks in good order."""
+        """End the other ranks."""
         if self.team:
             self.pool.shutdown()
             self.team.close()
@@ -297,9 +311,9 @@ class Session:
 
 
 def open_session(options: Options, dit_ranks: int = 0) -> Session:
-    """One process (0), or rank 0 of dit_ranks + 1: on one host it starts the others itself.
+    """A session in this process alone (0), or shared with dit_ranks − 1 others and one that decodes.
 
-    What else torchrun has started calls help_out() instead.
+    Called by rank 0 only. The other processes that torchrun has started call help_out().
     """
     options = resolve(options)
     others = meeting.started() - 1
@@ -323,7 +337,7 @@ def open_session(options: Options, dit_ranks: int = 0) -> Session:
 
 
 def spawn_others(options: Options, count: int) -> Session:
-    """All on this host. The others load while this process does, and all meet in Team."""
+    """All on this host. They load their networks while this process does, and meet it in ranks.Team."""
     place = Place(0, count + 1, meeting.LOOPBACK, 0, secrets.token_bytes(32))
     store = place.open()
     place = place._replace(port=store.port)
@@ -345,7 +359,10 @@ def meet_others(options: Options) -> Session:
 
 
 def help_out() -> int:
-    """A process of torchrun that is not rank 0: on another host a rank, here nothing to do."""
+    """What a process that torchrun has started does, if it is not rank 0.
+
+    On several hosts it is a rank; on one host it has nothing to do, as rank 0 starts its own.
+    """
     return serve(meeting.named()) if meeting.apart() else 0
 
 
@@ -360,8 +377,8 @@ def walk_actions(n: int) -> tuple[Tensor, Tensor]:
 
 
 def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str, float]:
-    """Of steady, pipelined segments: medians in seconds, and what they mean for whoever plays."""
-    # one segment is always on its way: what is timed is the steady state, not the filling of the pipe
+    """Medians of P, D and V in seconds, and what follows from D and V by the formulas above."""
+    # one segment is submitted beforehand, so that there is always one to decode
     session.submit(*walk_actions(session.frames_needed))
     n = Window.stride * session.options.new
     rows = []
@@ -379,7 +396,6 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
     serial = D + V  # (1)
     predicted = max(D, V)  # (2)
     R = n / SHOWN
-    first = V / session.options.new
     return {
         "P": P,
         "D": D,
@@ -387,16 +403,16 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
         "fps": n / P,  # (3)
         "predicted": n / predicted,
         "serial": n / serial,
-        "mean": R / 2 + D + first,  # (4)
-        "worst": R + D + first,  # (5)
+        "mean": R / 2 + D + V,  # (4)
+        "worst": R + D + V,  # (5)
     }
 
 
 def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> int:
-    """The fewest new latents at once that this machine makes `margin` times faster than they are shown.
+    """The fewest new latents that this machine makes `margin` times faster than they are shown.
 
-    Short segments act sooner and cost more per frame: each pays for memory and past again. Measured on
-    a grey picture, a moment before play; where nothing keeps up, the longest is the smoothest.
+    Measured on a grey picture, just before play. If no length is fast enough, the longest is taken: it
+    costs least per frame.
     """
     grey = torch.full((*SIZES[session.options.preset], 3), 128, dtype=torch.uint8)
     session.reset(grey)
@@ -404,7 +420,7 @@ def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> in
     for new in sorted(session.lengths):
         session.options = replace(session.options, new=new)
         n = session.frames_needed
-        session.step(*walk_actions(n))  # the first of its shape is slower
+        session.step(*walk_actions(n))  # not timed: the first of a length is slower
         began = time.perf_counter()
         for _ in range(2):
             session.step(*walk_actions(n))
@@ -414,7 +430,7 @@ def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> in
 
 
 def demo() -> None:
-    """The two stages apart and side by side."""
+    """D and V of a very small model on this machine, and what follows by the formulas above."""
     session = Session(Options("micro", "random", device="cpu", dtype="float32"))
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))
     t = time_segment(session, 2, 1)
