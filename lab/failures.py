@@ -90,7 +90,7 @@ def revisit(seed: int) -> worlds.Script:
 
 
 DISTILL = Study(
-    "--stage distill --batch 4 --cold-start 30 --ema 0.8 --log-every 5",
+    "--stage distill --batch 4 --segments 3 --cold-start 30 --ema 0.8 --log-every 5",
     160,
     {
         "healthy": Arm(),

@@ -221,4 +221,4 @@ def draw_strips(
     titles = ["truth", *(f"step {step}" for step in steps)]
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
-    figure.subplots_adjust(left=0.2, right=0.9, bottom=0.02, top=0.92, wspace=0.05, hspace=0.05)
+    figure.subplots_adjust(left=0.25, right=0.8, bottom=0.02, top=0.92, wspace=0.05, hspace=0.05)
