@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 import base64
 import json
 import re
+import shlex
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable
@@ -118,8 +119,8 @@ DISTILL = Study(
 """,
 )
 BASE = Study(
-    "--stage base --batch 6 --ema 0.98 --log-every 10",
-    400,
+    "--stage base --net 'dim=128 layers=4 ffn=320' --batch 8 --ema 0.98 --log-every 10",
+    600,
     {
         "healthy": Arm(),
         "high rate": Arm("--lr 1e-2 --muon 1e-1"),
@@ -153,7 +154,7 @@ def command_of(stage: str, arm: str, args: Namespace) -> list[str]:
     """The words after `python` that train an arm."""
     study = STUDIES[stage]
     steps = args.steps or study.steps
-    words = ["train.py", *study.flags.split(), "--steps", str(steps)]
+    words = ["train.py", *shlex.split(study.flags), "--steps", str(steps)]
     words += ["--run", f"failures-{stage}-{arm.replace(' ', '-')}"]
     words += ["--save-every", str(steps // MOMENTS), "--keep", str(MOMENTS), "--sample-every", "0"]
     for name in PASSED_ON:
@@ -170,7 +171,7 @@ def call(words: list[str]) -> None:
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
-        raise ValueError(f"this ended with status {done.returncode}: python {' '.join(words)}")
+        raise ValueError(f"this ended with status {done.returncode}: python {shlex.join(words)}")
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Trained:
                 log[name] = points
         saved = sorted(folder.glob("ckpt/[0-9]*/ema.safetensors"))
         files = {int(file.parent.name): file for file in saved}
-        return cls("python " + " ".join(words), log, files)
+        return cls(f"python {shlex.join(words)}", log, files)
 
     def last(self) -> dict[str, float]:
         """Every curve's mean over the last quarter of its lines."""
@@ -266,7 +267,7 @@ def train_all(stage: str, args: Namespace) -> dict[str, Trained]:
     for name, arm in STUDIES[stage].arms.items():
         if not arm.weights:
             words = command_of(stage, name, args)
-            print("python", *words, flush=True)
+            print("python", shlex.join(words), flush=True)
             call(words)
             trained[name] = Trained.read(words)
     return trained
@@ -415,7 +416,7 @@ def main(argv: list[str]) -> None:
     out = Path(args.out)
     if args.command != "report":
         stats.scipy_stats()  # or a line that says what to install, before anything is trained
-        result = measure(args.command, args, f"python lab/failures.py {' '.join(argv)}")
+        result = measure(args.command, args, f"python lab/failures.py {shlex.join(argv)}")
         path = out / "failures.json"
         stored = json.loads(path.read_text()) if path.exists() else {}
         out.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_what_is_expected_is_written_in_the_language_of_claims(stage: str) -> No
 def test_a_base_is_trained_played_judged_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_a_hurry(monkeypatch, "base", "--ema 0 --warmup 1 --lr 0.03")
+    in_a_hurry(monkeypatch, "base", "--net '' --ema 0 --warmup 1 --lr 0.03")
     out = ["--out", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     failures.main(["base", *QUICK, *out])
     result = json.loads((tmp_path / "results/failures.json").read_text())["base"]
