@@ -119,8 +119,11 @@ def train_vae(run: Run) -> None:
     both = start_vae(run, teacher)
     model, helper = both
     opts = optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype)
+    judge = lightvae.Judge().to(run.device)
+    judge_opts = optim.optimizers(judge, cfg.lr_critic, 0.0, cfg.decay, (0.5, 0.95))
     ema = optim.average(both)
-    restore(run, {"training": both}, ema, opts)
+    models = {"training": both} | ({"judge": judge} if cfg.adversarial else {})
+    restore(run, models, ema, opts + (judge_opts if cfg.adversarial else []))
     low = optim.low_precision_copy(both, run.dtype)
     progress = Progress(run)
 
@@ -131,21 +134,34 @@ def train_vae(run: Run) -> None:
         helper.train(run.step < 0.9 * cfg.steps and not cfg.decoder_only)
         fast, fast_helper = optim.copy_weights_down(low, both)
         if light:
-            loss, parts = lightvae.light_loss(fast, teacher, fast_helper, video)
+            loss, parts, x_hat = lightvae.light_loss(fast, teacher, fast_helper, video)
         else:
             g = generator(cfg, run.step)
-            loss, parts = lightvae.vae_loss(fast, video, helper, generator=g)
+            loss, parts, x_hat = lightvae.vae_loss(fast, video, helper, generator=g)
+        if cfg.adversarial:
+            loss = loss + cfg.adversarial * lightvae.adversarial_loss(judge, x_hat.float())
         optim.check_finite(loss, both, run.folder, video=video)
         loss.backward()
         optim.copy_gradients_up(low, both)
         rate = optim.lr_at(run.step, cfg.steps, cfg.warmup)
         norm = optim.update(opts, both, rate, cfg.clip, ema, cfg.ema)
+        if cfg.adversarial:
+            parts["judge"] = judges_turn(judge, judge_opts, x_hat, video, rate)
 
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
         if run.stop or run.due(cfg.save_every):
-            save(run, {"training": both}, ema, opts)
+            save(run, models, ema, opts)
             export_vae(run, both, ema, videos)
+
+
+def judges_turn(judge: nn.Module, opts: list, x_hat: Tensor, video: Tensor, rate: float) -> Tensor:
+    """The judge learns from the same frames; what the decoder's loss left in it is dropped."""
+    judge.zero_grad(set_to_none=True)
+    loss = lightvae.judge_loss(judge, x_hat.float(), video.float())
+    loss.backward()
+    optim.update(opts, judge, rate, 1.0, [], 0.0)
+    return loss.detach()
 
 
 def read_videos(root: Path) -> list[np.ndarray]:

@@ -108,7 +108,7 @@ class TrainConfig:
     ratio: int = opt(3, "critic updates per student update afterwards", "3")
     segments: int = opt(6, "K: longest self-rollout", "6")
     lr_critic: float = opt(1e-4, "critic learning rate", "1e-7, §5.1")
-    adversarial: float = opt(0.0, "weight of a judge on the critic's features (DMD2)", "none")
+    adversarial: float = opt(0.0, "weight of a judge of latents (distill) or frames (vae)", "none")
     guidance: float = opt(1.0, "teacher guidance scale; 1 = none")
     exit: str = opt("random", "the student's step with the gradient", choices=("random", "last"))
 

@@ -222,9 +222,11 @@ def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
 DISTILL = ["--segments", "1", "--cold-start", "1", "--ratio", "1"]
 
 
-@pytest.mark.parametrize("stage", ["vae", "distill"])
+@pytest.mark.parametrize("stage", ["vae", "vae with a judge", "distill"])
 def test_the_other_stages_resume_exactly_too(stage, reference, capsys):
+    stage, _, judge = stage.partition(" ")
     how = ["--stage", stage, "--batch", "1", "--warmup", "9"]
+    how += ["--adversarial", "0.1"] if judge else []
     how += ["--init", str(reference), *DISTILL] if stage == "distill" else []
     start(*how, "--steps", "4", "--run", "whole")
     start(*how, "--steps", "2", "--run", "parts")
