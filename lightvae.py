@@ -118,7 +118,7 @@ def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, P
     return l1 + weight * edges, parts  # (3)
 
 
-# ---- a judge of sharpness, off by default --------------------------------------------------------------------
+# ---- a judge of sharpness, off by default ------------------------------------------------------------------
 
 
 class Judge(nn.Module):

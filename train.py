@@ -14,11 +14,12 @@ velocity there. Past and memory are clean in time (t = 0) but not in content: re
 itself made earlier are added (error_buffer.py). With p = 0.2 there is neither, and the model learns
 image-to-video.
 
-Departures. Learning rates: the paper's suit 5 B parameters. Muon on the matrices of blocks. Latents are
-encoded once and cached. Revisits are drawn more often than they occur, and memories made older than they
-are. All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks compute
-the losses of one process (vae: one rank only; distill: every rank draws noise of its own). Experts see the
-base's density of σ, cut at the boundary; the paper does not say which.
+Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
+(flow.py). Muon on the matrices of blocks. Latents are encoded once and cached.
+Revisits are drawn more often than they occur, and memories made older than they are. All that is drawn in
+a step is a function of (seed, step) alone: resuming is exact, and N ranks compute the losses of one process
+(vae: one rank only; distill: every rank draws noise of its own). Experts see the base's density of σ, cut
+at the boundary; the paper does not say which.
 
 The machinery is in engine/: flags.py (every setting), run.py (folder, ranks, log), clips.py (the batch of a
 step), mistakes.py (what is injected), optim.py (precision, shards, averages), checkpoint.py, pictures.py.
@@ -43,11 +44,9 @@ import lightvae
 import moe
 import vae
 from context import Context
-from dataset import episode
 from engine import checkpoint, cli, optim, sizes, weights
 from engine.clips import (
     VAES,
-    WINDOW,
     Ahead,
     Clips,
     draw,
@@ -56,6 +55,7 @@ from engine.clips import (
     lens_of,
     load_clips,
     load_vae,
+    read_videos,
     scene,
     seen_by,
 )
@@ -119,11 +119,14 @@ def train_vae(run: Run) -> None:
     both = start_vae(run, teacher)
     model, helper = both
     opts = optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype)
-    judge = lightvae.Judge().to(run.device)
-    judge_opts = optim.optimizers(judge, cfg.lr_critic, 0.0, cfg.decay, (0.5, 0.95))
+    judge = start_judge(lightvae.Judge(), run)
     ema = optim.average(both)
-    models = {"training": both} | ({"judge": judge} if cfg.adversarial else {})
-    restore(run, models, ema, opts + (judge_opts if cfg.adversarial else []))
+    models = {"training": both}
+    every = list(opts)
+    if cfg.adversarial:
+        models["judge"] = judge.model
+        every += judge.opts
+    restore(run, models, ema, every)
     low = optim.low_precision_copy(both, run.dtype)
     progress = Progress(run)
 
@@ -139,35 +142,24 @@ def train_vae(run: Run) -> None:
             g = generator(cfg, run.step)
             loss, parts, x_hat = lightvae.vae_loss(fast, video, helper, generator=g)
         if cfg.adversarial:
-            loss = loss + cfg.adversarial * lightvae.adversarial_loss(judge, x_hat.float())
+            loss = loss + cfg.adversarial * lightvae.adversarial_loss(judge.model, x_hat.float())
         optim.check_finite(loss, both, run.folder, video=video)
         loss.backward()
         optim.copy_gradients_up(low, both)
         rate = optim.lr_at(run.step, cfg.steps, cfg.warmup)
         norm = optim.update(opts, both, rate, cfg.clip, ema, cfg.ema)
         if cfg.adversarial:
-            parts["judge"] = judges_turn(judge, judge_opts, x_hat, video, rate)
+            judge.forget()  # the decoder's loss went through it
+            caught = lightvae.judge_loss(judge.model, x_hat.float(), video.float())
+            judge.descend(caught, run, video)
+            judge.update(cfg.clip, rate)
+            parts["judge"] = caught.detach()
 
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
         if run.stop or run.due(cfg.save_every):
-            save(run, models, ema, opts)
+            save(run, models, ema, every)
             export_vae(run, both, ema, videos)
-
-
-def judges_turn(judge: nn.Module, opts: list, x_hat: Tensor, video: Tensor, rate: float) -> Tensor:
-    """The judge learns from the same frames; what the decoder's loss left in it is dropped."""
-    judge.zero_grad(set_to_none=True)
-    loss = lightvae.judge_loss(judge, x_hat.float(), video.float())
-    loss.backward()
-    optim.update(opts, judge, rate, 1.0, [], 0.0)
-    return loss.detach()
-
-
-def read_videos(root: Path) -> list[np.ndarray]:
-    """Every training episode of both views, as (F, H, W, 3) grey levels."""
-    paths = [path for split in ("train", "third") for path in episode.list_episodes(root, split)]
-    return [np.array(episode.read_episode(path).video) for path in paths]
 
 
 def start_vae(run: Run, teacher: vae.VAE | None) -> nn.ModuleList:
@@ -322,7 +314,7 @@ def train_distill(run: Run) -> None:
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student = Learner.start(run, cfg.lr, cfg.student)
     critic = Learner.start(run, cfg.lr_critic, recompute=False)
-    judge = start_judge(run)
+    judge = start_judge(dmd.Judge(network(cfg).dim), run)
     ema = optim.average(student.model)
     learners = {MODEL: student, "critic": critic} | ({"judge": judge} if cfg.adversarial else {})
     models = {name: learner.model for name, learner in learners.items()}
@@ -408,9 +400,9 @@ class Learner:
         return optim.update(self.opts, self.model, rate, clip, ema, decay)
 
 
-def start_judge(run: Run) -> Learner:
+def start_judge(model: nn.Module, run: Run) -> Learner:
     """Small, always float32, and AdamW's alone."""
-    model = dmd.Judge(network(run.cfg).dim).to(run.device)
+    model = model.to(run.device)
     opts = optim.optimizers(model, run.cfg.lr_critic, 0.0, run.cfg.decay, (0.0, 0.95))
     return Learner(model, model, opts)
 
@@ -482,7 +474,7 @@ def main(argv: list[str]) -> int:
 
     cfg = parse(argv)
     if cfg.dry_run:
-        print(f"{cfg.preset}:", memory_needed(cfg))
+        print(f"{cfg.preset}:", sizes.memory_needed(cfg))
         return 0
     run = setup(cfg)
     where = cli.shown(run.folder)
@@ -497,15 +489,6 @@ def main(argv: list[str]) -> int:
         stopped = f"stopped at step {run.step}; the same command resumes it"
         print(stopped if run.stop else f"done: {where} at step {run.step}")
     return 130 if run.stop else 0
-
-
-def memory_needed(cfg: TrainConfig) -> str:
-    """What --dry-run says."""
-    per_latent = {"5b": 880, "14b": 880}.get(cfg.preset, 16)
-    tokens = per_latent * (WINDOW.memory + WINDOW.past + WINDOW.new)
-    clips = cfg.batch // cfg.accum
-    recompute = cfg.checkpoint_activations
-    return sizes.memory_table(network(cfg), clips, tokens, cfg.muon > 0, recompute)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,16 @@ def pixels(video: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(np.array(video)).movedim(-1, -4).float() / 127.5 - 1
 
 
+def read_videos(root: Path) -> list[np.ndarray]:
+    """Every training episode of both views, as (F, H, W, 3) grey levels."""
+    videos = []
+    for split in ("train", "third"):
+        for path in list_episodes(root, split):
+            episode = read_episode(path)
+            videos.append(np.array(episode.video))
+    return videos
+
+
 def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:
     """(B, 3, F, H, W): random clips of mixed length. A VAE trained on 9 frames alone fades on longer ones."""
     g = generator(cfg, step)

@@ -74,7 +74,7 @@ class TrainConfig:
     decay: float = opt(0.01, "weight decay")
     ema: float = opt(0.995, "decay of the averaged weights")
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass")
-    shift: float = opt(5.0, "of σ: more steps where layout is decided", "5 (lineage)")
+    shift: float = opt(1.5, "of σ: more steps where layout is decided", "5 (lineage)")
 
     # memory: what a window remembers, and what is left out so that it can be switched off
     p_i2v: float = opt(0.2, "batches without past and memory: image to video", "0.2, §3.1")
@@ -148,6 +148,7 @@ BIG = dict(
     batch=64,
     steps=50_000,
     encoding="released",
+    shift=5.0,
     new="10",
     checkpoint_activations=True,
     ema=0.999,

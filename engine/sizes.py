@@ -1,7 +1,15 @@
-"""What a training needs in memory, from shapes alone."""
+"""What a training needs in memory, from shapes alone.
+
+The network is built without numbers, so a model of any size is counted on any machine. Weights,
+gradients, optimiser and average are float32, the computing copy and what waits for the backward pass
+have two bytes; a block keeps about 34 rows as wide as a token, or two where it is computed again.
+train.py --dry-run prints it.
+"""
 
 import moe
 from dit import DiTConfig
+from engine.clips import WINDOW
+from engine.flags import TrainConfig, network
 
 
 def memory_table(
@@ -33,3 +41,12 @@ def memory_table(
             *rows,
         ]
     )
+
+
+def memory_needed(cfg: TrainConfig) -> str:
+    """What --dry-run says."""
+    per_latent = {"5b": 880, "14b": 880}.get(cfg.preset, 16)
+    tokens = per_latent * (WINDOW.memory + WINDOW.past + WINDOW.new)
+    clips = cfg.batch // cfg.accum
+    recompute = cfg.checkpoint_activations
+    return memory_table(network(cfg), clips, tokens, cfg.muon > 0, recompute)
