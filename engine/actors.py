@@ -1,11 +1,11 @@
 """Who denoises and who decodes: the two actors of a session, in one process or as ranks.
 
-A Denoiser holds one walk: the last latents, everything remembered, and where the player stands. A
-Decoder holds one video. Neither knows of the other. Alone, a session calls both; with N + 1 ranks,
-`serve` is the life of the others:
+A Denoiser holds one walk: the last latents, the memory, and where the player stands. A Decoder holds
+one video. Neither knows of the other. In one process the session (realtime.py) calls both. With N + 1
+processes, called ranks, the session is rank 0, and the others run serve():
 
-    rank 0            denoises, and says what happens next: the session itself
-    ranks 1 .. N−1    denoise the same walk, each its share of the places: the same calls, the same state
+    rank 0            denoises, and tells the others what to do
+    ranks 1 .. N−1    get the same calls and so have the same walk; each computes its share of the places
     rank N            decodes
 """
 
@@ -36,24 +36,24 @@ from engine.parts import PIECE, SIZES, Options, load_parts, null_text, vae_confi
 from memory import MemoryBank
 
 UNDO = 4  # segments that can be taken back
-SPARE = 4  # states of a decoder for which its device must have room, to keep an older one
-LOOK_BACK = 4  # latents before the past that its first actions and cameras reach
+SPARE = 4  # a decoder's older state stays on its device while there is room for so many more
+LOOK_BACK = 4  # latents before the past whose poses and actions are kept: windows reach back 3
 
 
 def clock(device: str) -> float:
-    """Seconds, once the device has done what it was asked for."""
+    """Seconds, after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def segment_generator(now: "Walk", device: str) -> torch.Generator:
-    """Randomness of a segment depends on the seed and its number alone: undo and replay repeat it."""
+    """It depends on the seed and the segment's number alone, so undo and replay draw the same noise."""
     return torch.Generator(device).manual_seed(now.seed * 1_000_003 + now.segment)
 
 
 class Walk(NamedTuple):
-    """Where a walk stands. Never changed in place: an old one is a snapshot."""
+    """Where a walk stands. It is replaced, never changed, so an older one can be gone back to."""
 
     past: Tensor  # (1, C, P, h, w) the last latents
     text: Tensor  # (1, n, text_dim)
@@ -71,19 +71,20 @@ NUMBERS = Walk._fields[5:]
 
 
 class Plan(NamedTuple):
-    """A segment before it is imagined."""
+    """A segment before it is denoised."""
 
     context: Context
-    picks: list[dict]  # what is recalled: latent, frame, score, sink
+    picks: list[dict]  # what is remembered: latent, frame, score, sink
     rows: list[Tensor]  # poses, keyboard and mouse of the walk, this segment included
     times: Tensor  # (n,) of the new latents
     cameras: Tensor  # (n, 4, 4, 4) of the new latents
 
 
 class Denoiser:
-    """The model, a walk and everything remembered of it. Same calls, same state: that is how N ranks agree.
+    """The network, a walk and its memory.
 
-    Whoever replaces `camera`, poses (n, 5) float64 -> (n, 4, 4), does so on all of them.
+    `camera` turns poses (n, 5) float64 into cameras (n, 4, 4). Whoever replaces it must do so on all
+    ranks: they agree because the same calls lead to the same state.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Denoiser:
     # ---- where it stands
 
     def start(self, now: Walk) -> None:
-        """From this walk on, with an empty bank."""
+        """Go on from this walk, with an empty bank."""
         self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
         rule = "released" if self.meta["encoding"] == "released" else "uniform"
         self.bank = MemoryBank(rule, free=self.options.bank)
@@ -118,7 +119,7 @@ class Denoiser:
         self.bank.append(self.now.past[0], cameras, torch.tensor([0]))
 
     def undo(self) -> None:
-        """The bank only grows at its end: a shorter one is an older one."""
+        """One segment back. The bank only appends, so its old size is all that it needs."""
         self.now, self.bank.size = self.history.pop()
 
     def dump(self) -> dict[str, Tensor]:
@@ -141,7 +142,7 @@ class Denoiser:
     # ---- the next segment
 
     def run(self, keyboard: Tensor, mouse: Tensor, policy: str) -> tuple[Tensor, dict]:
-        """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w), and what happened: actions and poses as used."""
+        """(4n, 6), (4n, 2) -> n latents (1, C, n, h, w), and the facts of realtime.Chunk.info."""
         now = self.now
         device = self.options.device
         if self.meta.get("p_memory_off", 0) >= 1:  # never trained with a memory
@@ -177,22 +178,24 @@ class Denoiser:
         P = now.past.shape[2]
         here = now.poses[-1].tolist()
         ahead = camera.integrate(here, keyboard, mouse, self.options.max_pitch)[1:]
-        rows = [
-            torch.cat([now.poses, ahead]),
-            torch.cat([now.keyboard, keyboard]),
-            torch.cat([now.mouse, mouse]),
-        ]
+        poses = torch.cat([now.poses, ahead])
+        keys = torch.cat([now.keyboard, keyboard])
+        turns = torch.cat([now.mouse, mouse])
 
-        # the kept rows begin at latent origin/4; the clock goes on from there
-        kept = now.origin // Window.stride
+        # the rows that are kept begin at this latent: it is 0 for Segment.cut, but not in time
+        first_kept = now.origin // Window.stride
         walk = SimpleNamespace(
-            c2w=self.camera(rows[0])[None], keyboard=rows[1][None], mouse=rows[2][None]
+            c2w=self.camera(poses)[None],
+            keyboard=keys[None],
+            mouse=turns[None],
         )
-        segment = Segment.cut(walk, now.count - P - kept, P + n, self.meta["encoding"])
-        segment = replace(segment, times=segment.times + kept)
+        first = now.count - P - first_kept
+        segment = Segment.cut(walk, first, P + n, self.meta["encoding"])
+        segment = replace(segment, times=segment.times + first_kept)
 
-        # segment 0 has nothing behind it but its picture
-        found, picks = None, []
+        # there is nothing to remember in segment 0: its past is all that there was
+        found = None
+        picks = []
         if now.segment and policy != "none":
             found, picks = self.recall(segment.asking(n)[0].float(), now.count - P, policy)
         lens = Lens(self.meta["encoding"], vae_config(self.options.preset).stride[1])
@@ -201,10 +204,10 @@ class Denoiser:
             context = replace(context, null_text=self.null_text)
         context = context.to(**self.place)
         new_cameras = segment.cameras[0, P:].float()
-        return Plan(context, picks, rows, segment.times[0, P:], new_cameras)
+        return Plan(context, picks, [poses, keys, turns], segment.times[0, P:], new_cameras)
 
     def recall(self, asking: Tensor, before: int, policy: str) -> tuple[Memory, list[dict]]:
-        """The memory of a segment, newest query of (5, 4, 4) first; and a description of it to show."""
+        """The latents that answer the queries (5, 4, 4), the newest first; and what a page shows of them."""
         sink = self.meta.get("sink", True)
         generator = segment_generator(self.now, "cpu")
         slots, scores = self.bank.retrieve(asking, before, policy, sink, generator)
@@ -245,12 +248,12 @@ class Denoiser:
         return x0
 
     def remember(self, x0: Tensor, plan: Plan) -> None:
-        """New latents join the bank and the past; the walk goes on behind them, and can be undone."""
+        """Add the new latents to the bank and the past; the walk then stands behind them."""
         now = self.now
         self.history.append((now, self.bank.size))
         self.bank.append(x0[0], plan.cameras, plan.times)
 
-        # no window looks further back than this many frames
+        # poses and actions that no later window reaches are dropped
         count = now.count + len(plan.times)
         oldest = Window.stride * (count - Window.past - LOOK_BACK)
         drop = max(0, oldest - now.origin)
@@ -279,14 +282,14 @@ class Decoder:
         if "cuda" in options.device:
             self.stream = torch.cuda.stream(torch.cuda.Stream(options.device))
 
-    @torch.inference_mode()  # asked for in every thread anew
+    @torch.inference_mode()  # this holds for one thread, so a caller could not set it for another
     def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:
         """(1, C, n, h, w) -> (4n, H, W, 3) frames, and milliseconds; `fresh` begins a new video."""
         began = time.perf_counter()
         self.history.append(parked(self.state, self.options.device))
         state = None if fresh else self.state
 
-        # a large picture is decoded in pieces, so that its maps fit
+        # large pictures are decoded a few latents at a time, or the layers would need too much memory
         pixels = Window.stride * math.prod(SIZES[self.options.preset])
         pieces = z.to(**self.place).split(max(1, PIECE // pixels), 2)
         frames = []
@@ -317,7 +320,7 @@ class Decoder:
 
 
 def parked(state: dict | None, device: str) -> dict | None:
-    """A state that only an undo will ask for: in the memory of the host, where the device is short of it."""
+    """A state that only an undo will need: moved to the CPU if its device has little memory left."""
     if state is None or not device.startswith("cuda"):
         return state
     size = sum(x.numel() * x.element_size() for x in state.values())
@@ -338,13 +341,13 @@ ORDERS = {  # what rank 0 may ask of whom
     "denoise": ("reset", "run", "load", "undo", "close"),
     "decode": ("decode", "dump", "load", "undo", "close"),
 }
-BROKEN = ("onnection", "gloo", "died")  # words of an error that only says that another rank is gone
+BROKEN = ("onnection", "gloo", "died")  # an error with such a word says that another rank is gone
 
 
 def serve(place: Place, options: Options | None = None) -> int:
-    """The life of every rank but 0: build the part it plays, then do what rank 0 says until it closes.
+    """What every rank but 0 runs: load its network, then do what rank 0 says until that closes.
 
-    Who was spawned is told its options; on another host they are read from the store.
+    A rank that rank 0 has started is given its options; on another host they are read from the store.
     """
     store = place.join()
     rank = place.rank
@@ -366,18 +369,19 @@ def serve(place: Place, options: Options | None = None) -> int:
         done.set()
         dist.barrier()  # rank 0 waits until all have read its last order
         dist.destroy_process_group()
-    except Exception as error:  # whatever it is, rank 0 must hear of it, if it lives
+    except Exception as error:
+        # rank 0 is told the reason, unless it is only that another rank is gone
         broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
-        echo = broken or isinstance(error, ConnectionError)
-        with contextlib.suppress(RuntimeError):
-            if not echo:
-                store.set("failed", f"rank {rank} ({box}) failed: {type(error).__name__}: {error}")
+        if not broken and not isinstance(error, ConnectionError):
+            reason = f"rank {rank} ({box}) failed: {type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):  # rank 0 may be gone, too
+                store.set("failed", reason)
         os._exit(1)
     return 0
 
 
 def read_options(place: Place, store: dist.Store) -> Options:
-    """Those of rank 0, on the device that torchrun gives to this process."""
+    """The options of rank 0, with the device that torchrun gives to this process."""
     options = Options(**json.loads(place.checked("options", store.get("options"))))
     if options.device.startswith("cuda"):
         options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")

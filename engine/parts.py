@@ -3,9 +3,9 @@
     Options ──resolve──► Options without 'auto' ──load_parts──► dit, encoder, decoder + their training
 
 resolve() refuses what cannot work before anything is allocated. load_parts() is the only place where
-an option becomes a network: random or from a file, of which width, precise or INT8, compiled or not.
-What was trained decides how it is played: a model's file says its encoding of cameras, its shift, its
-lengths of segments, and whether it is a few-step student.
+options become networks: random or from a file, in which precision, with INT8 or not, compiled or not.
+How a model was trained decides how it must be played. Its file says so: its encoding of cameras, its
+shift of noise levels, its lengths of segments, and whether it is a few-step student.
 """
 
 import math
@@ -145,7 +145,7 @@ def vae_config(preset: str, decoder: str = "") -> vae.VAEConfig:
 
 
 def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict]:
-    """The wanted ones of dit, encoder and decoder, as resolved options ask; and how they were trained."""
+    """Those of dit, encoder and decoder that are wanted, and how the dit was trained."""
     nets: dict[str, nn.Module] = {}
     meta: dict = {}
     for part in want:
@@ -159,7 +159,7 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
         dtype = getattr(torch, options.dtype)
         nets[part].to(options.device, dtype).eval().requires_grad_(False)
 
-    # what was loaded is checked against what was asked, and only then changed
+    # before it is changed, check that it is a model for what these options ask
     if "dit" in nets:
         check_trained_for(options, nets["dit"], meta)
         if options.quantize:
@@ -170,7 +170,7 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
 
 
 def random_part(part: str, options: Options) -> nn.Module:
-    """The same on every rank. No zeros among the weights: they flatter timings and hide mistakes."""
+    """Random weights, the same on every rank. What starts at zero is drawn, too: zeros hide mistakes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if part == "dit":
@@ -185,12 +185,13 @@ def random_part(part: str, options: Options) -> nn.Module:
 
 
 def load_dit(options: Options) -> tuple[nn.Module, dict]:
-    """The student of a folder, else its base; or whatever one model the path means."""
-    root = Path(options.weights)
-    candidates = (root / f"{name}.safetensors" for name in ("student", "base"))
-    shipped = [file for file in candidates if file.exists()]
-    dtype = getattr(torch, options.dtype)
-    return weights.load([*shipped, root][0], device=options.device, dtype=dtype)
+    """The student of a folder, else its base; or the one model that the path is."""
+    path = Path(options.weights)
+    for name in ("base", "student"):
+        file = Path(options.weights) / f"{name}.safetensors"
+        if file.exists():
+            path = file
+    return weights.load(path, device=options.device, dtype=getattr(torch, options.dtype))
 
 
 def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
@@ -236,7 +237,7 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 def how_trained(options: Options, meta: dict) -> dict:
-    """What a denoiser must know of the training of its model; older files say less."""
+    """What a denoiser must know of its model's training; what older files do not say has a default."""
     anchored = dit.PRESETS[options.preset].ray_channels == 60
     distilled = meta.get("stage") == "distill"
     defaults = {
@@ -299,10 +300,12 @@ def estimate(options: Options) -> float:
         networks = (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light))
         parameters = sum(p.numel() for net in networks for p in net.parameters())
 
-    # a scale and a shift by the camera for every block; at its peak, a block holds about ten
-    # tensors as wide as the stream, and two as wide as its feed-forward part
+    # prepare() keeps a factor and a shift by camera for every block; at its peak a block holds about
+    # ten tensors of width dim, and two of the width of its MLP
     tokens = places(options) * (Window.memory + Window.past + Window.new)
     denoising = tokens * ((2 * config.layers + 10) * config.dim + 2 * config.ffn)
+
+    # the decoder holds about two tensors of dec_dim channels at the size of the picture
     pixels = min(PIECE, 40 * math.prod(SIZES[options.preset]))
     decoding = 2 * pixels * light.dec_dim
 
