@@ -59,6 +59,7 @@ cut, time may pass latent 2,048, frame 0 belongs to reset, and segments may be s
 Try it: python realtime.py      Tests: pytest tests/test_realtime.py tests/test_ranks.py
 """
 
+import contextlib
 import json
 import secrets
 import subprocess
@@ -115,17 +116,15 @@ class Session:
         self.pending: deque = deque()  # of (decoding, info), oldest first: submitted, not collected
         torch.set_num_threads(options.threads or torch.get_num_threads())
         here = ("dit", "encoder") if store else ("dit", "encoder", "decoder")
-        self.nets, meta = load_parts(self.options, *here)
+        self.team = ranks.Team(place, store, crew) if store else None
+        with self.team.loading() if self.team else contextlib.nullcontext():
+            self.nets, meta = load_parts(self.options, *here)
         self.choose_length(meta)
 
         # a thread that decodes, or waits for the rank that does. Not on one CPU: two threads that
         # compute on the same cores would halve each other's speed
         self.pool = ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None
-        self.team = None
-        if store:
-            dit = self.nets["dit"]
-            self.team = ranks.Team(place, store, self.options, dit, crew)
-        group = self.team.group if self.team else None
+        group = self.team.meet(self.options, self.nets["dit"]) if self.team else None
         self.denoiser = Denoiser(self.nets["dit"], meta, self.options, group)
         self.decoder = self.team or Decoder(self.nets["decoder"], self.options)
 

@@ -360,11 +360,11 @@ def serve(place: Place, options: Options | None = None) -> int:
             options = read_options(place, store)
         torch.set_num_threads(options.threads or torch.get_num_threads())
         nets, meta = load_parts(options, "decoder" if box == "decode" else "dit")
-        team = ranks.Team(place, store, options, nets.get("dit"))
+        group = ranks.Team(place, store).meet(options, nets.get("dit"))
         if box == "decode":
             actor = Decoder(nets["decoder"], options)
         else:
-            actor = Denoiser(nets["dit"], meta, options, team.group)
+            actor = Denoiser(nets["dit"], meta, options, group)
         obey(actor, ranks.Inbox(store, box, place, ORDERS[box]), answers=box == "decode")
         done.set()
         dist.barrier()  # rank 0 waits until all have read its last order

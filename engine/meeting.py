@@ -6,8 +6,10 @@
     the key          drawn, handed to whoever is spawned  made of a secret that the operator shares
     a death is seen  the system tells rank 0              no beat for LOST seconds, or a closed line
 
-Nothing listens on an address that nobody named. Under torchrun on one host rank 0 still spawns the others:
-a key that never leaves a family of processes needs nobody's care.
+torchrun starts all ranks at one moment, so whoever has come may expect the others soon: who needs more
+than twice as long (to_come) has died before it was heard of. Nothing listens on an address that nobody
+named. Under torchrun on one host rank 0 still spawns the others: a key that never leaves a family of
+processes needs nobody's care.
 """
 
 import hashlib
@@ -27,14 +29,19 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
-MEET_WITHIN = timedelta(seconds=120)  # to connect to the store
+MEET_WITHIN = timedelta(seconds=120)  # to be told what to do, once connected
 BEAT = 0.5  # seconds between two signs of life
 LOST = 5.0  # seconds without one until a rank of another host counts as dead
+LONGER = 3.0  # seconds that one host may take to start beyond twice the time of another
 SHORTEST = 16  # characters of a secret
 NO_SECRET = (
     "ranks on several hosts share a secret, and there is none of {0} characters or more: set "
     "MATRIX_GAME_SECRET, or MATRIX_GAME_SECRET_FILE to a file with it, on every host; "
     "openssl rand -hex 32 makes one"
+)
+NOT_COME = (
+    "{0} within {1:.0f} s: see what torchrun says there; if that host only starts slowly, "
+    "let it: MATRIX_GAME_PATIENCE=120 on every host"
 )
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
@@ -70,13 +77,16 @@ class Place(NamedTuple):
 
     def join(self) -> dist.TCPStore:
         """Everybody else."""
+        seconds = to_come()
+        within = timedelta(seconds=seconds)
         try:
-            return dist.TCPStore(self.address, self.port, is_master=False, timeout=MEET_WITHIN)
+            store = dist.TCPStore(self.address, self.port, is_master=False, timeout=within)
         except dist.DistError as error:
-            raise ConnectionError(
-                f"rank {self.rank} met nobody at {self.address}:{self.port} within "
-                f"{MEET_WITHIN.seconds} s: is rank 0 running there, and does a firewall let it listen?"
-            ) from error
+            nobody = f"rank {self.rank} met nobody at {self.address}:{self.port}"
+            firewall = "does a firewall keep rank 0 from listening?"
+            raise ConnectionError(f"{NOT_COME.format(nobody, seconds)}; {firewall}") from error
+        store.set_timeout(MEET_WITHIN)
+        return store
 
     def with_session_key(self, store: dist.Store) -> "Place":
         """A secret serves many sessions; an order of one of them means nothing in the next."""
@@ -145,30 +155,50 @@ def use_interface(place: Place) -> None:
     """Tensors take the way that orders take; GLOO_SOCKET_IFNAME of the operator goes first."""
     name = "lo0" if sys.platform == "darwin" else "lo"
     if not place.address.startswith("127."):
-        name = interface_towards(place.address)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place.address, 1))  # sends nothing
+            ours = probe.getsockname()[0]
+        name = interfaces().get(ours, "")
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def interface_towards(address: str) -> str:
-    """The name of the network interface that leads there; "" where the system cannot say."""
+def interfaces() -> dict[str, str]:
+    """IPv4 address -> name of the network interface that has it; empty where the system cannot say."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 1))  # sends nothing
-        ours = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
                 import fcntl
 
                 request = struct.pack("256s", name.encode())
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]
+                address = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]
             except (ImportError, OSError):
                 continue
-            if socket.inet_ntoa(found) == ours:
-                return name
-    return ""
+            found[socket.inet_ntoa(address)] = name
+    return found
 
 
 # ---- who is alive ------------------------------------------------------------------------------------------
+
+
+def age(pid: int | str = "self") -> float:
+    """Seconds since a process was started."""
+    try:
+        began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # no Linux: wait long rather than too short
+        return MEET_WITHIN.seconds
+
+
+def to_come() -> float:
+    """Seconds until those who were started when this process was have come, or never will."""
+    asked = os.environ.get("MATRIX_GAME_PATIENCE", "")
+    if not asked:
+        return min(max(age(), LOST) + LONGER, MEET_WITHIN.seconds)
+    if not asked.isdecimal():
+        raise ValueError(f"MATRIX_GAME_PATIENCE must be whole seconds, got {asked!r}")
+    return float(asked)
 
 
 def keep_beating(place: Place) -> threading.Event:
@@ -201,10 +231,11 @@ class Beats:
 
     def __init__(self, store: dist.Store) -> None:
         self.store = store
+        self.to_come = to_come()
         self.heard: dict[int, tuple[int, float]] = {}  # of rank: its count, and when that was new
 
-    def dead(self, ranks: range) -> list[int]:
-        """Ranks that are silent; who has not come yet is waited for longer."""
+    def dead(self, ranks: range) -> list[str]:
+        """What is to be said of the ranks that are silent; who has not come is waited for longer."""
         now = time.monotonic()
         silent = []
         for rank in ranks:
@@ -212,8 +243,10 @@ class Beats:
             before, since = self.heard.setdefault(rank, (0, now))
             if count != before:
                 self.heard[rank] = (count, now)
-            elif now - since > (LOST if count else MEET_WITHIN.seconds):
-                silent.append(rank)
+            elif count and now - since > LOST:
+                silent.append(f"rank {rank} died")
+            elif not count and now - since > self.to_come:
+                silent.append(NOT_COME.format(f"rank {rank} has not come", self.to_come))
         return silent
 
 

@@ -38,7 +38,7 @@ FOR_EVER = timedelta(days=7)  # players pause
 CONNECT_WITHIN = timedelta(seconds=9)  # all have loaded, and only connect
 KEPT_ORDERS = 8  # older ones are deleted from the store
 WATCH = 0.2  # seconds between two looks at the others
-GRACE = 4.0  # seconds in which a call notices by itself that a rank is dead
+GRACE = 3.0  # seconds in which a call notices by itself that a rank is dead
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -157,16 +157,15 @@ def last_words(store: dist.Store) -> str:
 class Team:
     """Ranks 0 .. N−1 denoise, rank N decodes.
 
-    They meet once all have loaded and have the same code, options and weights. Players pause, so
-    orders may take for ever; everything else has a deadline.
+    Rank 0 watches the others from the first moment on, while all of them load. They meet once all
+    have loaded and have the same code, options and weights. Players pause, so orders may take for
+    ever; everything else has a deadline.
     """
 
     def __init__(
         self,
         place: Place,
         store: dist.Store,
-        options: object,
-        model: nn.Module | None,
         crew: Sequence = (),  # processes that rank 0 has spawned
     ):
         self.place = place
@@ -180,17 +179,33 @@ class Team:
         self.closed = False
         if crew or (place.apart and place.rank == 0):
             threading.Thread(target=self.watch, daemon=True).start()
-        with self.guarded("rank"):
-            self.meet(fingerprint(options, model))
-            self.group = self.connect(options)
 
         self.decode = partial(self.ask, "decode")
         self.dump = partial(self.ask, "dump")
         self.load = partial(self.ask, "load")
         self.undo = partial(self.ask, "undo")
 
-    def meet(self, mine: dict[str, str]) -> None:
-        """Wait until everybody has loaded, and compare."""
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """A death is not waited out meanwhile; who fails himself says why, and the others end too."""
+        self.waiting.append("rank")
+        try:
+            yield
+        except Exception:
+            self.closed = True
+            self.end_others(self.store)
+            raise
+        finally:
+            self.waiting.remove("rank")
+
+    def meet(self, options: object, model: nn.Module | None) -> dist.ProcessGroup:
+        """All have loaded and fit together: the group of those who denoise."""
+        with self.guarded("rank"):
+            self.compare(fingerprint(options, model))
+            return self.connect(options)
+
+    def compare(self, mine: dict[str, str]) -> None:
+        """Wait until everybody has loaded, and see that all are alike."""
         world = self.place.world
         keys = [f"facts{r}" for r in range(world)]
         mine_at = keys[self.place.rank]
@@ -238,18 +253,20 @@ class Team:
         """Whoever dies ends all: the others at once, a call that still waits after a moment of grace."""
         line = self.place.join()  # of its own: on the other one a call may wait
         beats = meeting.Beats(line)
-        dead: list[int] = []
+        dead: list[str] = []
         while not (dead or self.closed):
             time.sleep(WATCH)
-            dead = [r for r, process in enumerate(self.crew, 1) if process.poll() is not None]
             if self.place.apart:
                 dead = beats.dead(range(1, self.place.world))
+            else:
+                ended = [r for r, process in enumerate(self.crew, 1) if process.poll() is not None]
+                dead = [f"rank {r} died" for r in ended]
         if self.closed:
             return
 
         # the last words of the dead say more than that they are dead
         time.sleep(WATCH)
-        self.lost = last_words(line) or ", ".join(f"rank {r} died" for r in dead)
+        self.lost = last_words(line) or ", ".join(dead)
         self.end_others(line)
         time.sleep(GRACE)
         if self.waiting and not self.closed:

@@ -12,9 +12,11 @@ os.environ.setdefault(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers import make_studio, shaken  # noqa: E402
+from walking import IMAGE, OPTIONS, walk  # noqa: E402
 
 import dit  # noqa: E402
 import moe  # noqa: E402
+import realtime  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
 _connect = socket.socket.connect
@@ -53,3 +55,16 @@ def scene() -> SimpleNamespace:
     torch.manual_seed(1)
     c = dit.PRESETS["micro"]
     return SimpleNamespace(context=dit.random_context(c), x=torch.randn(1, c.in_dim, 10, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def session() -> realtime.Session:
+    """A micro session of random weights, in one process."""
+    return realtime.Session(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def three(session: realtime.Session) -> list[realtime.Chunk]:
+    """Its first three segments; whoever wants to go on resets it."""
+    session.reset(IMAGE)
+    return walk(session, 3)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,80 +22,98 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from walking import IMAGE, OPTIONS, actions, pixels, walk
 
 import moe
 import realtime
-from engine import meeting, parts, ranks
+from engine import meeting, parts, ranks, weights
 from engine.meeting import Place
 
-OPTIONS = parts.Options(preset="micro", weights="random", device="cpu", dtype="float32")
-IMAGE = torch.randint(
-    0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
 HERE = Place(0, 3, meeting.LOOPBACK, 0, b"key")
-
-
-def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    keyboard = torch.randint(0, 2, (n, 6), generator=g).float()
-    return keyboard, 0.1 * torch.randn(n, 2, generator=g)
-
-
-def walk(session: realtime.Session, segments: int, first: int = 0) -> list[realtime.Chunk]:
-    return [
-        session.step(*actions(session.frames_needed, k)) for k in range(first, first + segments)
-    ]
-
-
-@pytest.fixture(scope="module")
-def session() -> realtime.Session:
-    return realtime.Session(OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def three(session: realtime.Session) -> list[realtime.Chunk]:
-    session.reset(IMAGE)
-    return walk(session, 3)
-
-
-def pixels(a: Tensor, b: Tensor) -> int:
-    return int((a.int() - b.int()).abs().max())
 
 
 # ---- on one host -------------------------------------------------------------------------------------------
 
 
-def test_two_denoisers_and_a_decoder_make_the_frames_of_one_process(
-    three: list[realtime.Chunk], session: realtime.Session, tmp_path: Path
-) -> None:
-    session.reset(IMAGE)
-    walk(session, 3)
+@pytest.fixture(scope="class")
+def ranks_of_three() -> Iterator[realtime.Session]:
+    """Two denoise, one decodes."""
     ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 2)
-    ranks.reset(IMAGE)
-    for k in range(2):
-        ranks.submit(*actions(ranks.frames_needed, k))
-    chunks = [ranks.collect(), ranks.collect()]
-    ranks.save(tmp_path / "ranks.safetensors")
-    chunks += walk(ranks, 1, 2)
-    mine, right = ranks.denoiser.now.past, session.denoiser.now.past
-    assert (mine - right).norm() / right.norm() < 1e-4
-    assert all(pixels(a.frames, b.frames) <= 1 for a, b in zip(chunks, three, strict=True))
-    ranks.undo()
-    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
-    ranks.restore(tmp_path / "ranks.safetensors")
-    assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
-    # a rank that fails is named, and nobody is left behind
-    ranks.team.post("denoise", "nonsense")
-    with pytest.raises(
-        ConnectionError, match=r"rank 1 \(denoise\) failed: ValueError: unknown order 'nonsense'"
-    ):
-        walk(ranks, 2, 3)
+    yield ranks
     ranks.close()
     for process in ranks.team.crew:
         process.wait(20)
-    assert (
-        all(process.poll() is not None for process in ranks.team.crew) and not dist.is_initialized()
-    )
+    assert not dist.is_initialized()
+
+
+class TestTwoDenoisersAndADecoder:
+    """One family of processes, which the last test ends."""
+
+    def test_they_make_the_frames_of_one_process(
+        self,
+        ranks_of_three: realtime.Session,
+        three: list[realtime.Chunk],
+        session: realtime.Session,
+        tmp_path: Path,
+    ) -> None:
+        ranks = ranks_of_three
+        session.reset(IMAGE)
+        walk(session, 3)
+        ranks.reset(IMAGE)
+        for k in range(2):
+            ranks.submit(*actions(ranks.frames_needed, k))
+        chunks = [ranks.collect(), ranks.collect()]
+        ranks.save(tmp_path / "ranks.safetensors")
+        chunks += walk(ranks, 1, 2)
+        mine, right = ranks.denoiser.now.past, session.denoiser.now.past
+        assert (mine - right).norm() / right.norm() < 1e-4
+        assert all(pixels(a.frames, b.frames) <= 1 for a, b in zip(chunks, three, strict=True))
+        ranks.undo()
+        assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
+        ranks.restore(tmp_path / "ranks.safetensors")
+        assert torch.equal(walk(ranks, 1, 2)[0].frames, chunks[2].frames)
+
+    def test_a_state_larger_than_a_value_of_the_store_reaches_all_of_them(
+        self,
+        ranks_of_three: realtime.Session,
+        session: realtime.Session,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """8 MiB are all that a TCPStore takes at once: it is for orders; tensors go from rank to rank."""
+        fat = tmp_path / "fat.safetensors"
+        session.reset(IMAGE)
+        walk(session, 2)
+        session.save(fat)
+        state, about = weights.read_weights(fat)
+        for name, x in state.items():
+            if name.startswith("bank."):  # the first latent again and again
+                state[name] = torch.cat([x[:1].expand(6000, *x.shape[1:]), x])
+        weights.write_weights(fat, state, about)
+        assert state["bank.latents"].nbytes > 2 * 2**23
+
+        chunks = {}
+        for player in (ranks_of_three, session):
+            player.restore(fat)
+            assert len(player.denoiser.bank) > 6000
+            monkeypatch.setattr(player, "policy", "random")  # recalled from anywhere in the bank
+            chunks[player] = walk(player, 2, 2)
+        for ours, right in zip(*chunks.values(), strict=True):
+            assert ours.info["memory"] == right.info["memory"]
+            assert pixels(ours.frames, right.frames) <= 1
+
+    def test_one_that_fails_is_named_and_nobody_is_left_behind(
+        self, ranks_of_three: realtime.Session
+    ) -> None:
+        ranks = ranks_of_three
+        ranks.reset(IMAGE)
+        ranks.team.post("denoise", "nonsense")
+        failed = r"rank 1 \(denoise\) failed: ValueError: unknown order 'nonsense'"
+        with pytest.raises(ConnectionError, match=failed):
+            walk(ranks, 2)
+        for process in ranks.team.crew:
+            process.wait(20)
+        assert all(process.poll() is not None for process in ranks.team.crew)
 
 
 @pytest.mark.slow
@@ -156,7 +175,7 @@ def test_ranks_with_other_options_or_weights_are_named() -> None:
             torch.nn.init.ones_(p)
         try:
             place = HERE._replace(rank=rank)
-            ranks.Team(place, store, options, model if rank < 2 else None)
+            ranks.Team(place, store).meet(options, model if rank < 2 else None)
         except ValueError as error:
             said.append(str(error))
 
@@ -263,13 +282,22 @@ HOSTS = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def free_port() -> int:
-    """Two in a row, so that the second is what the ranks meet at."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """One that is free, and so is the next, where the ranks meet.
+
+    Drawn below those that systems give away by themselves, so that two runs do not meet there.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for number in (port, port + 1):
+                probes.enter_context(socket.create_server(("", number)))
+            return port
 
 
-def as_hosts(folder: Path, segments: int, **more: str) -> list[subprocess.Popen]:
-    """Three processes that take themselves for three hosts."""
+def as_hosts(
+    folder: Path, segments: int, started: Sequence[int] = range(3), **more: str
+) -> list[subprocess.Popen]:
+    """Three processes that take themselves for three hosts; or only those of them that are started."""
     script = folder / "rank.py"
     script.write_text(PROGRAM)
     port = str(free_port())
@@ -282,19 +310,116 @@ def as_hosts(folder: Path, segments: int, **more: str) -> list[subprocess.Popen]
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(3)
+        for rank in started
     ]
 
 
+def other_address() -> str:
+    """One of this machine that is not 127.0.0.1; "" if there is none."""
+    candidates = [a for a in meeting.interfaces() if not a.startswith("127.")]
+    for address in [*candidates, "127.0.0.2"]:  # all of 127 is Linux's own
+        with contextlib.suppress(OSError), socket.create_server((address, 0)):
+            return address
+    return ""
+
+
+def in_hexadecimal(address: str) -> set[str]:
+    """As the kernel lists it, of either family."""
+    backwards = socket.inet_aton(address)[::-1].hex().upper()
+    return {backwards, f"0000000000000000FFFF0000{backwards}"}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
+@pytest.mark.skipif(not other_address(), reason="this machine has no address but 127.0.0.1")
 def test_ranks_of_several_hosts_make_the_frames_of_one_process(tmp_path: Path) -> None:
+    """They meet at an address that other machines could reach, and nowhere else."""
     alone = realtime.Session(OPTIONS)
     alone.reset(torch.full((64, 64, 3), 90, dtype=torch.uint8))
     actions = realtime.walk_actions(alone.frames_needed)
     total = int(alone.step(*actions).frames.sum())
-    processes = as_hosts(tmp_path, 1)
-    said = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert int(said[0][0]) == pytest.approx(total, rel=1e-4)
+
+    address = other_address()
+    processes = as_hosts(tmp_path, 100_000, MASTER_ADDR=address)
+    said = processes[0].stdout.readline()
+    assert said, processes[0].stderr.read()
+    assert int(said) == pytest.approx(total, rel=1e-4)
+    everywhere = {process.pid for process in processes}
+    found = listening(everywhere)
+    assert found & in_hexadecimal(address) and found <= in_hexadecimal(address) | LOOPBACK
+
+    # one host goes down while they walk: nobody has started the others, and all end
+    processes[1].kill()
+    for process in processes:
+        threading.Thread(target=process.communicate, daemon=True).start()
+    all_end([process.pid for process in processes])
+
+
+@pytest.fixture(scope="module")
+def to_start() -> float:
+    """Seconds that three processes need here and now to stand; twice that is doubted by nobody."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", "import realtime"]
+    for process in [subprocess.Popen(command, cwd=parts.ROOT) for _ in range(3)]:
+        process.wait()
+    return 1.25 * (time.monotonic() - began)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_host_that_dies_before_it_was_heard_of_ends_all(
+    dead: int, tmp_path: Path, to_start: float
+) -> None:
+    """Slow: the others wait until it is clear that it does not come."""
+    left = [rank for rank in range(3) if rank != dead]
+    processes = as_hosts(tmp_path, 1, left)
+    within = 10 + 2 * to_start
+    said = {rank: p.communicate(timeout=within)[1] for rank, p in zip(left, processes, strict=True)}
+    assert all(process.returncode for process in processes)
+    if dead:
+        assert f"error: rank {dead} has not come within" in said[0]
+        assert "MATRIX_GAME_PATIENCE" in said[0] and said[0].count("\n") <= 2
+
+
+def test_whoever_needs_much_longer_to_start_than_we_did_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, now = dist.HashStore(), [1000.0]
+    monkeypatch.setattr(meeting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(meeting, "age", lambda: 3.0)
+    beats = meeting.Beats(store)
+
+    def after(seconds: float, *beating: int) -> list[str]:
+        now[0] += seconds
+        for rank in beating:
+            store.add(f"beat{rank}", 1)
+        return beats.dead(range(1, 4))
+
+    assert after(0) == [] and after(7.5, 2) == []
+    assert after(0.7, 2) == [
+        meeting.NOT_COME.format(f"rank {rank} has not come", 8.0) for rank in (1, 3)
+    ]
+    assert after(5.5, 1, 3) == ["rank 2 died"], "who has come is missed sooner"
+
+    # all of them need as long on a slow disk, and an operator may know better
+    monkeypatch.setattr(meeting, "age", lambda: 40.0)
+    assert meeting.to_come() == 43
+    monkeypatch.setenv("MATRIX_GAME_PATIENCE", "70")
+    assert meeting.Beats(store).to_come == 70
+    monkeypatch.setenv("MATRIX_GAME_PATIENCE", "long")
+    with pytest.raises(ValueError, match="MATRIX_GAME_PATIENCE must be whole seconds, got 'long'"):
+        meeting.to_come()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
+def test_the_age_of_a_process_is_known() -> None:
+    time.sleep(0.1)
+    child = subprocess.Popen(["sleep", "60"])
+    young = meeting.age(child.pid)
+    time.sleep(0.5)
+    assert 0.4 < meeting.age(child.pid) - young < 20
+    assert meeting.age() > meeting.age(child.pid) + 0.1
+    child.kill()
+    child.wait()
 
 
 def test_hosts_without_a_secret_are_refused_in_one_line(
@@ -400,13 +525,16 @@ def test_a_rank_that_is_killed_at_any_moment_ends_all(seed: int, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_a_rank_that_is_killed_on_one_of_several_hosts_ends_all(seed: int, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_on_one_of_several_hosts_ends_all(
+    seed: int, tmp_path: Path, to_start: float
+) -> None:
     """Slow: nobody has started the others, so nobody is told by the system."""
     dice = random.Random(seed)
     processes = as_hosts(tmp_path, 100_000)
-    assert processes[0].stdout.readline(), "never walked"  # before, nobody is missed so soon
     for process in processes:
         threading.Thread(target=process.communicate, daemon=True).start()
-    time.sleep(dice.uniform(0, 3))
+    after = dice.uniform(0, 3 * to_start)
+    time.sleep(after)
     dice.choice(processes).kill()
-    all_end([process.pid for process in processes])
+    # before all were heard of, who is missed may still be starting
+    all_end([process.pid for process in processes], 10 + max(0, 2 * to_start - after))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from walking import IMAGE, OPTIONS, actions, pixels, walk
 
 import camera
 import dit
@@ -27,43 +28,12 @@ from game import render
 from game.scene import make_scene
 
 GOLDEN = Path(__file__).parent / "golden"
-OPTIONS = parts.Options(preset="micro", weights="random", device="cpu", dtype="float32")
-IMAGE = torch.randint(
-    0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
-
-
-def actions(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    keyboard = torch.randint(0, 2, (n, 6), generator=g).float()
-    return keyboard, 0.1 * torch.randn(n, 2, generator=g)
-
-
-def walk(session: realtime.Session, segments: int, first: int = 0) -> list[realtime.Chunk]:
-    return [
-        session.step(*actions(session.frames_needed, k)) for k in range(first, first + segments)
-    ]
-
-
-@pytest.fixture(scope="module")
-def session() -> realtime.Session:
-    return realtime.Session(OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def three(session: realtime.Session) -> list[realtime.Chunk]:
-    session.reset(IMAGE)
-    return walk(session, 3)
 
 
 def same(chunks: list[realtime.Chunk], right: list[realtime.Chunk]) -> None:
     assert len(chunks) == len(right)
     for a, b in zip(chunks, right, strict=True):
         assert torch.equal(a.frames, b.frames)
-
-
-def pixels(a: Tensor, b: Tensor) -> int:
-    return int((a.int() - b.int()).abs().max())
 
 
 # ---- identity: one walk, many ways to make it --------------------------------------------------------------
