@@ -1,20 +1,23 @@
 """Keep video, pose, action and prompt together, recorded in the game or read from real footage.
 
-Paper: §4, the data engine; nothing of it is released. An episode is its quadruplet, T = 4k+1 frames,
-a folder in ViPE's layout (dataset/episode.py):
+Paper: §4, the data engine; nothing of it is released. There, training data are video, pose, action and
+prompt. Here those four are an episode, a clip of T = 4k + 1 frames. It is a folder of files, named and
+arranged as by ViPE, a program that estimates poses from films (dataset/episode.py):
 
     video[t]     a frame
-    c2w[t]       [Ry(yaw) Rx(pitch) | p], x right, y DOWN, z forward, metres
-    K[t]         (fx, fy, cx, cy) in pixels, centres at +.5
-    keyboard[t], mouse[t]   what was done between frame t and t+1; known where valid[t]
-    prompt       four levels of words; `text` is the model's
+    c2w[t]       the camera: [Ry(yaw) Rx(pitch) | position], x right, y DOWN, z forward, metres
+    K[t]         its lens: focal lengths and centre (fx, fy, cx, cy) in pixels, whose centres are at +0.5
+    keyboard[t], mouse[t]   what was done between frame t and t + 1; known where valid[t]
+    prompt       four levels of words, from short to long; the model reads `text`
 
-A dataset is made of independent episodes. Each is a function of its split and number alone, drawn by
-any process in any order, written whole or not at all: so a run that was killed at any moment goes on
-where it was, to the same bits. No scene is in two splits, which is what makes `test` a test.
+The episodes of a dataset do not depend on each other. What is in one follows from its split and number
+alone, so any process can draw it, in any order; and it is written whole or not at all. So a run that
+was killed goes on where it was, and ends with the same bits. No scene is in two splits: what a model
+is tested in, it has never seen.
 
 Depth is not stored: `world.true_views` renders it for any camera. Ours where the paper is silent: the
-levels of captions, the thresholds of the filters, the recorder's clocks, an own umT5.
+levels of captions, what is filtered out, and the clocks of the recorder. The network that reads
+prompts, umT5, is written anew (dataset/prompt.py).
 
     python data.py make --preset tiny               render the default dataset; run again to continue
     python data.py record --out DIR                 an agent plays the game, four layers record it
@@ -72,13 +75,13 @@ PRESETS = {
     "tiny": DataConfig(),
     "small": DataConfig(size=128),
 }
-FIRST_SCENE = {  # no scene in two splits
+FIRST_SCENE = {  # number of a split's first scene, so far apart that no scene is in two
     "train": world.SPLITS["train"].start,
     "tune": world.SPLITS["tune"].start,
     "test": world.SPLITS["test"].start,
     "third": 50_000,
 }
-TRIES = 3  # a worker may die, of too little memory for instance
+TRIES = 3  # rounds: a worker may die, of too little memory for instance, and its episodes with it
 
 
 # ---- rendering a dataset (§4.1) ----------------------------------------------------------------------------
@@ -169,7 +172,8 @@ def make_dataset(
     root = Path(root)
     cfg = cfg or PRESETS[preset]
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children's; this process read it long ago
+    # for the workers, which read it when they start; this process read it long ago
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     failed: list = []
     for _ in range(TRIES):
         jobs = missing_episodes(root, cfg)
@@ -185,7 +189,10 @@ def make_dataset(
 
 
 def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tuple]:
-    """Split, number and error of every episode that failed. A full disk fails all: it ends at once."""
+    """Split, number and error of every episode that failed.
+
+    A file that cannot be written, on a full disk for instance, ends it at once: so would all others.
+    """
     pool = futures.ThreadPoolExecutor(1)
     if workers > 1:
         spawn = multiprocessing.get_context("spawn")
@@ -199,7 +206,7 @@ def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tu
         title = f"rendering {root}"
         for job in tqdm(done, title, len(jobs), unit="episode", mininterval=seconds):
             error = job.exception()
-            if isinstance(error, OSError):  # no further try would end otherwise
+            if isinstance(error, OSError):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise error
             if error:
@@ -216,7 +223,10 @@ def enlarge(picture: np.ndarray, size: int) -> Image.Image:
 
 
 def view(e: Episode, path: Path, size: int = 256) -> None:
-    """An mp4: the frame with its keys, the map from above, the depth (the last two of known worlds)."""
+    """An mp4: each frame with its keys, a map, and the depth, side by side.
+
+    Walls on the map, and depth, are known of our own world alone; else both are of one grey.
+    """
     known = "scene" in e.meta
     depth = np.ones(e.video.shape[:3])
     if known:  # rendered again: no clip stores it
@@ -276,7 +286,7 @@ def frame_with_keys(e: Episode, t: int, size: int) -> Image.Image:
 
 
 def clips_below(root: Path) -> list[Path]:
-    """Everything that is, or was meant to be, an episode."""
+    """Folders that are, or were meant to be, an episode: root, below it, or one further down."""
     found = []
     for depth in ("", "*/", "*/*/"):
         for name in ("meta.json", "rgb"):
@@ -286,10 +296,10 @@ def clips_below(root: Path) -> list[Path]:
 
 def check(root: Path) -> int:
     """One line per clip; returns the number of bad ones."""
-    # hashes too: a clip that was changed after writing is no longer the one that was recorded
     bad = 0
     clips = clips_below(root)
     for path in clips:
+        # hashes, too: a clip that was changed after writing is no longer the one that was recorded
         e, wrong = inspect(path, hashes=True)
         if not wrong:
             wrong = [f"filter: {reason}" for reason in filters(e)]
@@ -353,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    # the name of a set
+    # --format names the layout of a public set
     if args.format and args.format not in readers.READERS:
         allowed = ", ".join(readers.READERS)
         hint = cli.did_you_mean(args.format, readers.READERS)
@@ -411,7 +421,10 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def keys_by_threshold(position: np.ndarray, yaw: np.ndarray) -> np.ndarray:
-    """What one would try first: the step along each axis of the heading it began with."""
+    """What one would try first: W if the step goes forward, A if it goes left, and so on.
+
+    Forward is where the player looked when the step began.
+    """
     f, r = wsad.project(np.diff(position[:, [0, 2]], axis=0), yaw[:-1])
     return np.stack([f, -f, -r, r], 1) > 0.2 * camera.STEP
 

@@ -1,43 +1,50 @@
 """Replay the model's own mistakes into its training context.
 
-What it does. A buffer keeps a few hundred errors, each the size of one latent frame. Every training
-step stores how far off the model's clean estimates were (push), and adds errors from earlier steps
-to the past and the memory of its own clips (perturb). The target stays clean, past and memory
-carry no loss, and in play nothing is injected.
+What it does. The model predicts new latents from two kinds of old ones: its past, the last few,
+and its memory, older ones that saw the same place. A buffer keeps a few hundred errors that the
+model made, each the size of one latent. Every training step stores how far off the new latents
+were that the model would have drawn (push), and adds errors from earlier steps to the past and
+the memory of its own clips (perturb). What the model shall predict stays clean, there is no loss
+on past and memory, and in play nothing is added.
 Paper: §3.1, Eq. 1-2 (past); §3.2, Eq. 4-5 (past and memory).  Released: no training code.
 
-Why it works. In play every past and memory frame is the model's own output, a little wrong. A model
-that was trained on clean ones takes a mistake for the world, draws it again and adds the next one;
-a model that has seen such mistakes beside a clean target learns to undo them. They cost nothing: a
-training step compares the predicted velocity v̂ with the true v = ε − x0 at level σ anyway. Both
-belong to a clean latent, x̂0 = x_σ − σ·v̂ and x0 = x_σ − σ·v (flow.py), and the difference is
+Why it works. In play every past and memory frame is the model's own output, a little wrong. A
+model that was trained on clean ones takes a mistake for the world, draws it again and adds the
+next one; a model that has seen such mistakes beside a clean target learns to undo them. They cost
+nothing: a training step mixes a clean latent x0 with noise ε to x_σ = (1 − σ)·x0 + σ·ε and
+compares the velocity v̂ that the model predicts with the true one, v = ε − x0, anyway. Each
+belongs to a clean latent, x̂0 = x_σ − σ·v̂ and x0 = x_σ − σ·v (flow.py), and the difference is
 
     δ = x̂0 − x0 = −σ·(v̂ − v)                                             Eq. 1, 4             (1)
 
-A frame x of a later clip becomes an imperfect one by some stored error δ', drawn uniformly:
+A latent x of a later clip becomes an imperfect one by a stored error δ', each as likely as
+another, times a strength γ:
 
     x̃ = x + γ·δ'                                                         Eq. 2, 5             (2)
 
 How large is δ? By (1), σ times the velocity's error: a tenth of it at σ = .1, nine tenths at .9.
-Training draws σ with shift 5, half of the draws above .83. So most stored errors come from high
-noise, and are larger than those at the end of sampling, the ones that play will show.
+Training draws σ with shift 5 (flow.py), which puts half of the draws above .83. So most stored
+errors come from high noise. In play a latent is finished at low noise, where errors are smaller:
+the stored ones exaggerate.
 
-How old is δ'? A full buffer has N errors, and every push overwrites n random ones. One overwrite
-spares a given error with chance 1 − 1/N; it survives k pushes with the chance
+How old is δ'? A full buffer holds N errors, and every push overwrites n random ones, one after
+the other. A given error is not the one that is overwritten with chance 1 − 1/N; so it is still
+there after k pushes with chance
 
     (1 − 1/N)^(n·k) ≈ exp(−n·k/N)                                                              (3)
 
-For N = 500 and n = 16 the mean age is N/n = 31 pushes: the errors are those of about the present
-model.
+For N = 500 and n = 16 the mean age is N/n = 31 pushes, one per training step: in so few steps a
+model hardly changes, so the errors are its own.
 
-What differs. δ is taken from the new latents only. Eq. 4 speaks of all three, but past and memory
-enter at σ = 0, where the clean estimate is the input itself: their δ would be what was injected, no
-mistake of the model. One buffer serves both; call perturb for the past with the paper's γ_h, then
-for the memory with its γ_m. The paper does not say: γ, the capacity, which error is replaced, when
-to begin, how often, whether a clip gets one δ' or each frame its own. ErrorConfig has our answers:
-each latent frame has its own δ', a sample of the batch is perturbed as a whole or not at all, with
-one γ. engine/mistakes.py has another source of δ: the model's estimate of the very latents that are
-perturbed (--p-own).
+What differs. δ is taken from the new latents only. Eq. 4 takes it from past and memory as well,
+but those enter at σ = 0, where by (1) there is no error: what is off in them is what was added.
+One buffer serves both; call perturb for the past with the paper's γ_h, then for the memory with
+its γ_m. The paper does not say how large γ is, how many errors are kept, which one is replaced,
+when to begin, how often to perturb, and whether a clip gets one δ' or each latent its own.
+ErrorConfig has our answers: each latent has its own δ'; within one call, the latents of a clip
+are perturbed all or none, with one γ. Past and memory take two calls, so a clip may have either,
+both or none perturbed. engine/mistakes.py has another source of δ (--p-own): there the model
+itself estimates the latents that are perturbed.
 
 Try it: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """
@@ -54,11 +61,13 @@ class ErrorConfig:
 
     gamma: float = 1.0  # γ
     jitter: float = 0.2  # γ times a uniform number in 1 − jitter .. 1 + jitter, once per sample
-    probability: float = 0.5  # that a sample is perturbed at all; the others stay bit-identical
+    probability: float = (
+        0.5  # that a call perturbs a sample; the others stay as they are, to the bit
+    )
     capacity: int = 500  # N, in latent frames
-    warmup: int = 50  # pushes before the first injection: early errors are an untrained net's
+    warmup: int = 50  # pushes before the first use: early errors are those of an untrained network
     per_push: int = 16  # n, latent frames stored per step
-    kind: str = "real"  # or, to compare, "gaussian": noise as large as δ', without structure
+    kind: str = "real"  # or, to compare with, "gaussian": noise as large as δ', of no shape
     dtype: str = "float16"  # storage on the CPU; "bfloat16": wider range, less precision
 
     def __post_init__(self):
@@ -72,7 +81,7 @@ class ErrorConfig:
 
 
 class ErrorBuffer:
-    """`capacity` rows, of which the first `size` are filled, and the number of pushes so far."""
+    """Room for `capacity` errors, of which the first `size` are there, and how often push was called."""
 
     def __init__(self, cfg: ErrorConfig = ErrorConfig()):
         self.cfg = cfg
@@ -88,6 +97,7 @@ class ErrorBuffer:
         delta: Tensor,  # (B, C, T, h, w) δ of the new latents
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
     ) -> None:
+        """Store a few of these errors."""
         if delta.ndim != 5:
             raise ValueError(f"push needs delta (B, C, T, h, w), got {tuple(delta.shape)}")
         B, C, T, h, w = delta.shape
@@ -127,6 +137,7 @@ class ErrorBuffer:
         gamma: float | None = None,  # γ_h or γ_m; None takes the config's
         generator: torch.Generator | None = None,  # on the CPU; None takes the global one
     ) -> Tensor:  # (B, C, T, h, w) x̃ of (2); x itself until the warm-up is over
+        """Latents that are a little wrong, as the model's own are."""
         if x.ndim != 5:
             raise ValueError(f"perturb needs latents (B, C, T, h, w), got {tuple(x.shape)}")
         B, C, T, h, w = x.shape
@@ -151,7 +162,7 @@ class ErrorBuffer:
     def load_state_dict(self, state: dict) -> None:
         here = (self.cfg.capacity, self.cfg.dtype)
         saved = (state["cfg"]["capacity"], state["cfg"]["dtype"])
-        # older runs could split the buffer by noise level; this one has a single shelf
+        # older runs could keep an error buffer per range of noise levels; this one is a single one
         if here != saved or state["cfg"].get("buckets", 0):
             raise ValueError(
                 f"this error buffer has (capacity, dtype) = {here}, the saved one {saved}"

@@ -4,17 +4,22 @@
     python export.py --web web                     web/model/, from the shipped weights or from any of `tiny`
     python -m http.server -d web                   or any other static host
 
-What it does. torch.export traces the very functions that play runs: the network for
-segments of any length, and the decoder with its stream state as inputs and outputs. All that a page needs
-besides is geometry and bookkeeping, which web/*.js does: camera.js, memory.js, context.js and flow.js mirror
-the chapters of the same names, session.js is realtime.py.
+What it does. A browser does not run PyTorch, but there are programs for it that run ONNX, a
+format for networks: a list of operators and their weights. torch.export calls the very functions
+that play runs, and writes down every operator that they use. So there are three files: the
+network, for segments of any length; the decoder for the first latent of a video, which is one
+frame; and the decoder for all that follow. What a decoder remembers (vae.py) becomes inputs and
+outputs of its file, and the page carries it from call to call. All else is geometry and
+bookkeeping, which web/*.js does: camera.js, memory.js, context.js and flow.js do what the
+chapters of the same names do, session.js does what realtime.py does.
 
-What it checks. The files are run by onnxruntime in the place of the networks of a session and must show
-the pictures of realtime.Session in float32, to one grey level; else it exits with 1. Weights are stored in
-float16, or in float32 where float16 is not enough for that.
+What it checks. A session of realtime.py walks twice, with its own networks in float32 and with
+the files run by onnxruntime in their place. No pixel may differ by more than one of 256 grey
+levels; else it exits with 1. Weights are stored in float16, or in float32 where float16 is not
+enough for that.
 
-What differs. Noise: a browser has no torch.Generator, see engine/exported.py. No prompt: its text is zeros,
-as in play without one. The decoder is the 75 % lighter one.
+What differs from play. Noise: a browser has no torch.Generator, see engine/exported.py. No
+prompt: its text is zeros, as in play without one. The decoder is the 75 % lighter one.
 
 Tests: pytest tests/test_export.py tests/test_web.py      In a browser: pytest -m browser tests/test_web.py
 """
@@ -50,25 +55,27 @@ from engine import cli, weights
 from engine.exported import ExportedDecoder, ExportedNetwork, HashedDenoiser
 from engine.parts import SIZES, Options
 
-FORMAT = 1  # of what is written; web/networks.js reads this one
+FORMAT = 1  # number of the layout of web/model/; web/networks.js reads this one
 PRESET = "tiny"
 DECODER = "light75"
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 SEED = 42
-FLOAT = 1  # types of tensors, as ONNX counts them
-DOUBLE = 11
-WHOLE_NUMBER = 2  # of attributes
-GREY = 1  # level of 256 that the page may differ by
+FLOAT = 1  # ONNX gives the types of numbers in a tensor numbers: 32 bits,
+DOUBLE = 11  # 64 bits;
+WHOLE_NUMBER = 2  # and so for the types of an operator's attributes
+GREY = 1  # of 256 grey levels: so much a pixel of the page may differ
 
 
 # ---- what is traced ----------------------------------------------------------------------------------------
 
 
 class VelocityGraph(nn.Module):
-    """What the network says at (x, σ) in a context. Latents come first: a page appends them.
+    """The velocity that the network predicts at (x, σ) in a context, as one function of tensors.
 
-    How many latents are clean and new, and how many of the clean ones are memory, is decided when
-    the graph runs; so the local clock of the actions, which starts again after the memory, comes in.
+    Latents come first, (n, C, h, w) and not (C, n, h, w), so that the page can put arrays one behind
+    the other. The graph does not know how many clean latents are memory, and need not: the network
+    treats memory and past alike, but for the clock of the actions (actions.py), which starts again
+    after the memory. So that clock is an input.
     """
 
     def __init__(self, network: dit.DiT) -> None:
@@ -104,7 +111,7 @@ class VelocityGraph(nn.Module):
 
 
 def action_rope(clock: Tensor, cfg: dit.DiTConfig) -> Tensor:
-    """(T,) -> (T, 1, head_dim/2, 2): actions.clock of given times."""
+    """Rotary angles of the given times: (T,) -> (T, 1, head_dim/2, 2), as actions.clock makes them."""
     base = torch.full((1,), 256.0, dtype=torch.float64)
     omega = attention.frequencies(base, cfg.action_rope // 2)
     still = cfg.action_width // cfg.action_heads - cfg.action_rope  # channels that do not turn
@@ -113,7 +120,10 @@ def action_rope(clock: Tensor, cfg: dit.DiTConfig) -> Tensor:
 
 
 class DecoderGraph(nn.Module):
-    """Latents (n, C, h, w) and what the decoder remembers -> frames (4n, H, W, 4) of a canvas, its memory."""
+    """Latents (n, C, h, w) and what the decoder remembers -> frames, and what it remembers then.
+
+    Frames are (4n, H, W, 4) bytes: red, green, blue and opacity, as a canvas wants them.
+    """
 
     def __init__(self, network: vae.VAE) -> None:
         super().__init__()
@@ -143,7 +153,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def standard_operators() -> Iterator[None]:
-    """While tracing, kernels that a CPU is fast with give way to forms that any runtime knows."""
+    """While tracing, two functions that are fast on a CPU give way to forms in ONNX's own operators."""
     with (
         mock.patch.object(attention, "attention", plain_attention),
         mock.patch.object(vae_blocks, "norm_silu", plain_norm_silu),
@@ -158,7 +168,7 @@ def standard_operators() -> Iterator[None]:
 
 
 def trace_network(network: dit.DiT) -> object:
-    """One graph for every segment."""
+    """One graph for segments of any length: the axes that count latents are dynamic."""
     cfg = network.cfg
     h, w = latent_size()
     K, n = 9, 10  # any numbers: what is traced does not depend on them
@@ -179,7 +189,7 @@ def trace_network(network: dit.DiT) -> object:
 
 
 def trace_decoder(network: vae.VAE) -> tuple[object, object]:
-    """Of the first latent of a video, and of all that follow."""
+    """One graph for the first latent of a video, and one for all that follow, any number at once."""
     graph = DecoderGraph(network)
     latents = torch.randn(3, network.cfg.z_dim, *latent_size())
     with standard_operators():
@@ -228,11 +238,12 @@ def simplify(graph: object) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
-        del node.metadata_props[:]
+        del node.metadata_props[:]  # which line of Python it came from
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 types[node.output[0]] = attribute.t.data_type
                 narrow(attribute.t)
+        # "to the type of that tensor" becomes "to this type"
         if node.op_type == "CastLike" and types.get(node.input[1]):
             node.op_type = "Cast"
             node.attribute.add(name="to", type=WHOLE_NUMBER, i=types[node.input[1]])
@@ -262,7 +273,7 @@ def latent_size() -> tuple[int, int]:
 
 
 def in_half(model: object) -> object:
-    """A copy whose large tensors are stored in float16 and widened when the network is opened."""
+    """A copy that stores its large tensors in float16; operators in front widen them to float32."""
     import onnx
 
     small = onnx.ModelProto()
@@ -300,7 +311,7 @@ def worst_pixel(session: realtime.Session, files: dict[str, bytes], image: Tenso
     """By how many of 256 grey levels a walk through the exported files differs at most."""
     plain = session.denoiser, session.decoder
     meta = session.denoiser.meta
-    # the networks of play, with noise that the page can draw
+    # the networks of play, but with the noise that the page draws
     session.denoiser = HashedDenoiser(session.nets["dit"], meta, session.options)
     expected = walk(session, image, session.lengths).int()
 

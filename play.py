@@ -1,26 +1,31 @@
 """Walk around inside.
 
-The paper shows films. Walk, turn away, come back: `M` switches the memory off and on, `Tab` shows the true
-world there.
+The paper shows films; here one can try what they claim. Walk, turn away, come back: `M` switches
+the memory off and on, `Tab` shows the true world at the same place.
 
     python play.py --image assets/start.png                 a page in the browser, or the ssh line to reach it
     python play.py --actions "w:40, w+l:2s, @revisit"       no browser: films and a session folder, exit 0
 
-dataset/chords.py has the language of --actions. HTTP threads touch `Controls`, `Screen` and a queue of
-commands; the player thread owns the model. Plain HTTP:
+The language of --actions is explained in dataset/chords.py. With a page, one thread owns the
+model (page/player.py): it decides, makes frames and puts them on a `Screen`. A thread per
+connection speaks HTTP (page/server.py): it sends what is on the screen, notes which keys are
+held, and queues commands.
 
-    GET  /frames   endless [u32be n][JSON n bytes][u32be m][JPEG m bytes]; m = 0 is a note, the first one
-                   {hello, id, …}; 3 unacked at most
-    POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, mouse pixels since the last post,
-                   newest frame drawn
-    POST /cmd      {id, cmd, …} → {ok, error?}; cmd is one of commands.COMMANDS
-    GET  /state    JSON          GET  /    the page
+    GET  /         the page
+    GET  /frames   records without end: [n][n bytes of JSON][m][m bytes of JPEG], n and m in four bytes
+                   each, the highest first; a record with m = 0 is a note, the first is {hello, id, …}.
+                   No more than 3 pictures are sent that the page has not said it has drawn
+    POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, how many pixels the mouse has
+                   moved since the last post, the number of the newest picture that was drawn
+    POST /cmd      {id, cmd, …} → {ok, error}; cmd is one of commands.COMMANDS
+    GET  /state    how things stand, in JSON
 
-The first viewer plays, others watch. Only this machine is served; another --host demands the token
-printed in the URL. A session folder is an episode (dataset/episode.py) with play.mp4, play_memory.mp4,
-start.png, session.json (--replay) and state.safetensors (--out FOLDER goes on from there). Whatever ends
-a recording, it is completed at the next start (page/folder.py). An undo takes back latents, pose and
-random state.
+The first viewer plays, others watch. Only this machine is served; another --host demands the
+token that is printed in the URL. What is played is recorded in a session folder: an episode
+(dataset/episode.py) with two films, play.mp4 and play_memory.mp4, and start.png, session.json
+(for --replay) and state.safetensors (--out FOLDER goes on from there). If the program is killed,
+the folder is completed at the next start (page/folder.py). An undo takes back the latents, the
+pose and the state of the random numbers, so that what follows is what would have followed then.
 
 Tests: pytest tests/test_play.py
 Pictures: python play.py --make-start; python play.py --film assets/figures/memory.gif
@@ -38,8 +43,9 @@ import webbrowser
 from pathlib import Path
 from typing import NamedTuple
 
-# a browser makes a busy machine: threads of torch that wait shall sleep, not spin. Beside one busy
-# process on two cores that was 97 made frames a second instead of 13. Read when torch is loaded
+# threads of torch that wait for work shall sleep, and leave the core to the browser: beside one busy
+# process on two cores that was 97 made frames a second instead of 13. Set here, since torch reads it
+# when it is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -56,7 +62,7 @@ from page.player import Player, filled
 from page.server import bind
 from page.start import open_start
 
-BENCH = 10 * SHOW_FPS  # frames: half of them warm up, half are timed
+BENCH = 10 * SHOW_FPS  # frames, ten seconds: the first half warms up, the second is timed
 SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
 LARGEST = 2048  # pixels of a side of the fake world
 NO_MODEL = """No model for preset {} yet, so you walk in the game itself (--fake). Three ways to a model:
@@ -65,7 +71,7 @@ NO_MODEL = """No model for preset {} yet, so you walk in the game itself (--fake
   python play.py --fake                                           none: learn the keys"""
 HUB = """get the files first:  hf download {0} --local-dir weights/{1}
 then: python play.py --preset {2} --weights weights/{1}"""
-STAGES = {  # whose model draws this view alone: a stage of training, or an expert
+STAGES = {  # the stages of training, or the expert, whose model can draw this view without another
     "first": {"base", "distill"},
     "third": {"dense"},
 }
@@ -77,7 +83,7 @@ class Script(NamedTuple):
     keyboard: np.ndarray  # (F, 6)
     mouse: np.ndarray  # (F, 2)
     fps: int
-    policies: list[str]  # of the chunks; the last one goes on
+    policies: list[str]  # what the memory does in each chunk; the last one goes on to the end
     again: bool = False  # a replay: its actions were decided when it was played
 
 
@@ -110,7 +116,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def headless(args: argparse.Namespace, script: Script) -> list[dict]:
-    """Walk given actions without a page. Ctrl-C keeps what is done. Returns the chunks."""
+    """Walk actions that are known, without a page. Ctrl-C keeps what is done. Returns the chunks."""
     player = Player(args, script.fps, can_undo=False)
     player.open()
     length = len(script.keyboard)
@@ -118,9 +124,13 @@ def headless(args: argparse.Namespace, script: Script) -> list[dict]:
     k = 0
     try:
         while t < length and not args.stop.is_set() and not player.unrecorded:
+            # chunk k begins at frame t and has n frames; after the end of the script it stands still
             n = player.session.frames_needed
             player.session.policy = script.policies[min(k, len(script.policies) - 1)]
-            keyboard, mouse = (filled(rows[t : t + n], n) for rows in script[:2])
+            keyboard = filled(script.keyboard[t : t + n], n)
+            mouse = filled(script.mouse[t : t + n], n)
+
+            # neither look too far up or down, nor walk into a wall of a world that is known
             keyboard, mouse = legal(keyboard, mouse, player.poses[-1][3], player.max_pitch)
             if not script.again:
                 keyboard = player.in_rooms(keyboard, mouse)
@@ -181,7 +191,7 @@ def replay(args: argparse.Namespace) -> int:
             "it is a clip and cannot be replayed"
         )
 
-    # what the file says goes the way of what a person types: known flags, checked values
+    # the file may have been changed: its flags are checked as if a person had typed them
     with folder.judging(file):
         again = parse(flags_of(said) + (["--debug"] if args.debug else []))
         refuse_hub(again)
@@ -233,7 +243,7 @@ def compare(said: dict, new: list[dict], now: dict) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Half a dozen chunks through the threads and JPEGs that a page would see: one markdown row."""
+    """Ten seconds of walking, through the threads and JPEGs that a page would see: one markdown row."""
     player = Player(args, args.fps or SHOW_FPS)
     began = time.monotonic()
     seen = []
@@ -250,7 +260,7 @@ def bench(args: argparse.Namespace) -> int:
     if player.failed:
         return 1  # the player has said why
 
-    # the second half of what was shown
+    # of the second half: when a frame was shown, and how many ms its chunk took, by part
     moments, costs = zip(*seen[len(seen) // 2 :], strict=True)
     gaps = 1000 * np.diff(moments)
     row = {
@@ -281,13 +291,12 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_start(args: argparse.Namespace) -> int:
+def make_start() -> None:
     """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
     assets = cli.beside("assets")
     # world and pose stand in the old file, so it is read before it is replaced
     for path in (assets / "start.png", *assets.glob("gallery/*.png")):
         open_start(path, (64, 64), path.name).save(path)
-    return 0
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -334,7 +343,7 @@ FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the fi
     "view": (("first", "third"), "third: over the shoulder, by trained experts"),
     "make-start": (False, "draw the pictures of assets/ again"),
     "check": (False, "environment, weights, memory; loads nothing"),
-    "bench": (False, "5 warm-up and 5 timed chunks"),
+    "bench": (False, "ten seconds of walking without a browser; the second half is timed"),
 }
 
 
@@ -456,7 +465,8 @@ def main(argv: list[str]) -> int:
     if meeting.started() > 1:
         meeting.when_left_alone(args.stop.set)
     if args.make_start:
-        return make_start(args)
+        make_start()
+        return 0
     if args.replay:
         return replay(args)
     find_weights(args)

@@ -1,43 +1,50 @@
 """Turn frames into latents and back, one chunk at a time, with a thinner decoder for speed.
 
-What it does. `encode` turns a video into latents of about unit variance, `decode` turns them into
-frames, and `decode_stream` does so chunk by chunk, with the same bits. The layers are in
-vae_blocks.py, the losses in lightvae.py.
+What it does. `encode` turns a video into latents, numbers of mean 0 and variance 1 on which all other
+files work; `decode` turns latents into frames; `decode_stream` does so chunk by chunk and gives the
+same bits. The layers are in vae_blocks.py, the losses in lightvae.py.
 Paper: §3.4 (MG-LightVAE), Table 2.  Released: Wan2.2_VAE.pth and MG-LightVAE.pth, no training.
 
-Why it works. A latent holds four frames, the first holds one, so that a picture is a video too:
+Why it works. A latent holds four frames. Only the first latent holds a single one, so that a picture
+is a video, too, namely of one frame:
 
     latent    0    1          2          3                 F = 1 + 4·(T − 1)                     (1)
     frame     0    1 2 3 4    5 6 7 8    9 10 11 12
 
-A player must see the frames of a chunk before the next is thought of. No layer looks ahead, and
-each needs two frames from before the chunk (vae_blocks.py), so let s be those frames of all layers:
+In play, the frames of a chunk are shown before the latents of the next one exist. So no layer may
+look ahead. Looking back is allowed: a layer that mixes frames reads two frames from before the
+chunk (vae_blocks.py), and these have to be remembered. Call D the decoder, and s_k all that its
+layers remember when chunk k begins:
 
     frames_k, s_k+1 = D(latents_k, s_k),      s_0 = nothing                                      (2)
 
 Claim: the frames of all chunks, side by side, are those of one pass over all latents. By induction
-over the layers: the first one reads the latents and its own two frames, which are what one pass
-would read at that place, so its outputs are those of one pass. They are the second layer's inputs,
-and so on. The state does not grow: 32 layers of the released decoder remember two frames each.
+over the layers: the first one reads the latents and the two frames that it remembers, which are
+what one pass would read at that place, so its outputs are those of one pass. They are the second
+layer's inputs, and so on. The state does not grow with the video: in the released decoder, 32
+layers remember two frames each.
 
-Diffusion wants numbers of unit variance. What the encoder says, mu, has some mean and deviation
-per channel; measured once, they are taken out, and put back before decoding:
+Diffusion adds noise of variance 1, so it wants latents of the same size. What the encoder puts out,
+mu, has some mean and deviation per channel. They are measured once, when the encoder is trained;
+from then on they are taken out after encoding and put back before decoding:
 
     z = (mu − mean) / std        what every other file calls a latent                            (3)
     mu = z·std + mean            what the decoder reads, through a 1x1x1 convolution             (4)
 
-There is no KL term as in a usual VAE: (3) whitens instead, and a little noise in training smooths.
+A usual VAE has a term in its loss, the KL divergence, that pulls mu towards mean 0 and variance 1,
+and makes latents that lie close to each other mean similar pictures. Here (3) does the first, and a
+little noise on the latents in training does the second.
 
-A thinner decoder, MG-LightVAE, keeps a share of the channels of every decoder layer:
+MG-LightVAE is the same decoder with fewer channels: every layer keeps a share of its width.
 
     width' = width·(1 − rate)                                                                    (5)
 
-The encoder stays whole, so latents, and every model trained on them, stay what they are.
+The encoder stays whole. So latents, and every model trained on them, stay what they are.
 
-What differs. `tiny` is this structure with other numbers: a stride of 4x8x8, 16 channels, one
-residual block less per stage (shallower learnt faster per second). The first chunk is as released,
-and unlike Wan2.2's own code: doubling makes one frame too many, and the very first is dropped. The
-released student also narrows its encoder, and never uses it: ours has none.
+What differs. `tiny` is this structure with other numbers: a stride of 4x8x8, 16 channels, and one
+residual block less per stage, since a shallower net learnt more in the same time. Up (vae_blocks.py)
+makes one frame too many of the first latent and drops it, as released; Wan2.2's own code does
+otherwise. The released student narrows its encoder, too, and never uses it: ours has none.
 Try it: python vae.py      Tests: pytest tests/test_vae.py
 """
 
@@ -126,7 +133,7 @@ def pruned(cfg: VAEConfig, rate: float, encoder: bool = False) -> VAEConfig:
 
 
 def middle(width: int) -> nn.ModuleList:
-    """At the lowest resolution: the one place where a pixel sees its whole frame."""
+    """At the lowest resolution. Its attention is the one layer where a place sees its whole frame."""
     block, attention = ResidualBlock(width, width), Attention(width)
     return nn.ModuleList([block, attention, ResidualBlock(width, width)])
 
@@ -173,7 +180,7 @@ class Decoder(nn.Module):
         self.head = head(widths[-1], 3 * cfg.patch**2)
 
     def features(self, z: Tensor, stream: Stream) -> list[Tensor]:
-        """What stands after the middle, and after the first stage."""
+        """(B, z, T, h, w) -> the activations after the middle, and those after the first stage."""
         x = self.conv1(z, stream)
         for layer in self.middle:
             x = layer(x, stream)
@@ -191,7 +198,10 @@ class Decoder(nn.Module):
 
 
 def number_causal_layers(part: nn.Module) -> None:
-    """Give every layer that remembers frames its key in the state: 32 of them in the release."""
+    """Give every layer that remembers frames its key in the state.
+
+    Only those over three frames do; a 1x1x1 convolution reads the present alone.
+    """
     layers = [layer for layer in part.modules() if isinstance(layer, CausalConv3d)]
     remembering = [layer for layer in layers if layer.kernel_size[0] > 1]
     for slot, layer in enumerate(remembering):
@@ -217,9 +227,13 @@ class VAE(nn.Module):
         self.set_statistics(cfg.mean, cfg.std)
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Mean and deviation of mu, per channel: part of the config, not of the released weights."""
+        """Mean and deviation of mu, per channel: part of the config, not of the released weights.
+
+        Both empty: mean 0 and deviation 1, so that (3) and (4) change nothing.
+        """
         channels = self.cfg.z_dim
-        if (mean or std) and not len(mean) == len(std) == channels:
+        given = bool(mean or std)
+        if given and not len(mean) == len(std) == channels:
             got = f"got {len(mean)} and {len(std)}"
             raise ValueError(f"mean and std need {channels} numbers each, {got}")
 
@@ -231,7 +245,10 @@ class VAE(nn.Module):
         self.register_buffer("latent_std", latent_std, persistent=False)
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std, (z, 1, 1, 1) each, in the dtype of `like`."""
+        """Mean and 1/std, (z, 1, 1, 1) each, in the dtype of `like`.
+
+        Both ways use 1/std, as released: dividing by it rounds otherwise than multiplying by std.
+        """
         mean = self.latent_mean.to(like.dtype)
         inv_std = 1 / self.latent_std.to(like.dtype)
         return mean.view(-1, 1, 1, 1), inv_std.view(-1, 1, 1, 1)
@@ -251,7 +268,7 @@ class VAE(nn.Module):
         """
         self.check_video(video)
         pieces = [video]
-        if chunk and video.shape[2] > 1:  # frame 0 alone, then groups of four, as released
+        if chunk and video.shape[2] > 1:  # frame 0 alone, then four per latent, as released
             rest = video[:, :, 1:].split(self.cfg.stride[0] * chunk, dim=2)
             pieces = [video[:, :, :1], *rest]
 
@@ -287,14 +304,15 @@ class VAE(nn.Module):
         state None starts a video: T latents give 1 + 4·(T−1) frames; later ones give 4·T. `state`
         is not changed.
 
-        float32 without gradient goes latent by latent: kernels choose their order of summation by
-        shape, so only equal shapes give equal bits however a video is cut. Otherwise all latents go
-        at once, which is faster.
+        In float32 without gradient, the latents go one by one: a kernel adds in an order that depends
+        on the shape of its input, so bits are equal only where shapes are, and one latent is a shape
+        that every way to cut a video has. Otherwise all latents go at once, which is faster.
         """
         self.check_latents(z, state)
         exact = z.dtype == torch.float32 and not torch.is_grad_enabled()
+        at_once = 1 if exact else z.shape[2]
         frames = []
-        for piece in z.split(1 if exact else z.shape[2], dim=2):
+        for piece in z.split(at_once, dim=2):
             stream = Stream(state)
             pixels = self.decoder(self.unwhiten(piece), stream)
             frames.append(unpatchify(pixels, self.cfg.patch))
@@ -308,13 +326,13 @@ class VAE(nn.Module):
         """A decoder of NaN draws black frames, and nobody is told."""
         for name, weight in self.named_parameters():
             if not weight.isfinite().all():
-                help = "the file is damaged: download or train it again"
-                raise ValueError(f"{name} holds NaN or infinite numbers; {help}")
+                hint = "the file is damaged: download or train it again"
+                raise ValueError(f"{name} holds NaN or infinite numbers; {hint}")
 
     def check_video(self, video: Tensor) -> None:
         if self.encoder is None:
-            help = "encode with the full VAE, its latents fit"
-            raise ValueError(f"a pruned decoder has no encoder; {help}")
+            hint = "encode with the full VAE, its latents fit"
+            raise ValueError(f"a pruned decoder has no encoder; {hint}")
         if video.dim() != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be (B, 3, F, H, W), got {tuple(video.shape)}")
 
@@ -337,8 +355,8 @@ class VAE(nn.Module):
         B, width, _, h, w = state[1].shape
         fits = (z.shape[0], self.decoder.conv1.out_channels, *z.shape[3:])
         if (B, width, h, w) != fits:
-            help = "start a new video with state=None"
-            raise ValueError(f"decoder state is not of batch, width and size {fits}; {help}")
+            hint = "start a new video with state=None"
+            raise ValueError(f"decoder state is not of batch, width and size {fits}; {hint}")
 
 
 def demo() -> None:
@@ -351,21 +369,19 @@ def demo() -> None:
         frames = whole.shape[2]
         print(f"{z.shape[2]} latents are {frames} frames; 1 + 4·(T − 1) = {model.cfg.frames(5)}")
 
-        print("largest difference from one pass     with the state    each piece as a new video")
+        print("largest difference from one pass    all, with the state    last piece, without")
         for sizes in ([1] * 5, [4, 1], [2, 3]):
             state = None
             streamed = []
-            forgetful = []
             for piece in z.split(sizes, dim=2):
                 video, state = model.decode_stream(piece, state)
                 streamed.append(video)
-                forgetful.append(model.decode(piece)[:, :, -video.shape[2] :])
-
-            ends = [part.shape[2] for part in forgetful]
             exact = float((torch.cat(streamed, 2) - whole).abs().max())
-            # a new video's first latent is one frame: compare the frames that both have
-            last = float((forgetful[-1] - whole[:, :, frames - ends[-1] :]).abs().max())
-            print(f"  in pieces of {str(sizes):<22} {exact:>14.3f} {last:>28.3f}")
+
+            # as a new video, the last piece has three frames less: its first latent is one frame
+            alone = model.decode(piece)
+            forgetful = float((alone - whole[:, :, -alone.shape[2] :]).abs().max())
+            print(f"  in pieces of {str(sizes):<20} {exact:>16.3f} {forgetful:>22.3f}")
 
 
 if __name__ == "__main__":

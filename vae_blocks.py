@@ -1,43 +1,51 @@
 """The layers of the VAE: each remembers the frames it will need again, and none looks ahead.
 
-What it does. Convolutions over time with a cache, the norm before them, residual blocks, attention
-inside a frame, and the two ways to change resolution with the shortcut around each. vae.py stacks
-them. Paper: §3.4.  Released: the modules of Wan2.2_VAE.pth, whose parameter names these carry.
+What it does. Convolutions over time that remember frames, the norm before them, residual blocks,
+attention inside a frame, and the two ways to change resolution, with a shortcut around each. vae.py
+stacks them. Paper: §3.4.  Released: the modules of Wan2.2_VAE.pth, whose parameter names these carry.
 
-Why it works. A convolution over three frames reads the present and the past alone:
+Why it works. Causal means: a frame depends on itself and on the past. So a convolution over three
+frames reads the present one and the two before it:
 
     y[t] = W0·x[t−2] + W1·x[t−1] + W2·x[t]                                                       (1)
 
-so the output of a chunk needs two frames from before it. They are kept, and put in front:
+The output of a chunk then needs two frames from before the chunk. They are kept from the last call,
+and put in front of the new ones:
 
     padded = [kept | x],      kept' = the last two frames of padded                              (2)
 
-Before a video begins, kept is zeros. Whatever the length of a chunk, (1) then sees the same three
-frames for every t as in one long pass.
+Before a video begins, kept is zeros. However long the chunks are, (1) sees for every t the same
+three frames as in one long pass.
 
-Norm. Every pixel is scaled to length √C, then by a learnt γ per channel:
+Norm. The C channels of every pixel are divided by their root mean square, then each channel is
+multiplied by a number γ that is learnt:
 
     y = x / rms,  rms = √(mean_C x² + 1e-6),  n = γ·y                                            (3)
 
-rms depends on every channel: ∂y_i/∂x_j = (δ_ij − y_i·y_j/C) / rms. With g = ∂L/∂n this gives
+rms depends on every channel, so each y_i depends on every x_j:
+∂y_i/∂x_j = (δ_ij − y_i·y_j/C) / rms, where δ_ij is 1 for i = j and else 0. With g = ∂L/∂n, the
+gradient of the loss behind the norm, that before it is
 
     ∂L/∂x = (γ·g − y·mean_C(γ·g·y)) / rms                                                        (4)
 
-which is written out below, so that training keeps x alone and not every step in between.
+It is written out below: so training saves x and one number per pixel, 1/rms, and computes the rest
+again. PyTorch would have saved the outcome of every step in between.
 
-Half the frames, and twice. The first frame stays alone. Down takes windows of three, two apart, so
-that each window begins with the last frame of the one before; Up makes two frames of each and
-drops the very first, in whose place there was only one:
+Halving and doubling time. The first frame is never paired. Down is a convolution over windows of
+three frames, two apart, so that each begins with the last frame of the window before. Up makes two
+frames of each; of the first it drops one, since there was only one:
 
     frames     0   1 2   3 4           Down(x)[k] = Σ_j W_j·x[2k−2+j],  Down(x)[0] = x[0]        (5)
     Down       0   1     2
     Up         0   1 2   3 4           Up(x)[2t−1], Up(x)[2t] = the two halves of conv(x)[t]     (6)
 
-Around both runs a shortcut without weights: it takes means of neighbours on the way down, and
-repeats on the way up, where channels become pixels.
+Around both leads a shortcut that has no weights, and is added to the outcome. On the way down it
+takes the mean of neighbours in time, space and channels (avg_down); on the way up it repeats every
+value, as often as the new shape is larger (dup_up).
 
-What differs. Nothing is computed otherwise than released. Tensors are channels-last, (1) runs as a
-2-D convolution where that is up to 7 times faster, and (3), SiLU and (2) are one pass over memory.
+What differs. Every number is computed as released, up to rounding, in another order: tensors are
+channels-last; on a CPU (1) runs as a 2-D convolution, which was 2 to 7 times faster there; and (3),
+SiLU and (2) write their result once.
 Try it: python vae.py      Tests: pytest tests/test_vae.py
 """
 
@@ -46,10 +54,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[int, Tensor]  # slot of a causal layer -> (B, C, 1|2, H, W): the last frames it read
+# what a decoder or encoder remembers: slot of a causal layer -> the last frames that it read,
+# (B, C, n, H, W), n = 2, or 1 in Down
+State = dict[int, Tensor]
 
 
-# ---- other orders of the same numbers ----------------------------------------------------------------------
+# ---- other orders of the same numbers, means and copies of them --------------------------------------------
 
 
 def frames_as_batch(x: Tensor) -> Tensor:
@@ -94,7 +104,7 @@ def avg_down(x: Tensor, out: int, time: int, space: int) -> Tensor:
         small = F.avg_pool2d(frames_as_batch(x), space)
         x = batch_as_frames(small, x.shape[0])
 
-    # the first frame is alone: zero frames in FRONT make its group full
+    # the first frame is alone: zero frames in front of it make its group full, as released
     missing = -x.shape[2] % time
     x = F.pad(x, (0, 0, 0, 0, missing, 0))
     x = x.movedim(1, -1)
@@ -126,7 +136,7 @@ def dup_up(x: Tensor, out: int, time: int, space: int, first: bool) -> Tensor:
         x = dup_up_plain(x, out, time, space)
         return x[:, :, surplus:]
 
-    # every copy stays in its channel: nearest neighbours, channels last all the way
+    # as many channels as before: every copy stays in its channel, and can be made without permuting
     x = x.movedim(1, -1)
     x = x.repeat_interleave(time, dim=1)
     x = x.movedim(-1, 1)
@@ -145,7 +155,7 @@ def enlarge(x: Tensor, times: int) -> Tensor:
 
 
 class Stream:
-    """Carries what the layers remember through one chunk: reads old frames, collects new ones."""
+    """What the layers remember during one chunk: `past` came from the last, `next` is for the next."""
 
     def __init__(self, state: State | None = None):
         self.past = state or {}
@@ -153,22 +163,27 @@ class Stream:
         self.first = not state  # is this the chunk that a video begins with?
 
     def front(self, slot: int, x: Tensor, frames: int) -> Tensor:
-        """What comes before x (B, C, T, H, W): -> (B, C, frames, H, W), zeros at the start."""
+        """The frames before x (B, C, T, H, W): -> (B, C, frames, H, W), zeros if there are none."""
         if slot in self.past:
             return self.past[slot]
         B, C, _, H, W = x.shape
         return x.new_zeros(B, frames, H, W, C).movedim(-1, 1)
 
     def keep(self, slot: int, x: Tensor, frames: int) -> None:
-        """Remember the last frames of x: a copy, since a view would keep the whole chunk alive."""
+        """Remember the last frames of x."""
         tail = x[:, :, -frames:].detach()
-        if not torch.is_grad_enabled():  # training keeps the chunk anyway
+        # a copy: a view of them would keep the whole chunk in memory. Training does so anyway
+        if not torch.is_grad_enabled():
             tail = tail.clone(memory_format=torch.channels_last_3d)
         self.next[slot] = tail
 
 
 class NormSiLU(torch.autograd.Function):
-    """[past | silu(γ·x / rms)]: (B, C, T, H, W) -> (B, C, 2+T, H, W), written where it is needed."""
+    """[past | silu(γ·x / rms)]: (B, C, T, H, W) -> (B, C, 2+T, H, W).
+
+    The same as three lines of PyTorch (export.plain_norm_silu), with fewer copies and the gradient (4).
+    SiLU is x·sigmoid(x).
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, past: Tensor) -> Tensor:
@@ -198,8 +213,11 @@ class NormSiLU(torch.autograd.Function):
         grad = grad[:, :, -T:]  # the frames kept from before are given, not learnt
         g = torch.ops.aten.silu_backward(grad, y * gamma)
 
+        # n = γ·y, one γ for all places
         gy = g * y
         d_gamma = gy.sum((0, 2, 3, 4)).reshape(gamma.shape)
+
+        # in place: y and g are of no further use
         mean = gy.movedim(1, -1) @ (gamma.flatten() / C)  # of γ·g·y, over channels
         shared = y.mul_(mean.unsqueeze(1))
         d_x = g.mul_(gamma).sub_(shared).mul_(inv_rms)  # (4)
@@ -210,7 +228,7 @@ norm_silu = NormSiLU.apply
 
 
 def conv3d_as_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, 2+T, H, W) -> (B, out, T, H, W): three frames stacked as channels."""
+    """(B, C, 2+T, H, W) -> (B, out, T, H, W): the three frames of (1) stacked as 3·C channels."""
     frames = x.shape[2] - 2
     taps = [x[:, :, k : k + frames] for k in range(3)]
     taps = torch.cat(taps, 1)  # (B, 3·C, T, H, W)
@@ -228,7 +246,7 @@ class CausalConv3d(nn.Conv3d):
         self,
         x: Tensor,  # (B, C, T, H, W)
         stream: Stream,
-        gamma: Tensor | None = None,  # given: of what norm and SiLU make of x
+        gamma: Tensor | None = None,  # given: norm and SiLU come before the convolution
     ) -> Tensor:  # (B, out, T, H, W)
         remembered = self.kernel_size[0] - 1
         if remembered:
@@ -239,10 +257,11 @@ class CausalConv3d(nn.Conv3d):
                 x = norm_silu(x, gamma, past)
             stream.keep(self.slot, x, remembered)
 
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32
-        if plain and self.kernel_size == (3, 3, 3):
-            return conv3d_as_conv2d(x, self.weight, self.bias)  # only here is it faster
-        around = (0, *self.padding[1:])
+        # two forms of the same sum; the second is faster on CPUs in float32 alone
+        on_cpu = x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+        if on_cpu and self.kernel_size == (3, 3, 3):
+            return conv3d_as_conv2d(x, self.weight, self.bias)
+        around = (0, *self.padding[1:])  # none in time: the past is there already
         return F.conv3d(x, self.weight, self.bias, padding=around)  # (1)
 
 
@@ -272,12 +291,15 @@ class ResidualBlock(nn.Module):
             "6": causal3(out, out),
         }
         self.residual = nn.ModuleDict(layers)
-        nn.init.zeros_(self.residual["6"].weight)  # starts as its shortcut: +1 dB after a minute
+        # starts as its shortcut alone, which gave 1 dB more after a minute of training
+        nn.init.zeros_(self.residual["6"].weight)
         self.shortcut = CausalConv3d(dim, out, 1) if dim != out else None
 
     def forward(
-        self, x: Tensor, stream: Stream
-    ) -> Tensor:  # (B, dim, T, H, W) -> (B, out, T, H, W)
+        self,
+        x: Tensor,  # (B, dim, T, H, W)
+        stream: Stream,
+    ) -> Tensor:  # (B, out, T, H, W)
         layer = self.residual
         h = layer["2"](x, stream, layer["0"].gamma)
         h = layer["6"](h, stream, layer["3"].gamma)
@@ -292,7 +314,7 @@ def per_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """One head over the h·w places of each frame: space only, so causality is untouched."""
+    """One head over the h·w places of each frame; no frame sees another one."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -333,7 +355,7 @@ class Down(nn.Module):
         if self.time_conv is None:
             return y
 
-        # windows overlap by one frame: that one is remembered
+        # the next window begins with the last frame of this chunk: that one is remembered
         slot = self.time_conv.slot
         stream.keep(slot, y, 1)
         if stream.first:
@@ -363,7 +385,7 @@ class Up(nn.Module):
         if self.time_conv is not None:
             halves = self.time_conv(x, stream).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
             pairs = halves.permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C)
-            x = pairs.flatten(1, 2).movedim(-1, 1)
+            x = pairs.flatten(1, 2).movedim(-1, 1)  # (B, C, 2·T, H, W)
             surplus = 1 if stream.first else 0
             x = x[:, :, surplus:]  # (6)
         large = frames_as_batch(enlarge(x, 2))

@@ -1,40 +1,48 @@
 """A small game with exact cameras and actions: scenes, renderer, characters, clock and explorer.
 
-What it does. `simulate` walks a player through a scene and stores camera, player and action of every
-tick; `true_views` renders what any camera would see there. Places, pictures, figures and ways are
-made in game/. Paper: §4 (Unreal-Gen: scenes, tick-synchronised capture, navmesh and RL explorer,
-modular characters). Not released.
+What it does. `simulate` walks a player through a scene and stores camera, player and action of
+every tick; `true_views` renders what any camera would see there. Scenes, pictures, figures and
+walks are made in game/.
+Paper: §4, where Unreal is the game: many scenes, all streams captured at the same tick,
+explorers that follow a navigation mesh or have learnt where to go, characters put together from
+parts. Not released.
 
-Why it works. A world model learns from quadruplets of frame, camera, player, action that belong to
-one moment. Recorders of real games have to find out which do; a game of our own has one clock, and
-copies all four before anything moves:
+Why it works. A world model learns from frames, cameras, players and actions, of which the four
+that are given together must belong to one moment. A recorder of somebody else's game has to find
+out which do. Our own game has one clock, and writes all four down before anything moves. Then it
+is t + 1:
 
     pose[t+1] = slide(step(pose[t], action[t]))                                                  (1)
 
-`step` is camera.py's and knows no walls. A body of radius R that has entered a wall is R − g too
-deep, where g is the distance of its centre from the nearest point of that cell, in direction n. It
-is pushed out along n alone, so what the step did along the wall remains: the player slides.
+`step` is camera.py's and knows no walls, `slide` corrects it. The body is a disc of radius R. Let
+g be the distance from its centre to the nearest point of a solid cell, and n the direction from
+that point to the centre. Where g < R, the body is R − g too deep in the wall, and is pushed out
+along n:
 
     p' = p + (R − g)·n                                                                           (2)
 
-Where (2) moved anything, the action does not explain the pose: that is `contact`.
+What the step did along the wall remains, so the player slides. Where (2) moved anything, the pose
+is not what the action alone would have made of it: such a tick is marked as `contact`.
 
-In third person the camera hangs on an arm behind the player, as long as nothing is in its way:
+In third person the camera hangs on an arm behind the player's eye, and comes closer where a wall,
+the floor or the ceiling is in its way:
 
     camera = eye + LIFT + s·back,     s the last of 57 lengths before the first blocked one      (3)
 
-A frame depends on its own camera only, and the camera is rounded to float32 before it is used, so
-that a stored camera renders the same bits again:
+A frame depends on its own camera alone, in third person also on where the figure stands; and
+cameras are rounded to float32 before anything is drawn with them. So a camera that was stored
+draws the same frame again, to the bit:
 
     c2w = float32(matrix(float32(pose)))                                                         (4)
 
-The walk cycle of a figure follows from where it stands, so its pose is all that must be stored.
-A scene follows from its seed, and a seed belongs to one split (SPLITS): a place seen in training is
-never a place of the test.
+How far the figure's legs have swung follows from where it stands, so its pose is all that is
+stored. A scene follows from its seed, and a seed belongs to one split (SPLITS): a place seen in
+training is never a place of the test.
 
-What differs. Not Unreal: one wall height per cell, only the player moves, no roll, |pitch| <= 35°.
-Ours where the paper is silent: soft low-frequency paint (a small VAE must learn it), the explorer's
-features, the mixture of walks. numpy, but for one call of torch.
+What differs. It is not Unreal: one wall height per cell, only the player moves, cameras do not
+roll and look up or down by 35° at most. Ours where the paper is silent: paint without fine
+detail, since a small VAE must learn it; what the explorer looks at; how often which walk is
+taken.
 Try it: python world.py      Tests: pytest tests/test_world.py
 """
 
@@ -57,12 +65,8 @@ from game.scene import scene_caption as scene_caption
 from game.walks import MIXTURE, W, plan
 
 ARM_LENGTHS = np.linspace(0, ARM, 57)  # metres: where along its arm a camera may stop
-ROUND_THE_CAMERA = (
-    (-0.2, -0.2),
-    (-0.2, 0.2),
-    (0.2, -0.2),
-    (0.2, 0.2),
-)  # metres it keeps from walls
+# metres along x and z: the corners of a square about the camera, which must all be free of walls
+ROUND_THE_CAMERA = ((-0.2, -0.2), (-0.2, 0.2), (0.2, -0.2), (0.2, 0.2))
 
 
 # ---- cameras -----------------------------------------------------------------------------------------------
@@ -84,8 +88,11 @@ def behind(scene: Scene, pose: ndarray) -> ndarray:
     ahead = [np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)]
     back = -np.stack(ahead, 1)
 
-    top = pose[:, None, :3] + (0, -LIFT, 0)
+    # all places where it may stop, from the player outwards
+    top = pose[:, None, :3] + (0, -LIFT, 0)  # y points down
     points = top + ARM_LENGTHS[:, None] * back[:, None]  # (T, 57, 3)
+
+    # argmax is the first that is blocked; the one before it is free, and the end of a free arm, too
     is_blocked = blocked(scene, points)
     last_free = np.where(is_blocked.any(1), is_blocked.argmax(1) - 1, len(ARM_LENGTHS) - 1)
     place = points[np.arange(len(pose)), last_free.clip(0)]  # (3)
@@ -94,7 +101,7 @@ def behind(scene: Scene, pose: ndarray) -> ndarray:
 
 def blocked(scene: Scene, points: ndarray) -> ndarray:
     """Is a camera at these points (..., 3) too near to floor, ceiling or a wall?"""
-    height = -points[..., 1]
+    height = -points[..., 1]  # y points down
     found = height < 0.3
     if not scene.outdoor:
         found |= height > CEILING - 0.25
@@ -108,7 +115,7 @@ def blocked(scene: Scene, points: ndarray) -> ndarray:
 
 
 class World:
-    """The game: a player in a scene."""
+    """The game: a player in a scene, and a clock that moves on with every `tick`."""
 
     def __init__(
         self,
@@ -130,26 +137,31 @@ class World:
         self.check()
 
     def somewhere(self, seed: int) -> tuple[float, ...]:
+        """A pose in the middle of a free cell, looking anywhere: a multiple of 1.5 degrees."""
         rng = np.random.default_rng([self.scene.seed, seed])
         x, z = self.nav.point(*rng.choice(self.nav.cells))
         return x, -EYE, z, 0.0, 1.5 * int(rng.integers(240))
 
     def check(self) -> None:
-        i, j = math.floor(self.pose[0]), math.floor(self.pose[2])
+        """A view that there is, and a player who does not begin inside a wall or outside the scene."""
+        if self.view not in ("first", "third"):
+            raise ValueError(f"view must be first or third, got {self.view!r}")
+        x, z = self.pose[0], self.pose[2]
+        i, j = math.floor(x), math.floor(z)
         inside = 0 <= min(i, j) and max(i, j) < len(self.grid)
-        if self.view not in ("first", "third") or not inside or self.grid[i][j]:
-            place = f"x, z must be a free cell, got {self.pose[::2]}"
-            raise ValueError(f"view must be first or third, got {self.view!r}; {place}")
+        if not inside or self.grid[i][j]:
+            raise ValueError(f"x, z must be a free cell, got {x}, {z}")
 
     def move(self, keyboard: Sequence[float], mouse: Sequence[float]) -> bool:
         """Take the step, then slide along the walls it entered. True: it touched one."""
         pose = step_pose(self.pose, keyboard, mouse, MAX_PITCH)
         touched = False
-        for _ in range(3):  # a corner pushes twice
+        # out of one wall may be into another: in a corner it is pushed twice
+        for _ in range(3):
             pose, pushed = self.push_out(pose)
-            touched = touched or pushed
-            if not touched:
+            if not pushed:
                 break
+            touched = True
         self.pose = pose  # (1)
         self.time += 1
         return touched
@@ -195,12 +207,13 @@ def stop_at_walls(
 ) -> ndarray:  # (n, 6), (n, 2) -> (n, 6)
     """The same keys without the steps that would touch a wall.
 
-    Who imagines a known world stays in its rooms: no training clip was taken inside or behind a
-    wall. A walk that begins there goes on as it likes.
+    For play in a world that is known: a model imagines it, and knows nothing of walls. No training
+    clip was taken inside or behind one, so what it would draw there is no world at all.
     """
     start = tuple(float(value) for value in pose)
     still = [0.0] * 6
     player = World(scene, pose=start, size=0)
+    # a walk that begins in a wall already would never leave it: it may do what it likes
     if player.move(still, [0.0, 0.0]):
         return keyboard
 
@@ -209,6 +222,7 @@ def stop_at_walls(
     for t, (keys, turn) in enumerate(zip(keyboard.tolist(), mouse.tolist(), strict=True)):
         here = player.pose
         if player.move(keys, turn):
+            # w a s d are let go; the look remains
             kept[t, :4] = 0
             player.pose = step_pose(here, still, turn, MAX_PITCH)
     return kept
@@ -217,10 +231,16 @@ def stop_at_walls(
 def simulate(
     scene: Scene, seed: int, frames: int = 241, behaviour: str | None = None, view: str = "first"
 ) -> dict:
-    """A whole walk, to be rendered later; behaviour: one of MIXTURE, None draws one.
+    """A whole walk, without a picture: those can be rendered later.
 
-    c2w (T, 4, 4) and player (T, 5) float64, exact in float32; keyboard (T, 6) uint8; mouse (T, 2)
-    float32; contact (T,) bool; behaviour. Action t leads to frame t + 1; the last one is none.
+    behaviour names how the player walks, one of MIXTURE; None draws one. What is returned, with
+    T = frames:
+
+        c2w       (T, 4, 4) float64, though every number is one that float32 has
+        player    (T, 5) likewise: x, y, z, pitch and yaw of the player's eye
+        keyboard  (T, 6) uint8, and
+        mouse     (T, 2) float32: action t leads from frame t to t + 1; the last is none
+        contact   (T,) bool: action t led into a wall, and the player was pushed out of it
     """
     rng = np.random.default_rng([scene.seed, seed, 7])
     behaviour = behaviour or str(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
@@ -256,7 +276,7 @@ scene_of = functools.lru_cache(maxsize=64)(make_scene)
 
 
 def eyes(meta: dict, player: ndarray) -> ndarray:
-    """The cameras of a player of this episode: (T, 5) -> (T, 4, 4)."""
+    """The cameras of this episode's player, by its view: (T, 5) -> (T, 4, 4)."""
     return cameras(scene_of(**meta["scene"]), player, meta.get("view", "first"))
 
 
@@ -290,7 +310,7 @@ def true_frames(
 
 
 def frames_per_second(scene: Scene, player: ndarray, view: str, size: int) -> float:
-    """Of one core, with hard edges."""
+    """How fast one core draws; every pixel is sampled once, so that edges are hard."""
     c2w = cameras(scene, player, view)
     K = intrinsics(size, size).numpy()
     shown = (player, 0) if view == "third" else None
@@ -301,7 +321,7 @@ def frames_per_second(scene: Scene, player: ndarray, view: str, size: int) -> fl
 
 
 def share_explored(weights: ndarray | None) -> float:
-    """Of the free cells of 16 places that the explorer was not trained on, in 120 steps."""
+    """The share of the free cells that an explorer sees in 120 steps, in 16 places that it never saw."""
     covered = []
     for seed in SPLITS["test"][:16]:
         share, _ = explore(make_scene(seed), weights, np.random.default_rng(seed))
@@ -310,6 +330,7 @@ def share_explored(weights: ndarray | None) -> float:
 
 
 def demo() -> None:
+    """A walk that undoes itself, a circle that closes, and how fast it is all drawn and explored."""
     place = make_scene(SPLITS["test"][2])
     walk = simulate(place, seed=0, frames=129, behaviour="palindrome")
     first, middle, last = walk["player"][[0, 64, 128]]
