@@ -439,11 +439,12 @@ def main() -> None:
     difference = (model(x, sigma, context, model.prepare(context)) - v).abs().max()
     print(f"prepared once for all steps, or computed in each: {difference} apart")
 
+    again = (model(x, sigma, context) - v).norm() / v.norm()
     for name in ("memory", "past", "rays", "keyboard", "mouse", "text"):
         other = SimpleNamespace(**vars(context))
         setattr(other, name, torch.randn_like(getattr(context, name)))
         moved = (model(x, sigma, other) - v).norm() / v.norm()
-        print(f"another {name}: the velocity moves by {moved:.1%}; the same again: by 0.0%")
+        print(f"another {name}: the velocity moves by {moved:.1%}; the same again: by {again:.1%}")
 
 
 if __name__ == "__main__":

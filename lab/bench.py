@@ -221,8 +221,8 @@ def denoiser_of(session: realtime.Session, options: parts.Options) -> actors.Den
 def keep_nothing(network: DiT) -> None:
     """As released: nothing is kept from one step to the next."""
 
-    def prepare(context: object, group: object = None, blocks: bool = True) -> object:
-        return None if blocks else DiT.prepare(network, context, group, False)
+    def prepare(context: object, group: object = None) -> None:
+        return None
 
     network.prepare = prepare
 
