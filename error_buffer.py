@@ -23,7 +23,8 @@ another, times a strength γ:
     x̃ = x + γ·δ'                                                         Eq. 2, 5             (2)
 
 How large is δ? By (1), σ times the velocity's error: a tenth of it at σ = .1, nine tenths at .9.
-Training draws σ with shift 5 (flow.py), which puts half of the draws above .83. So most stored
+Training draws σ from 0 to 1 with a shift s (flow.py), which puts half of the draws above
+s/(s + 1): above .6 for our small models, s = 1.5, and above .83 for 5B, s = 5. So many stored
 errors come from high noise. In play a latent is finished at low noise, where errors are smaller:
 the stored ones exaggerate.
 
