@@ -189,6 +189,8 @@ LATENCY = """
   §3.4 | -0.5-0.5 dB | 2 latents at once minus 10 | psnr: 2 latents at once - 10 latents at once
   §3.4 | >= 200 FPS  | tiny here, part by part    | FPS, one after the other: tiny
   M9   | 0.9-1.1 x   | key to photon: clock / formula | clock / formula: key to photon
+  M9   | <= 0.25 s   | key to photon, 2 latents at once | s by the clock: 2 at once
+  M9   | >= 40 FPS   | made, 2 latents at once    | FPS, one after the other: 2 at once
 """
 
 

@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,8 @@ from lab.run import Run
 PANES = {"Wan2.2": "full", "50 %": "light50", "75 %": "light75"}  # decoders: here, and as files
 SIGMAS = (0.9, 0.5, 0.1)
 ROUNDS = 9  # of every decoder, in turns
+SHOWN = 40  # frames per second
+SHORT = (5, 2)  # new latents of shorter segments
 
 
 # ---- INT8 ---------------------------------------------------------------------------------
@@ -242,12 +245,13 @@ def time_session(run: Run, session: realtime.Session) -> Times:
     return Times(*(float(ms) / 1e3 for ms in medians))
 
 
-def press(session: realtime.Session, pressed: float) -> tuple[float, int]:
-    """A key goes down `pressed` seconds after a segment began to be shown: when is it seen? The same
-    segment is made twice from one noise, without the key and with it."""
+def press(session: realtime.Session, waits: float) -> tuple[float, int]:
+    """A key goes down `waits` seconds before the segment on the screen ends: when is it seen? The
+    same segment is made twice from one noise, without the key and with it."""
     # without the key, and back
-    keys = torch.zeros(40, 6)
-    still = torch.zeros(40, 2)
+    n = session.frames_needed
+    keys = torch.zeros(n, 6)
+    still = torch.zeros(n, 2)
     idle = session.step(keys, still).frames.float()
     session.undo()
     # with it, under the same noise
@@ -256,7 +260,28 @@ def press(session: realtime.Session, pressed: float) -> tuple[float, int]:
     spent = time.perf_counter() - began
     apart = (acted - idle).abs().mean((1, 2, 3)) > 2  # grey levels
     first = [*apart.tolist(), True].index(True)
-    return 1 - pressed + spent + first / 40, first
+    return waits + spent + first / SHOWN, first
+
+
+def short_segments(run: Run, start: Tensor) -> None:
+    """The same by the clock with fewer latents at once, as play takes them where it can."""
+    trained = [int(n) for n in run.player.meta["new"].split()]
+    for new in SHORT:
+        if new not in trained:
+            run.absent[f"{new} at once"] = f"the weights have never seen {new} new latents"
+            continue
+        session = realtime.Session(replace(run.player.options, new=new))
+        session.reset(start)
+        for _ in range(8):  # the first is longer, the next fill memory and caches
+            n = session.frames_needed
+            session.step(torch.zeros(n, 6), torch.zeros(n, 2))
+        began = time.perf_counter()
+        for pressed in (np.arange(20) + 0.5) / 20:
+            seconds, first = press(session, n / SHOWN * (1 - pressed))
+            values = {"s by the clock": seconds, "frames until it is seen": first}
+            run.put(f"{new} at once", values)
+        each = (time.perf_counter() - began) / 40  # every press makes two segments
+        run.put(f"{new} at once", {"FPS, one after the other": n / each})
 
 
 def latency(run: Run) -> None:
@@ -289,7 +314,8 @@ def latency(run: Run) -> None:
     events = 60 if run.full else 20
     rng = np.random.default_rng(0)
     for pressed in (np.arange(events) + rng.random(events)) / events:  # one in each part
-        seconds, first = press(session, pressed)
+        seconds, first = press(session, 1 - pressed)
         run.put("key to photon", {"s by the clock": seconds, "frames until it is seen": first})
     clock = run.row("key to photon", "s by the clock").mean()
     run.put("key to photon", {"clock / formula": clock / formula})
+    short_segments(run, torch.from_numpy(start))

@@ -83,15 +83,15 @@ ROWS = [
         "play.py: frames per second",
         "latency",
         "FPS, one after the other",
-        {"wanted": 40.0},
-        "tiny",
+        {"wanted": 40.0, "10 latents at once": "tiny"},
+        "2 at once",
     ),
     Row(
         "play.py: seconds from key to picture",
         "latency",
         "s by the clock",
-        {"by arithmetic": "key to photon/s by formula"},
-        "key to photon",
+        {"10 latents at once": "key to photon", "5": "5 at once"},
+        "2 at once",
     ),
 ]
 
