@@ -108,9 +108,9 @@ def sqnr(y_hat: Tensor, y: Tensor) -> float:  # dB, measured
 def int_mm(a: Tensor, b: Tensor) -> Tensor:  # (M, K), (N, K) int8 -> (M, N) int32, exact
     M, K = a.shape
     N = b.shape[0]
-    if a.device.type == "cpu":
+    if a.is_cpu:
         return torch._int_mm(a, b.t())
-    if a.device.type == "cuda" and K % 8 == 0 and N % 8 == 0:
+    if a.is_cuda and K % 8 == 0 and N % 8 == 0:
         if M <= 16:  # it takes no fewer than 17 rows
             a = nn.functional.pad(a, (0, 0, 0, 32 - M))
         return torch._int_mm(a, b.t())[:M]

@@ -11,7 +11,6 @@ processes, called ranks, the session is rank 0, and the others run serve():
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
@@ -32,7 +31,7 @@ import vae
 from context import Context, Lens, Memory, Segment, Window, segment_cameras
 from engine import meeting, ranks
 from engine.meeting import Place
-from engine.parts import PIECE, SIZES, Options, load_parts, null_text, vae_config
+from engine.parts import Options, at_once, load_parts, null_text, vae_config
 from memory import MemoryBank
 
 UNDO = 4  # segments that can be taken back
@@ -290,8 +289,7 @@ class Decoder:
         state = None if fresh else self.state
 
         # large pictures are decoded a few latents at a time, or the layers would need too much memory
-        pixels = Window.stride * math.prod(SIZES[self.options.preset])
-        pieces = z.to(**self.place).split(max(1, PIECE // pixels), 2)
+        pieces = z.to(**self.place).split(at_once(self.options), 2)
         frames = []
         with self.stream:
             for piece in pieces:

@@ -8,6 +8,7 @@ How a model was trained decides how it must be played. Its file says so: its enc
 shift of noise levels, its lengths of segments, and whether it is a few-step student.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import quant
 import vae
 from context import LENGTHS, Window
 from dataset.prompt import embed_prompt, encode_umt5
-from engine import weights
+from engine import walked, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # H, W of a frame
@@ -290,28 +291,45 @@ def places(options: Options) -> int:
     return cells // math.prod(dit.PRESETS[options.preset].patch)
 
 
+def at_once(options: Options) -> int:
+    """Latents that are decoded in one call: of a large picture few, so that its maps fit."""
+    pixels = Window.stride * math.prod(SIZES[options.preset])
+    return max(1, PIECE // pixels)
+
+
+@functools.cache
 def estimate(options: Options) -> float:
-    """GB on one device, from shapes alone: weights, what prepare() keeps, activations, the decoder's maps."""
-    config = dit.PRESETS[options.preset]
-    full = vae_config(options.preset)
-    light = vae_config(options.preset, options.decoder)
-    width = 4 if options.dtype == "float32" else 2
+    """GB on one device: weights, a full memory, and what a segment needs (walked: engine/walked.py)."""
+    preset = options.preset
+    dtype = getattr(torch, options.dtype)
+    # the networks of a session, without numbers; the encoder is another VAE than the decoder
     with torch.device("meta"):
-        networks = (moe.build(options.preset, "meta"), vae.VAE(full), vae.VAE(light))
-        parameters = sum(p.numel() for net in networks for p in net.parameters())
+        network = moe.build(preset, "meta")
+        decoder = vae.VAE(vae_config(preset, options.decoder))
+        encoder = vae.VAE(vae_config(preset))
+    networks = [net.to(dtype) for net in (network, decoder, encoder)]
+    if options.quantize:
+        quant.quantize_(network, options.quantize)
+    weight_bytes = sum(x.nbytes for net in networks for x in (*net.parameters(), *net.buffers()))
 
-    # prepare() keeps a factor and a shift by camera for every block; at its peak a block holds about
-    # ten tensors of width dim, and two of the width of its MLP
-    tokens = places(options) * (Window.memory + Window.past + Window.new)
-    denoising = tokens * ((2 * config.layers + 10) * config.dim + 2 * config.ffn)
+    # what is remembered grows until the bank is full, so it is counted full
+    stride = vae_config(preset).stride[1]
+    cells = tuple(side // stride for side in SIZES[preset])
+    latent = network.cfg.in_dim * math.prod(cells) * dtype.itemsize
 
-    # the decoder holds about two tensors of dec_dim channels at the size of the picture
-    pixels = min(PIECE, 40 * math.prod(SIZES[options.preset]))
-    decoding = 2 * pixels * light.dec_dim
+    # the first segment remembers nothing, and may still be the longer one
+    kinds = (0, 1, Window.first - 1), (Window.memory, Window.past, options.new)
+    longest = max(kinds, key=sum)
+    device = options.device
+    denoising = walked.denoising(network, longest, cells, options.guidance, device)
 
-    # INT8: four projections of every block are one byte per weight
-    saved = config.layers * 4 * config.dim**2 * (width - 1) if options.quantize else 0
-    return ((parameters + denoising + decoding) * width - saved) / 1e9
+    # how much is decoded at once: a whole first segment, where pictures are small
+    most = min(at_once(options), Window.first - 1)
+    decoding, kept = walked.decoding(decoder, most, cells, device)
+
+    # on a GPU the decoder works at the same time
+    together = denoising + decoding if "cuda" in device else max(denoising + kept, decoding)
+    return (weight_bytes + options.bank * latent + together) / 1e9
 
 
 def will_not_fit(options: Options, free: float) -> str:

@@ -460,18 +460,6 @@ def test_impossible_options_fail_before_anything_is_allocated() -> None:
         realtime.open_session(OPTIONS, 17)
 
 
-def test_a_small_gpu_is_told_what_would_fit() -> None:
-    options = parts.Options(preset="5b", device="cuda:0", dtype="bfloat16")
-    text = parts.will_not_fit(options, 22.1)
-    assert (
-        text.startswith("5b bfloat16 at 1280×704 needs ~")
-        and "cuda:0 has 22.1 GB free. Options, cheapest first:" in text
-    )
-    assert "--vae light75 (−" in text and "--int8 (−1.1)" in text
-    assert 19 < parts.estimate(options) < 40  # 12.9 weights, 6.2 camera cache, decoder, activations
-    assert parts.estimate(OPTIONS) < 0.2
-
-
 def test_the_timing_of_a_segment_follows_the_formulas(session: realtime.Session) -> None:
     session.reset(IMAGE)
     t = realtime.time_segment(session, rounds=2, warmup=1)

@@ -11,7 +11,11 @@ from engine import parts
 
 OPTIONS = parts.Options(preset="micro", weights="random", device="cpu", dtype="float32")
 IMAGE = torch.randint(
-    0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    0,
+    256,
+    (64, 64, 3),
+    dtype=torch.uint8,
+    generator=torch.Generator().manual_seed(0),
 )
 
 
