@@ -84,7 +84,9 @@ class TrainConfig:
     revisit: float = opt(0.5, "windows that look at a place seen before", "palindromes")
     encoding: str = opt("anchored", "of rays", "frame-wise relative", context.ENCODINGS)
     sink: bool = opt(True, "the last memory is always the oldest latent", "yes")
-    new: str = opt("10 5 2", "new latents of a segment; every step draws one", "10")
+    new: str = opt(
+        "10 5 2", "new latents of a segment; every step draws one, repeated ones more often", "10"
+    )
 
     # the error buffer: how the model's own mistakes come back (error_buffer.py)
     gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)")

@@ -230,7 +230,8 @@ def save(
 ) -> None:
     """A checkpoint of this step; its weights say what they are."""
     about = {name: getattr(run.cfg, name) for name in KEPT_WITH_WEIGHTS}
-    about |= {"step": run.step, "view": run.view}
+    lengths = dict.fromkeys(run.cfg.new.split())  # repeated ones were drawn more often
+    about |= {"step": run.step, "view": run.view, "new": " ".join(lengths)}
     checkpoint.save(run.folder, about, models, ema, opts, run.cfg.keep, **state)
 
 

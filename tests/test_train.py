@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -47,6 +48,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
+from types import SimpleNamespace
 import error_buffer, train
 from engine import cli
 from engine.run import Progress
@@ -238,6 +240,17 @@ def test_the_other_stages_resume_exactly_too(stage, reference, capsys):
     assert "resuming runs/parts at step 2" in capsys.readouterr().out
     assert log("runs/parts") == log("runs/whole")
     assert same(state("runs/parts"), state("runs/whole"))
+
+
+def test_a_length_that_is_named_twice_is_drawn_more_often_and_said_once(reference):
+    cfg = TrainConfig(new="10 2 2 2")
+    some = SimpleNamespace(cfg=cfg)
+    drawn = [train.draw_length(some, step)[0] for step in range(400)]
+    assert set(drawn) == {10, 2}
+    assert 0.68 < drawn.count(2) / 400 < 0.82
+    start("--steps", "1", "--new", "10 2 2 2", "--run", "twice", "--init", str(reference))
+    _, about = weights.read_weights(newest("runs/twice") / "ema.safetensors")
+    assert about["new"] == "10 2"
 
 
 def test_activation_checkpointing_changes_nothing(reference):
@@ -457,7 +470,7 @@ def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
 def test_an_expert_sees_the_levels_of_the_base_between_its_borders(expert, lowest, highest):
     """Quartiles of what it draws are those of the base's draws that fall there: .958 in the middle
     of the high one, where squeezing the whole density into the part would give .983."""
-    cfg = TrainConfig(stage="moe", expert=expert, boundary=0.9, batch=200_000)
+    cfg = TrainConfig(stage="moe", expert=expert, boundary=0.9, batch=200_000, shift=5.0)
     drawn = train.draw_sigma(cfg, torch.Generator().manual_seed(0))
     every = flow.sample_sigma(400_000, cfg.shift, torch.Generator().manual_seed(1))
     expected = every[(every >= lowest) & (every <= highest)]
