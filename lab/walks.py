@@ -16,6 +16,7 @@ from torch import Tensor
 
 import camera
 from dataset.film import psnr, write_png
+from engine import cli
 from lab import metrics, players, revisits, stats, worlds
 from lab.players import How, Player
 from lab.run import Run
@@ -165,7 +166,7 @@ def explore(run: Run) -> None:
                 strips.append(truth_above_model(frames, film))
     path = run.out / "explore.png"
     write_png(path, side_by_side(strips))
-    run.notes.append(f"strip: {path}, after {SEEN_AT} frames")
+    run.notes.append(f"strip: {cli.shown(path)}, after {SEEN_AT} frames")
 
 
 def truth_above_model(frames: ndarray, film: ndarray) -> ndarray:
