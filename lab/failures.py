@@ -43,7 +43,7 @@ from lab.run import origin
 MOMENTS = 4  # checkpoints of a training that are played
 TAIL = 0.25  # the last part of a log, whose mean is compared
 LOGGED = ("critic", "latent_std", "loss", "norm")  # columns of log.jsonl that are curves here
-PASSED_ON = {"preset": "tiny", "data": "", "init": "", "dtype": ""}  # flags of train.py, if given
+PASSED_ON = {"preset": "tiny", "data": "", "init": "", "dtype": "", "shift": ""}  # of train.py
 INLINE = re.compile(r"\{\{(\w+) (.+?)\}\}")  # {{distill psnr: healthy - slow critic}}
 
 
