@@ -243,19 +243,25 @@ def score(p: players.Player, study: Study, walk: Walk) -> tuple[dict[str, float]
     return values, players.picture(film[-1])
 
 
+def shows_most(walks: list[Walk]) -> int:
+    """The world whose walk ends before the richest view: on a bare wall no fault is seen."""
+    last = np.stack([walk.frames[-1] for walk in walks])
+    return int(metrics.energy(last).argmax())
+
+
 @dataclass
 class Played:
     """How the weights of an arm do, moment by moment."""
 
     scores: dict[str, list[list[float]]] = field(default_factory=dict)  # column -> step -> world
-    pictures: list[ndarray] = field(default_factory=list)  # of the first world
+    pictures: list[ndarray] = field(default_factory=list)  # of the world that shows most
 
     def add(self, p: players.Player, study: Study, walks: list[Walk]) -> None:
         """One moment more, in every world."""
         rows = [score(p, study, walk) for walk in walks]
         for name in rows[0][0]:
             self.scores.setdefault(name, []).append([values[name] for values, _ in rows])
-        self.pictures.append(rows[0][1])
+        self.pictures.append(rows[shows_most(walks)][1])
 
 
 # ---- a study ------------------------------------------------------------------------------
@@ -306,7 +312,7 @@ def measure(stage: str, args: Namespace, command: str) -> dict:
 
     # every arm at every moment; an arm without a training has no curves of its own
     facts = {"steps": list(every), "arms": {}}
-    pictures = {"truth": walks[0].frames[-1]}
+    pictures = {"truth": walks[shows_most(walks)].frames[-1]}
     for name, arm in study.arms.items():
         made = trained[arm.weights or name]
         played = Played()

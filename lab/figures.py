@@ -137,11 +137,12 @@ def where_time_goes(ladder: list[list]) -> object:
 
 PANELS = {  # a curve's name -> its title; the first of them are of the log, the others of the play
     "critic": "critic's loss",
-    "latent_std": "spread of the student's latents",
-    "loss": "loss of the velocity",
+    "latent_std": "spread of latents",
+    "loss": "loss",
     "norm": "gradient norm",
-    "psnr": "PSNR on held-out worlds, dB",
-    "spread": "spread of played latents, 1 = truth",
+    "psnr": "PSNR in play, dB",
+    "sharpness": "sharpness in play",
+    "spread": "spread in play",
 }
 COLOURS = ("black", "tab:red", "tab:blue", "tab:orange", "tab:purple", "tab:green")
 SMOOTH = 5  # lines of a log
@@ -162,12 +163,12 @@ def curves_of(facts: dict, name: str) -> dict[str, np.ndarray]:
 
 
 def beside_healthy(facts: dict, strips: dict[str, np.ndarray]) -> object:
-    """Four curves above, with all arms in each. Below them one view of one world: a row for every
+    """Five curves above, with all arms in each. Below them one view of one world: a row for every
     arm, a column for every moment, and the truth on the left."""
     import matplotlib.figure
 
     colours = dict(zip(facts["arms"], COLOURS, strict=False))
-    heights = [2.9, 1.15 * len(colours)]
+    heights = [2.6, 1.15 * len(colours)]
     figure = matplotlib.figure.Figure((11, sum(heights)))
     above, below = figure.subfigures(2, height_ratios=heights)
     draw_panels(above, facts, colours)
@@ -176,9 +177,9 @@ def beside_healthy(facts: dict, strips: dict[str, np.ndarray]) -> object:
 
 
 def draw_panels(figure: object, facts: dict, colours: dict[str, str]) -> None:
-    """The first four curves that there are, side by side."""
+    """The first five curves that there are, side by side."""
     panels = {name: curves for name in PANELS if (curves := curves_of(facts, name))}
-    shown = list(panels)[:4]
+    shown = list(panels)[:5]
     every = figure.subplots(1, len(shown), squeeze=False)
     for axes, name in zip(every[0], shown, strict=True):
         for arm, points in panels[name].items():
@@ -186,7 +187,7 @@ def draw_panels(figure: object, facts: dict, colours: dict[str, str]) -> None:
         axes.set_title(PANELS[name], fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.17, top=0.9, wspace=0.25)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.17, top=0.9, wspace=0.28)
 
 
 def draw_curve(axes: object, points: np.ndarray, colour: str) -> None:
