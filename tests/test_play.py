@@ -908,7 +908,7 @@ def test_the_shipped_model_turns_away_and_back_in_the_page(chromium, tmp_path: P
     cp shots/test_the_shipped_model*0/page.png assets/figures/page.png"""
     if not any((ROOT / f"assets/tiny/{name}.safetensors").exists() for name in ("student", "base")):
         pytest.skip("no shipped weights: python train.py --stage base")
-    model = ("--no-fake", "--weights", str(ROOT / "assets/tiny"), "--pace", "turn")
+    model = ("--no-fake", "--weights", str(ROOT / "assets/tiny"), "--pace", "turn", "--new", "10")
     with page(tmp_path, *model) as (player, server), tab_on(chromium, server) as tab:
         for key, slots in (
             ("l", 14),
