@@ -137,6 +137,9 @@ def test_the_integer_product_is_exact_for_any_shape(M, K, N):
 class OnGpu(torch.Tensor):
     """A tensor of this machine that says it is on a GPU: the way that is taken there can be walked here."""
 
+    is_cpu = False
+    is_cuda = True
+
     @property
     def device(self):
         return torch.device("cuda")
