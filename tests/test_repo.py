@@ -52,6 +52,7 @@ ROOMS = {  # the files of every folder; a new one is a decision, made here
         "parts",
         "actors",
         "sizes",
+        "walked",
         "exported",
     },
     "game": {"scene", "paint", "render", "figure", "explore", "walks"},
