@@ -156,6 +156,7 @@ def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def no_room(*job: object) -> None:
         tried.append(job)
+        time.sleep(0.1)  # as long as an episode takes: whoever waits for it can stop the others
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(data, "make_episode", no_room)
