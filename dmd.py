@@ -44,10 +44,11 @@ k segments in a row, each with the last 4 latents as past and memory from all it
 see the last segment only. That one stops at a random step, so that all three steps learn; its
 clean estimate is x, and only this one forward pass is differentiated.
 
-What differs. Open in the paper, chosen here: 3 steps of flow.py's shift-5 grid with fresh noise in
-between; τ drawn like the σ of training, then clamped to [.02, .98] (one draw in eleven becomes
-.98); "n updates" as n critic updates per student update (turns has the other reading too); past and
-memory masked in a share 0.2 of the rollouts, which are then one segment that starts from an image.
+What differs. Open in the paper, chosen here: 3 steps of flow.py's grid with fresh noise in
+between; τ drawn like the σ of training, then clamped to [.02, .98] (with a shift of 5, one draw in
+eleven becomes .98); "n updates" as n critic updates per student update (turns has the other reading
+too); past and memory masked in a share 0.2 of the rollouts, which are then one segment that starts
+from an image.
 Ours, off by default: a judge that pulls towards true latents (Judge).
 
 Try it: python dmd.py      Tests: pytest tests/test_dmd.py

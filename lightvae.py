@@ -43,7 +43,8 @@ tell true frames from drawn ones, and the decoder learns to be taken for true:
     decoder:  + w·mean log(1 + e^(−J(x̂)))                                                       (7)
     judge:    mean log(1 + e^(−J(x))) + mean log(1 + e^(J(x̂)))                                  (8)
 
-Some pattern of the right kind is then better than none, at the price of a few tenths of a decibel.
+Some pattern of the right kind is then better than none. It is rarely the very one, so decibels are
+lost: how many, and what is won, stands in results/pilots.
 
 What differs. No pretrained perceptual network: where the literature takes LPIPS we take (2), which
 needs no download. Neither weights of the losses nor projections are published; ours.
@@ -122,9 +123,10 @@ def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, P
 
 
 class Judge(nn.Module):
-    """Tells true pictures from drawn ones: a logit for every patch of 22 x 22 pixels.
+    """Tells true pictures from drawn ones: a logit for every patch of 18 x 18 pixels.
 
-    It sees two neighbouring frames at once, so that it knows flicker from movement too.
+    It sees two neighbouring frames at once, so that it knows flicker from movement too. By
+    GroupNorm, every patch also knows how strong the contrasts of the whole picture are.
     """
 
     def __init__(self, width: int = 32):

@@ -17,6 +17,8 @@ from walking import IMAGE, OPTIONS, walk  # noqa: E402
 import dit  # noqa: E402
 import moe  # noqa: E402
 import realtime  # noqa: E402
+from engine import parts  # noqa: E402
+from lab.players import Player  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
 _connect = socket.socket.connect
@@ -68,3 +70,12 @@ def three(session: realtime.Session) -> list[realtime.Chunk]:
     """Its first three segments; whoever wants to go on resets it."""
     session.reset(IMAGE)
     return walk(session, 3)
+
+
+@pytest.fixture(scope="module")
+def dreamer() -> Player:
+    """A micro model with random weights that walks as the laboratory's models do."""
+    torch.manual_seed(0)
+    choice = parts.Options(preset="micro", weights="random", steps=1, dtype="float32", device="cpu")
+    nets, meta = parts.load_parts(parts.resolve(choice), "dit", "encoder", "decoder")
+    return Player("random", choice, meta, nets)

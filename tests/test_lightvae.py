@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lightvae
 import vae_blocks
@@ -92,6 +93,17 @@ def test_a_judge_learns_blur_and_asks_the_decoder_for_edges() -> None:
         lightvae.adversarial_loss(judge, blurred).backward()
         blurred.data -= 0.01 * blurred.grad / blurred.grad.abs().mean()
     assert blurred.diff(dim=-1).square().mean() > 1.1 * before.diff(dim=-1).square().mean()
+
+
+def test_a_logit_of_the_judge_is_of_18_x_18_pixels() -> None:
+    layers = lightvae.Judge(8).layers
+    local = nn.Sequential(*[layer for layer in layers if not isinstance(layer, nn.GroupNorm)])
+    pair = torch.randn(1, 6, 64, 64, requires_grad=True)
+    logits = local(pair)
+    logits[0, 0, 8, 8].backward()
+    places = pair.grad.abs().sum((0, 1)).nonzero()
+    extent = places.amax(0) - places.amin(0) + 1
+    assert extent.tolist() == [18, 18]
 
 
 def test_pruned_decoder_reads_the_same_latents() -> None:

@@ -16,14 +16,6 @@ from lab.players import How, Player
 TEST = scene.SPLITS["test"].start
 
 
-@pytest.fixture(scope="module")
-def dreamer() -> Player:
-    torch.manual_seed(0)
-    choice = parts.Options(preset="micro", weights="random", steps=1, dtype="float32", device="cpu")
-    nets, meta = parts.load_parts(parts.resolve(choice), "dit", "encoder", "decoder")
-    return Player("random", choice, meta, nets)
-
-
 def noise(p: Player, latents: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     return torch.randn(1, p.nets["dit"].cfg.in_dim, latents, 8, 8, generator=g)

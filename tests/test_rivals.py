@@ -9,7 +9,6 @@ import torch
 from helpers import random_cameras
 
 from context import Window, query_offsets
-from engine import parts
 from game import scene
 from lab import players, revisits, rivals, worlds
 from lab.claims import CLAIMS, judge
@@ -28,14 +27,6 @@ ARMS = [
     "frame copied",
     "frames warped",
 ]
-
-
-@pytest.fixture(scope="module")
-def dreamer() -> Player:
-    torch.manual_seed(0)
-    choice = parts.Options(preset="micro", weights="random", steps=1, dtype="float32", device="cpu")
-    nets, meta = parts.load_parts(parts.resolve(choice), "dit", "encoder", "decoder")
-    return Player("random", choice, meta, nets)
 
 
 @pytest.fixture(scope="module")
