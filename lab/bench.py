@@ -35,6 +35,7 @@ import realtime
 from dit import DiT
 from engine import actors, cli, parts
 from lab import plain
+from lab.run import origin
 from vae import VAEConfig
 
 # FLOP/s that others reached: FastWan2.2's DiT, the published decoders
@@ -423,6 +424,13 @@ def written(rows: list[Row], command: str, about: str) -> list[str]:
     return [*lines, "", f"`{command}` · {about}"]
 
 
+def weight_files(weights: Path) -> list[Path]:
+    """All that a folder holds, the one that was named, or none where they are random."""
+    if weights.is_dir():
+        return sorted(weights.glob("*.safetensors"))
+    return [weights] if weights.exists() else []
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser("lab/bench.py", __doc__.splitlines()[0])
     parser.add_argument("--suite", default="model", choices=SUITES)
@@ -450,10 +458,12 @@ def main(argv: Sequence[str]) -> None:
     rows = bench(options, a.suite, a.rounds)
     threads = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     about = f"{a.preset} on {a.device}, torch {torch.__version__}, {threads}"
-    table = written(rows, f"python lab/bench.py {' '.join(argv)}", about)
+    command = f"python lab/bench.py {' '.join(argv)}"
+    table = written(rows, command, about)
     print("\n".join(table))
     Path(a.out).mkdir(exist_ok=True)
-    stored = json.dumps({"rows": rows, "table": table}, indent=1)
+    made = origin(command, "none", [], weight_files(Path(a.weights)))
+    stored = json.dumps({**made, "rows": rows, "table": table}, indent=1)
     (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(stored)
 
 

@@ -87,6 +87,8 @@ def test_bench_writes_the_table_it_prints(tmp_path: Path, capsys: pytest.Capture
         capsys.readouterr().out,
         json.loads((tmp_path / "bench-5b-model.json").read_text()),
     )
+    assert saved["command"] in printed
+    assert {"commit", "machine", "versions", "weights"} <= saved.keys()
     rows = {row[0]: row[2] for row in saved["rows"]}
     assert (
         rows["TF to denoise"] == pytest.approx(808.3, abs=0.1)
