@@ -27,7 +27,7 @@ Memory, past and new latents are one sequence without any mask. What tells them 
 memory and past have for level 0, and their times and cameras.
 
 Cameras. Each token has a ray token P, made of the rays of its cells (dit.py). It changes the token
-after self-attention, in which that has collected from other latents what is now to be seen from here:
+after self-attention: by then the token has collected from other latents what can be seen from here:
 
     g = W₂·silu(W₁·P) + P                                                                      (3)
     x = (1 + scale(g))·x + shift(g)                   scale and shift: a linear layer each     (4)
@@ -113,7 +113,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, S, D)
-        level: Tensor,  # (B, T, 6, D) W·silu(e) of each latent
+        from_level: Tensor,  # (B, T, 6, D) W·silu(e) of each latent
         shared: Prepared,
         ready: tuple | None,  # from prepare
         wanted: int,  # of how many latents, the last ones, the result is wanted
@@ -121,7 +121,7 @@ class Block(nn.Module):
         camera, text, keyboard = ready or self.prepare(shared)
         last = slice(x.shape[1] - wanted, None)
         dtype = self.norm3.weight.dtype  # of the matrix products; x itself may be float32
-        rows = (self.modulation + level).to(x.dtype)  # (1)
+        rows = (self.modulation + from_level).to(x.dtype)  # (1)
         rows = rows[:, :, :, None]  # (B, T, 6, 1, D): the same at all places
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)
 

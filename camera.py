@@ -173,7 +173,7 @@ def pose_to_c2w(pose: Tensor) -> Tensor:  # (..., 5) -> (..., 4, 4), same dtype
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def behind(poses: Tensor, max_pitch: float = 85.0) -> Tensor:  # (n, 5) -> (n, 4, 4)
+def over_the_shoulder(poses: Tensor, max_pitch: float = 85.0) -> Tensor:  # (n, 5) -> (n, 4, 4)
     """The camera of the third person behind a player. In the game walls bring it nearer (world.cameras)."""
     tilted = poses.clone()
     tilted[:, 3] = (poses[:, 3] - TILT).clamp(-max_pitch, max_pitch)

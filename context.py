@@ -28,7 +28,8 @@ from new ones by that level (block.py), by their time (attention.py) and their c
 
 Memory. A memory slot holds the answer to one query. The query is the camera of a new latent, the
 answer an old latent that saw much of the same (memory.py). Queries are spread over the segment, so
-that what comes into view late is asked for too. Of 10 new latents, the newest asks and those 2, 4,
+that what comes into view late is asked for too. (Where the last slot is kept for the oldest latent, its
+query goes unanswered.) Of 10 new latents, the newest asks and those 2, 4,
 6 and 8 before it; of N new latents, with M slots:
 
     the query of slot j lies ⌊j·N/M⌋ latents before the newest,    j = 0 .. M − 1              (2)
@@ -57,6 +58,7 @@ import torch
 from torch import Tensor
 
 import camera
+from camera import choose, expect
 
 NULL_MOUSE = 1.0  # "no action": memory tokens and the branch that guidance subtracts
 NULL_KEY = -1.0
@@ -268,10 +270,10 @@ class Segment:
 
     def __post_init__(self) -> None:
         B, T = self.mouse.shape[:2]
-        camera.expect("times", self.times, (B, T))
-        camera.expect("cameras", self.cameras, (B, T, Window.stride, 4, 4))
-        camera.expect("mouse", self.mouse, (B, T, ACTIONS_SEEN, 2))
-        camera.expect("keyboard", self.keyboard, (B, T, ACTIONS_SEEN, 6))
+        expect("times", self.times, (B, T))
+        expect("cameras", self.cameras, (B, T, Window.stride, 4, 4))
+        expect("mouse", self.mouse, (B, T, ACTIONS_SEEN, 2))
+        expect("keyboard", self.keyboard, (B, T, ACTIONS_SEEN, 6))
 
     @classmethod
     def cut(
@@ -313,11 +315,11 @@ class Segment:
                 cameras=self.cameras[:, :0],
             )
         M = memory.latents.shape[2]
-        camera.expect("times", self.times, (B, self.times.shape[1]))
-        camera.expect("text", text, (B, *text.shape[-2:]))
-        camera.expect("memory.latents", memory.latents, (B, C, M, h, w))
-        camera.expect("memory.times", memory.times, (B, M))
-        camera.expect("memory.cameras", memory.cameras, (B, M, Window.stride, 4, 4))
+        expect("times", self.times, (B, self.times.shape[1]))
+        expect("text", text, (B, *text.shape[-2:]))
+        expect("memory.latents", memory.latents, (B, C, M, h, w))
+        expect("memory.times", memory.times, (B, M))
+        expect("memory.cameras", memory.cameras, (B, M, Window.stride, 4, 4))
 
         cameras = torch.cat([memory.cameras.to(self.cameras), self.cameras], 1)
         camera.check_rigid("cameras (memory first)", cameras)
@@ -344,7 +346,7 @@ class Segment:
         """
         h, w = size
         T = self.times.shape[1]
-        camera.choose("encoding", lens.encoding, ENCODINGS)
+        choose("encoding", lens.encoding, ENCODINGS)
         if lens.encoding == "released":
             K = lens.K
             if K is None:
@@ -367,7 +369,8 @@ def released_rays(
     K: Tensor,  # (4,) pixels
     size: tuple[int, int, int],  # latent h, w and pixels per cell
 ) -> Tensor:  # (B, 6*stride², M+T, h, w) float32
-    """As released: every latent relative to the one before, memory to the query it answers."""
+    """As released, but for shifts below 0.1 mm: every latent relative to the one before, memory to the
+    query it answers."""
     h, w, stride = size
     pose = camera.to_released(cameras[:, :, -1].double())
     T = cameras.shape[1] - M
@@ -454,8 +457,8 @@ def main() -> None:
         made = [0] * window.frames(4)
         for k in range(4):
             first, end, past = window.segment(k)
-            fresh = range(first + past if k else first, end)
-            for latent in fresh:
+            made_now = range(first + past if k else first, end)
+            for latent in made_now:
                 for frame in window.frames_of(latent):
                     made[frame] += 1
         asking = window.queries(1)

@@ -326,11 +326,7 @@ def explore(count: int) -> None:
         "learned waypoints": world.POLICY,
     }
     for name, weights in explorers.items():
-        share = []
-        for i in range(count):
-            scene = world.scene_of(FIRST_SCENE["test"] + i)
-            covered, _ = world.explore(scene, weights, np.random.default_rng(i))
-            share.append(covered)
+        share = world.shares_explored(weights, count)
         interval = 1.96 * np.std(share) / len(share) ** 0.5
         scenes = "of unseen scenes in 120 steps"
         print(f"{name:18} cover {np.mean(share):.3f} ± {interval:.3f} {scenes}")

@@ -36,13 +36,12 @@ can tell already which places of two latents lie in the same direction.
 
 The head turns tokens back into cells. Only the velocity of the new latents is read.
 
-Cheaper, with the same bits: prepare(context) computes what does not change between the steps of
-sampling; the last block computes only the latents that are read; ranks share the places of a
-picture and exchange in self-attention and at the end (attention.py).
+Cheaper, for the same result: prepare(context) computes what does not change between the steps of
+sampling, to the same bits. Equal up to rounding: the last block computes only the latents that are
+read; ranks share the places of a picture and exchange in self-attention and at the end (attention.py).
 
 What differs. No padding tokens, and batches of any size; in the release rays enter in the blocks
-alone. `context` is a context.Context, of which past, memory, times, rays, mouse, keyboard and text
-are read.
+alone.
 
 Try it: python dit.py      Tests: pytest tests/test_dit.py
 """
@@ -260,7 +259,7 @@ class DiT(nn.Module):
         self,
         x_sigma: Tensor,  # (B, C, N, h, w) the new latents, noisy
         sigma: Tensor,  # (B,) their noise level, 0..1
-        context,  # context.Context
+        context,  # context.Context: past, memory, times, rays, mouse, keyboard and text are read
         prepared: Prepared | None = None,  # from prepare(context): same result, less work
         return_past: bool = False,  # also what is predicted at the past latents, in front
         return_features: bool = False,  # the last block's tokens instead, (B, N, S, D)
@@ -281,7 +280,7 @@ class DiT(nn.Module):
 
         # every latent gets the rows of its own noise level: 0 if it is clean, 1 if new
         is_new = (torch.arange(T, device=x.device) >= T - new).long()
-        e, level = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
+        e, from_level = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
 
         # the last block computes only what is read; not if it has actions, whose attention runs
         # over all times, past and memory included
@@ -289,7 +288,7 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
             needed = wanted if is_last and block.action_model is None else T
-            x = block(x, level, shared, ready[i], needed)
+            x = block(x, from_level, shared, ready[i], needed)
         if return_features:
             return x[:, -wanted:]
 
@@ -366,7 +365,7 @@ class DiT(nn.Module):
         B, _, P, h, w = context.past.shape
         M = context.memory.shape[2]
         T = context.times.shape[1]
-        rows = context.text.shape[1]
+        words = context.text.shape[1]
         shapes = {
             "past": (B, cfg.in_dim, P, h, w),
             "memory": (B, cfg.in_dim, M, h, w),
@@ -374,7 +373,7 @@ class DiT(nn.Module):
             "rays": (B, cfg.ray_channels, T, h, w),
             "mouse": (B, T, cfg.action_window, 2),
             "keyboard": (B, T, cfg.action_window, 6),
-            "text": (B, rows, cfg.text_dim),
+            "text": (B, words, cfg.text_dim),
         }
         wanted = more | {name: (getattr(context, name), shape) for name, shape in shapes.items()}
         for name, (tensor, shape) in wanted.items():
@@ -387,8 +386,8 @@ class DiT(nn.Module):
         _, ph, pw = cfg.patch
         if h % ph or w % pw:
             raise ValueError(f"latents must divide into {ph}x{pw} patches, got {h}x{w}")
-        if rows > cfg.text_len:
-            raise ValueError(f"text must have at most {cfg.text_len} rows, got {rows}")
+        if words > cfg.text_len:
+            raise ValueError(f"text must have at most {cfg.text_len} words, got {words}")
 
 
 # ---- demo ----------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def generator_loss(
     with torch.no_grad():
         x = x0.detach().float()
         tau = draw_tau(len(x), cfg, generator).to(x)
-        x_tau = flow.add_noise(x, flow.fresh(x, generator), tau)  # (1)
+        x_tau = flow.add_noise(x, flow.noise_like(x, generator), tau)  # (1)
 
         # where x_τ came from: the teacher's estimate x̂_real and the critic's x̂_fake
         v_real = real(x_tau, tau, context).float()
@@ -167,7 +167,7 @@ def critic_loss(
     """L_critic: plain flow matching with the student's x in the place of data."""
     x = x0.detach().float()
     tau = draw_tau(len(x), cfg, generator).to(x)
-    noise = flow.fresh(x, generator)
+    noise = flow.noise_like(x, generator)
     v = fake(flow.add_noise(x, noise, tau), tau, context).float()
     return (v - flow.velocity(x, noise)).square().mean()  # (5)
 
@@ -203,7 +203,7 @@ def judge_loss(
 ) -> Tensor:
     """The judge's own loss: cross-entropy of "true" for true and "made" for generated latents."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
-    noise = flow.fresh(x0, generator)
+    noise = flow.noise_like(x0, generator)
     alone = context.alone()
     says_true = judge(flow.add_noise(true, noise, tau), tau, alone)
     says_made = judge(flow.add_noise(x0.detach(), noise, tau), tau, alone)
@@ -219,7 +219,7 @@ def adversarial_loss(
 ) -> Tensor:
     """The student's extra loss: cross-entropy of "true" for what it generated."""
     tau = draw_tau(len(x0), cfg, generator).to(x0)
-    x_tau = flow.add_noise(x0, flow.fresh(x0, generator), tau)
+    x_tau = flow.add_noise(x0, flow.noise_like(x0, generator), tau)
     return F.softplus(-judge(x_tau, tau, context.alone())).mean()
 
 
@@ -287,7 +287,7 @@ def rollout(
         context = segment.context(past, clip.text, found, cfg.lens).to(past.device)
 
         # the noise has the shape of N latents; only the last segment may stop early
-        noise = flow.fresh(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
+        noise = flow.noise_like(past[:, :, :1].expand(-1, -1, N, -1, -1), generator)
         with torch.set_grad_enabled(graph and last):
             x0 = few_step(student, context, noise, exit_step if last else None, cfg, generator)
         if not last:

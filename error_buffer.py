@@ -62,9 +62,7 @@ class ErrorConfig:
 
     gamma: float = 1.0  # γ
     jitter: float = 0.2  # γ times a uniform number in 1 − jitter .. 1 + jitter, once per sample
-    probability: float = (
-        0.5  # that a call perturbs a sample; the others stay as they are, to the bit
-    )
+    probability: float = 0.5  # that a call perturbs a sample; others stay as they are, to the bit
     capacity: int = 500  # N, in latent frames
     warmup: int = 50  # pushes before the first use: early errors are those of an untrained network
     per_push: int = 16  # n, latent frames stored per step
@@ -163,11 +161,9 @@ class ErrorBuffer:
     def load_state_dict(self, state: dict) -> None:
         here = (self.cfg.capacity, self.cfg.dtype)
         saved = (state["cfg"]["capacity"], state["cfg"]["dtype"])
-        # older runs could keep an error buffer per range of noise levels; this one is a single one
-        if here != saved or state["cfg"].get("buckets", 0):
+        if here != saved:
             raise ValueError(
-                f"this error buffer has (capacity, dtype) = {here}, the saved one {saved}"
-                f" in {state['cfg'].get('buckets', 0) or 1} shelves: "
+                f"this error buffer has (capacity, dtype) = {here}, the saved one {saved}: "
                 "pass the saved values, or start a new run with --fresh"
             )
         kept = state["entries"]

@@ -5,19 +5,20 @@ here are ours. We own the renderer, and so the truth at any pose: true frames, e
 old frame saw, where a generated frame was taken (registration).
 
     PSNR  = min(50, −10 log10 mean (x − x̂)²)     of all pixels, or of those that only memory can know
-    ZNCC  = a·b                                  frames without their channel means, of unit length
+    ZNCC  = a·b                                  of two frames, each less its means, of unit length
     reliance = PSNR with the right memory − PSNR with zeros in its place
     adoption = share of frames nearer to the world whose memory was given than to the true one
     gain  = Σ c·m / Σ c²                         motion m drawn per motion c commanded
-    KCtrl = share of opposite keys that both act: standing still earns nothing
-    TWFD  = Fréchet distance of frames, as 64 principal components of thumbnails
+    KCtrl = share of pairs of opposite keys that both act, as W and S: standing still earns nothing
+    TWFD  = Fréchet distance of drawn and true thumbnails of walks, by their 64 principal components
 
-The unit is the held-out world: arms share worlds, walks and noise, and intervals are over worlds.
-What is claimed stands in lab/claims.py; predictions are stored before a run begins. Every table and
-figure comes from results/*.json alone. What needs retraining: --weights RUN --out DIR/ARM-SEED, for
-which `ablation` is a short command; then `compare --out DIR` sets the arms side by side. LPIPS, FID
-and FVD need downloaded networks and are not computed. A model of somebody else is scored by its frames
-alone, in a file of its own: --model MODULE:CLASS, see lab/outside.py.
+An arm is one way to play or to train, as with and without memory. All arms share worlds, walks and
+noise, and intervals are over held-out worlds. What is claimed stands in lab/claims.py; predictions are
+stored before a run begins. Every table and figure comes from results/*.json alone. To compare arms that
+need training, measure each run: `ablation --weights RUN --out DIR/ARM-SEED`; then `compare --out DIR`
+sets them side by side. LPIPS, FID and FVD need downloaded networks and are not computed. A model of
+somebody else is scored by its frames alone, in a file of its own: --model MODULE:CLASS, see
+lab/outside.py.
 
 Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evaluate.py
 """

@@ -60,9 +60,10 @@ PRESET = "tiny"
 DECODER = "light75"
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 SEED = 42
-FLOAT = 1  # ONNX gives the types of numbers in a tensor numbers: 32 bits,
-DOUBLE = 11  # 64 bits;
-WHOLE_NUMBER = 2  # and so for the types of an operator's attributes
+# ONNX names types by numbers: of what a tensor holds (32 and 64 bits), and of an operator's attribute
+FLOAT = 1
+DOUBLE = 11
+INT_ATTRIBUTE = 2
 GREY = 1  # of 256 grey levels: so much a pixel of the page may differ
 
 
@@ -246,7 +247,7 @@ def simplify(graph: object) -> None:
         # "to the type of that tensor" becomes "to this type"
         if node.op_type == "CastLike" and types.get(node.input[1]):
             node.op_type = "Cast"
-            node.attribute.add(name="to", type=WHOLE_NUMBER, i=types[node.input[1]])
+            node.attribute.add(name="to", type=INT_ATTRIBUTE, i=types[node.input[1]])
             del node.input[1]
         if node.op_type == "Cast" and node.attribute[0].i == DOUBLE:
             node.attribute[0].i = FLOAT

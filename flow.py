@@ -111,7 +111,7 @@ def sigma_grid(steps: int, s: float = 5.0) -> Tensor:
     return F.pad(shift(even, s), (0, 1)).float()
 
 
-def fresh(like: Tensor, generator: torch.Generator | Callable | None) -> Tensor:
+def noise_like(like: Tensor, generator: torch.Generator | Callable | None) -> Tensor:
     """Noise in the shape, type and device of a tensor, drawn on the generator's device.
 
     In place of a generator, a function may return noise of a given shape, drawn elsewhere.
@@ -140,7 +140,7 @@ def renoise(v: Callable, x: Tensor, sigmas: Tensor, generator=None) -> Iterator[
         x0 = x - now * v(x, now)  # (4)
         yield x0
         if after > 0:
-            x = (1 - after) * x0 + after * fresh(x0, generator)  # (1)
+            x = (1 - after) * x0 + after * noise_like(x0, generator)  # (1)
 
 
 class Estimate(NamedTuple):

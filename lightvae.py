@@ -12,7 +12,6 @@ latent, and the last, whose output is pixels, shrink by one:
     (1 − rate)²  <=  cost(rate) / cost(0)  <=  1 − rate                                          (1)
 
 with the lower end nearly reached: half as wide is four times cheaper, a quarter is sixteen times.
-What it loses is not what a picture shows, but how many ways of showing it there are.
 
 Pictures are compared twice. L1 alone is kind to blur: where an edge may lie here or there, grey in
 between costs no more than either. Its gradient does, so these are compared too, at three sizes:
@@ -31,8 +30,9 @@ while the encoder learns, and keeps it from making latents large to drown the no
 
     z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
 
-At the end mean and std move into the VAE. The decoder was trained on (5) as it stands, with conv2
-reading W·(z·s0 + m0) + b; it will be given z·std + mean instead, and must not notice:
+At the end mean and std of all latents move into the VAE, in the place of m0 and s0, those it began
+with (0 and 1 in a new one). The decoder's first layer, conv2 with weight W and bias b, was trained
+on W·(z·s0 + m0) + b. It will be given z·std + mean instead, and must not notice:
 
     W' = W·s0/std,     b' = b + W·m0 − W'·mean                                                   (6)
 
@@ -119,7 +119,7 @@ def picture_loss(x_hat: Tensor, video: Tensor, weight: float) -> tuple[Tensor, P
     return l1 + weight * edges, parts  # (3)
 
 
-# ---- a judge of sharpness, off by default ------------------------------------------------------------------
+# ---- a judge of sharpness, off by default; the shipped decoder had it --------------------------------------
 
 
 class Judge(nn.Module):
@@ -174,8 +174,8 @@ def vae_loss(
     """Encoder and decoder together."""
     model.check_video(video)
     z = norm(model.moments(video))
-    fresh = torch.randn(z.shape, generator=generator)
-    z = z + noise * fresh.to(z.device)
+    drawn = torch.randn(z.shape, generator=generator)
+    z = z + noise * drawn.to(z.device)
     x_hat = model.decode(z.to(video.dtype))
     return *picture_loss(x_hat, video, weight), x_hat
 

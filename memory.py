@@ -1,9 +1,11 @@
 """Find the old frames that saw what we are about to see.
 
-What it does. Five cameras of the next segment, the queries, are each answered by one old latent.
+What it does. Memory has five slots. Four hold the old latents that answer a query best, the camera
+of a latent that is to be drawn; the fifth holds the oldest.
 In play the candidates lie in a MemoryBank, which holds all latents made so far; in training they
 come from the earlier part of the same clip (select_training).
-Paper: §3.2 (camera-aware memory).  Released: inference only.
+Paper: §3.2 (camera-aware memory).  Released: code of inference, which also holds a rule for training
+that nothing there calls.
 
 Why it works. A view is the part of a camera's frustum up to the depth FAR. The score of a
 candidate c for a query q is the share of the new view that the old one covers:
@@ -57,6 +59,7 @@ from torch import Tensor
 
 import camera
 import context
+from camera import choose, expect
 from context import Memory, Window
 
 NEAR, FAR = 0.1, 30.0  # metres: the part of a view that counts as seen
@@ -116,7 +119,7 @@ def overlap(
     points: int = POINTS,
 ) -> Tensor:  # (Q, N) float32
     """The share of each new view that each old one has seen."""
-    camera.choose("rule", rule, RULES)
+    choose("rule", rule, RULES)
     if candidates.dim() == 3:  # those per query come from a bank, which has checked them
         camera.check_rigid("query", query)
         camera.check_rigid("candidates", candidates)
@@ -260,7 +263,7 @@ class MemoryBank:
     """
 
     def __init__(self, rule: str = "uniform", gate: float = 0.85, free: int = 4096) -> None:
-        self.rule = camera.choose("rule", rule, RULES)
+        self.rule = choose("rule", rule, RULES)
         self.gate = gate
         self.free = free
         self.size = 0
@@ -279,8 +282,8 @@ class MemoryBank:
     def append(self, latents: Tensor, cameras: Tensor, times: Tensor) -> None:
         """(C, n, h, w), c2w (n, 4, 4, 4) of each latent's frames, (n,) absolute indices that grow."""
         C, _, h, w = latents.shape
-        camera.expect("latents", latents, (C, len(times), h, w))
-        camera.expect("cameras", cameras, (len(times), 4, 4, 4))
+        expect("latents", latents, (C, len(times), h, w))
+        expect("cameras", cameras, (len(times), 4, 4, 4))
         camera.check_rigid("cameras", cameras)
         order = torch.cat([self.times[-1:], times.cpu()]).tolist()
         if order != sorted(set(order)):
@@ -374,9 +377,9 @@ class MemoryBank:
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:  # (Q,) rows for read(), (Q,) their overlaps
         """Which latents to remember."""
-        camera.expect("query", query, (len(query), 4, 4))
+        expect("query", query, (len(query), 4, 4))
         camera.check_rigid("query", query)
-        if camera.choose("policy", policy, POLICIES) == "none":
+        if choose("policy", policy, POLICIES) == "none":
             return torch.zeros(0, dtype=torch.long), torch.zeros(0)
         stop = self.size if before is None else int(torch.searchsorted(self.times, before))
         if stop == 0:

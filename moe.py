@@ -79,7 +79,7 @@ class Experts(nn.Module):
         self.view = next(iter(high))  # whose high-noise expert is in use; see look()
 
     @property
-    def config(self) -> MoEConfig:
+    def moe_config(self) -> MoEConfig:
         return MoEConfig(self.cfg, self.boundary, tuple(self.high))
 
     def look(self, view: str) -> "Experts":

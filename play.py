@@ -184,8 +184,8 @@ def replay(args: argparse.Namespace) -> int:
             f"--replay {args.replay}: no such session; "
             "expected a folder written by play.py, or its session.json"
         )
-    said = folder.session_of(file.parent, file.name)
-    if said["trail"]:
+    recorded = folder.session_of(file.parent, file.name)
+    if recorded["trail"]:
         raise ValueError(
             f"{file} began in mid-session (resumed, or recording was switched on later): "
             "it is a clip and cannot be replayed"
@@ -193,23 +193,23 @@ def replay(args: argparse.Namespace) -> int:
 
     # the file may have been changed: its flags are checked as if a person had typed them
     with folder.judging(file):
-        again = parse(flags_of(said) + (["--debug"] if args.debug else []))
+        again = parse(flags_of(recorded) + (["--debug"] if args.debug else []))
         refuse_hub(again)
     again.weights = str(cli.find(again.weights)) if again.weights else ""
     again.out = args.out
     again.stop = args.stop
-    again.prompt = said["prompt"]
+    again.prompt = recorded["prompt"]
     again.image = str(file.parent / "start.png")
-    keyboard, mouse = (np.array(said[key], np.float32) for key in ("keyboard", "mouse"))
-    policies = [chunk["policy"] for chunk in said["chunks"]]
-    new = headless(again, Script(keyboard, mouse, said["fps"], policies, again=True))
-    return compare(said, new, folder.about(again))
+    keyboard, mouse = (np.array(recorded[key], np.float32) for key in ("keyboard", "mouse"))
+    policies = [chunk["policy"] for chunk in recorded["chunks"]]
+    new = headless(again, Script(keyboard, mouse, recorded["fps"], policies, again=True))
+    return compare(recorded, new, folder.about(again))
 
 
-def flags_of(said: dict) -> list[str]:
+def flags_of(recorded: dict) -> list[str]:
     """The flags of a session as they could have been typed."""
-    typed = [f"--seed={said['seed']}"]
-    for name, value in said["flags"].items():
+    typed = [f"--seed={recorded['seed']}"]
+    for name, value in recorded["flags"].items():
         if name not in folder.FLAGS:
             raise ValueError(f"session.json names an unknown flag {name!r}")
         if name == "size":
@@ -222,9 +222,9 @@ def flags_of(said: dict) -> list[str]:
     return typed
 
 
-def compare(said: dict, new: list[dict], now: dict) -> int:
+def compare(recorded: dict, new: list[dict], now: dict) -> int:
     """How many chunks are the same again; and if not all are, what is not as it was."""
-    old = said["chunks"]
+    old = recorded["chunks"]
     same = sum(a["sha"] == b["sha"] for a, b in zip(new, old, strict=False))
     verdict = f"{same} of {len(old)} chunks are identical"
     if same == len(new) < len(old):
@@ -234,9 +234,9 @@ def compare(said: dict, new: list[dict], now: dict) -> int:
         print(verdict)
         return 0
     changed = [
-        f"{key} was {said[key]}, is {now[key]}"
+        f"{key} was {recorded[key]}, is {now[key]}"
         for key in ("versions", "weights_sha")
-        if said[key] != now[key]
+        if recorded[key] != now[key]
     ]
     print(f"{verdict}: {'; '.join(changed) or 'another device?'}")
     return 1
@@ -302,7 +302,7 @@ def make_start() -> None:
 # ---- the command line --------------------------------------------------------------------------------------
 
 
-PRESETS = tuple(sorted(parts.SIZES, key="tiny".__ne__))  # tiny first
+PRESETS = ("tiny", *(name for name in parts.SIZES if name != "tiny"))
 FLAGS = {  # name: default (its type is the flag's; of a tuple of choices the first), help
     "image": (
         str(cli.beside("assets/start.png")),

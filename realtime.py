@@ -44,17 +44,17 @@ N + 1 processes, three channels (engine/ranks.py; what each process does is in e
            ◄─ answers: frames, sent back ──────────── rank N
     and inside every block ranks 0 .. N−1 exchange heads for places (attention.py)
 
-All denoisers hold the same memory, as they get the same calls and the noise of a segment depends on
-the seed and its number alone. So do undo, restore and replay give the same frames again. If a rank
-dies, fails or stalls, rank 0 raises one ConnectionError, and all processes end.
+All denoisers hold the same memory, as they get the same calls and the noise of a segment depends on the
+seed and its number alone. For the same reason undo, restore and replay give the same frames again. If a
+rank dies, fails or stalls, rank 0 raises one ConnectionError, and all processes end.
 
 On one host rank 0 starts the others. On several, torchrun starts all (engine/meeting.py):
 
     export MATRIX_GAME_SECRET=...                                         the same on all hosts
     torchrun --nnodes 3 --node-rank K --nproc-per-node 3 --master-addr HOST play.py --dit-ranks 8
 
-What differs. The released command for many GPUs fails as documented. Here pixels are rounded, not
-cut, time may pass latent 2,048, frame 0 belongs to reset, and segments may be short.
+What differs. The release's command for many GPUs fails if typed as its README says. Here pixels are
+rounded, not cut, time may pass latent 2,048, frame 0 belongs to reset, and segments may be short.
 
 Try it: python realtime.py      Tests: pytest tests/test_realtime.py tests/test_ranks.py
 """
@@ -63,7 +63,6 @@ import contextlib
 import json
 import secrets
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -77,8 +76,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import camera
 import memory
+from camera import choose
 from context import Window
 from engine import meeting, ranks, spawned, weights
 from engine.actors import UNDO, Decoder, Denoiser, serve
@@ -87,6 +86,9 @@ from engine.parts import SIZES, Options, embed, load_parts, places, resolve
 
 WINDOW = Window()
 QUEUE = 2  # segments that may wait for the decoder
+UNCOLLECTED = (
+    2 * QUEUE
+)  # segments that may be submitted and not collected: as many more are decoded
 SHOWN = 40  # frames per second that the paper aims at
 START = (0.0, -1.6, 0.0, 0.0, 0.0)  # x, y, z, pitch, yaw: eyes 1.6 m above the ground
 
@@ -197,8 +199,8 @@ class Session:
     def submit(self, keyboard: Tensor, mouse: Tensor) -> None:
         """Denoise the next segment and hand it to the decoder. The keys should be read just before."""
         keyboard, mouse = self.checked(keyboard, mouse)
-        camera.choose("policy", self.policy, memory.POLICIES)
-        self.idle(2 * QUEUE)
+        choose("policy", self.policy, memory.POLICIES)
+        self.refuse_uncollected(UNCOLLECTED)
         latents, info = self.everywhere("run", keyboard, mouse, self.policy)
         self.decode(latents, info)
 
@@ -218,12 +220,12 @@ class Session:
             )
         return keyboard, mouse
 
-    def decode(self, latents: Tensor, info: dict, fresh: bool = False) -> None:
+    def decode(self, latents: Tensor, info: dict, begins: bool = False) -> None:
         """Give latents to the decoder's thread; without one they are decoded in collect().
 
         At most QUEUE segments wait for that thread. If it is slow, this waits.
         """
-        decoding = partial(self.decoder.decode, latents, fresh)
+        decoding = partial(self.decoder.decode, latents, begins)
         if self.pool:
             if len(self.pending) > QUEUE:
                 earlier, _ = self.pending[-QUEUE - 1]
@@ -240,7 +242,7 @@ class Session:
         info["ms"]["decode"] = milliseconds
         return Chunk(frames, info)
 
-    def idle(self, most: int = 0) -> None:
+    def refuse_uncollected(self, most: int = 0) -> None:
         """Refuse to go on while more than so many segments are submitted and not collected."""
         if len(self.pending) > most:
             raise ValueError(
@@ -255,7 +257,7 @@ class Session:
 
         The same actions then give the same frames.
         """
-        self.idle()
+        self.refuse_uncollected()
         if not self.denoiser.history:
             raise ValueError(
                 f"nothing to undo: up to {UNDO} steps since the start "
@@ -266,7 +268,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """The whole state, in one safetensors file."""
-        self.idle()
+        self.refuse_uncollected()
         state = self.denoiser.dump()
         state |= {f"decoder.{name}": x for name, x in self.decoder.dump().items()}
         about = {
@@ -278,7 +280,7 @@ class Session:
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved state: the same actions then give the same frames."""
-        self.idle()
+        self.refuse_uncollected()
         state, about = weights.read_weights(path)
         preset = about.get("session")
         view = about.get("view", "first")
@@ -440,7 +442,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    if "--bench" in sys.argv:
-        print("error: --bench is a program of its own: python lab/bench.py", file=sys.stderr)
-        sys.exit(2)
     demo()

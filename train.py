@@ -10,9 +10,9 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
     moe         base    one expert per noise range and view             train_base on a part of the σ axis
 
 One step of `base`: the new latents alone become noisy, x_σ = (1 − σ)·x0 + σ·ε, and the network says the
-velocity there. Past and memory are clean in time (t = 0) but not in content: residuals that the model
-itself made earlier are added (error_buffer.py). With p = 0.2 there is neither, and the model learns
-image-to-video.
+velocity there. Past and memory are told noise level 0, but they are not perfect: residuals that the model
+itself made earlier are added (error_buffer.py). A fifth of the batches has no memory, and of the past only
+the first latent, an image.
 
 Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
 (flow.py). Muon on the matrices of blocks. Latents are encoded once and cached. Revisits are drawn more
@@ -163,16 +163,16 @@ def train_vae(run: Run) -> None:
 
 
 def start_vae(run: Run, teacher: vae.VAE | None) -> nn.ModuleList:
-    """[VAE, helper]: a fresh one or that of --init, and what helps it to learn and is then thrown away."""
+    """[VAE, helper]: a new one or that of --init, and what helps it to learn and is then thrown away."""
     cfg = run.cfg
     model = vae.VAE(vae.pruned(teacher.cfg, cfg.rate) if teacher else VAES[cfg.preset])
     if cfg.init:
-        fresh = model.cfg
+        wanted = model.cfg
         model = weights.load_vae(cli.find(cfg.init)).float()
-        if (model.cfg.dim, model.cfg.dec_dim) != (fresh.dim, fresh.dec_dim):
+        if (model.cfg.dim, model.cfg.dec_dim) != (wanted.dim, wanted.dec_dim):
             raise ValueError(
                 f"--init {cfg.init} has a decoder of width {model.cfg.dec_dim}, "
-                f"this run {fresh.dec_dim}: see --preset and --rate"
+                f"this run {wanted.dec_dim}: see --preset and --rate"
             )
     model = model.to(run.device)
 
@@ -225,7 +225,7 @@ def train_base(run: Run) -> None:
     while run.step < cfg.steps and not run.stop:
         # which windows of which episodes, and how noisy
         cut, x0, context = ahead(run.step)  # x0 (B, C, N, h, w)
-        g = generator(cfg, run.step + 500_000_000)
+        g = generator(cfg, run.step, "noise")
         sigma = share(run, draw_sigma(cfg, g)).to(run.device)
         noise = share(run, torch.randn(cfg.batch, *x0.shape[1:], generator=g)).to(run.device)
         x_sigma = flow.add_noise(x0, noise, sigma)  # x_σ = (1 − σ)·x0 + σ·ε
@@ -310,7 +310,7 @@ def train_distill(run: Run) -> None:
     held = load_clips(run, decoder, root, "tune")
     how = dmd_config(cfg)
 
-    # one network is asked, one is the student, one learns what the student makes; the judge is optional
+    # one is asked, one learns to draw, one what that draws; the judge: with --adversarial alone
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student = Learner.start(run, cfg.lr, cfg.student)
     critic = Learner.start(run, cfg.lr_critic, recompute=False)
@@ -323,7 +323,7 @@ def train_distill(run: Run) -> None:
     progress = Progress(run)
 
     while run.step < cfg.steps and not run.stop:
-        own = generator(cfg, run.step + 800_000_000 + 1_000_000 * run.rank)
+        draws = generator(cfg, run.step + 1_000_000 * run.rank, "rank")  # every rank has its own
         ratio = cfg.ratio_cold if run.step < cfg.cold_start else cfg.ratio
         critics_turn, students_turn = dmd.turns(run.step, ratio)
         teacher = in_dtype(real, run)
@@ -332,21 +332,22 @@ def train_distill(run: Run) -> None:
         numbers = {}
 
         with torch.set_grad_enabled(students_turn):
-            x0, context, true = students_work(run, clips, in_dtype(student.fast(), run), how, own)
+            x0, context, true = students_work(run, clips, in_dtype(student.fast(), run), how, draws)
         if students_turn:
-            loss = dmd.generator_loss(x0, context, teacher, fake, how, own)  # Eq. 8
+            loss = dmd.generator_loss(x0, context, teacher, fake, how, draws)  # Eq. 8
             if cfg.adversarial:
-                loss = loss + cfg.adversarial * dmd.adversarial_loss(x0, context, opinion, how, own)
+                taken_for_true = dmd.adversarial_loss(x0, context, opinion, how, draws)
+                loss = loss + cfg.adversarial * taken_for_true
             student.descend(loss, run, x0)
             critic.forget()  # the student's loss went through both
             judge.forget()
             rate = optim.lr_at(run.step, cfg.steps, cfg.warmup)
             numbers["norm"] = student.update(cfg.clip, rate, ema, cfg.ema)
         if critics_turn:
-            loss = dmd.critic_loss(x0.detach(), context, fake, how, own)
+            loss = dmd.critic_loss(x0.detach(), context, fake, how, draws)
             numbers["critic"] = loss.detach()
             if cfg.adversarial:
-                caught = dmd.judge_loss(x0, true, context, opinion, how, own)
+                caught = dmd.judge_loss(x0, true, context, opinion, how, draws)
                 numbers["judge"] = caught.detach()
                 loss = loss + caught
             critic.descend(loss, run, x0)
@@ -429,22 +430,23 @@ def dmd_config(cfg: TrainConfig) -> dmd.DMDConfig:
 
 
 def students_work(
-    run: Run, clips: Clips, student: Callable, how: dmd.DMDConfig, own: torch.Generator
+    run: Run, clips: Clips, student: Callable, how: dmd.DMDConfig, draws: torch.Generator
 ) -> tuple[Tensor, Context, Tensor]:
     """What the student makes, what it was told, and what the world shows in that place."""
     cfg = run.cfg
-    g = generator(cfg, run.step + 700_000_000)  # the same on every rank
+    g = generator(cfg, run.step, "rollout")  # the same on every rank
     exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
     if run.step < cfg.cold_start:  # one segment, with true past and memory
         true, context = draw(clips, run, run.step)
-        noise = flow.fresh(true, own)
-        return dmd.few_step(student, context, noise, exit_step, how, own), context, true
+        noise = flow.noise_like(true, draws)
+        x0 = dmd.few_step(student, context, noise, exit_step, how, draws)
+        return x0, context, true
 
     # segment after segment on its own outputs
     new, _ = draw_length(run, run.step)
     clip = scene(clips, run, run.step)
     k = dmd.draw_segments(how, g, new)
-    x0, context = dmd.rollout(student, clip, k, exit_step, how, own, new)
+    x0, context = dmd.rollout(student, clip, k, exit_step, how, draws, new)
     return x0, context, clip.latents[:, :, context.times[0, -x0.shape[2] :]]
 
 

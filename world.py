@@ -7,10 +7,9 @@ Paper: §4, where Unreal is the game: many scenes, all streams captured at the s
 explorers that follow a navigation mesh or have learnt where to go, characters put together from
 parts. Not released.
 
-Why it works. A world model learns from frames, cameras, players and actions, of which the four
-that are given together must belong to one moment. A recorder of somebody else's game has to find
-out which do. Our own game has one clock, and writes all four down before anything moves. Then it
-is t + 1:
+Why it works. A world model learns from four streams: frames, cameras, players and actions. At every
+t all four must belong to the same moment. A recorder of somebody else's game has to find out which
+do. Our own game has one clock, and writes all four down before anything moves. Then it is t + 1:
 
     pose[t+1] = slide(step(pose[t], action[t]))                                                  (1)
 
@@ -27,7 +26,10 @@ is not what the action alone would have made of it: such a tick is marked as `co
 In third person the camera hangs on an arm behind the player's eye, and comes closer where a wall,
 the floor or the ceiling is in its way:
 
-    camera = eye + LIFT + s·back,     s the last of 57 lengths before the first blocked one      (3)
+    camera = eye + (0, −LIFT, 0) + s·back                                                        (3)
+
+where back points away from what is looked at, and s is the last of 57 lengths before the first
+blocked one.
 
 A frame depends on its own camera alone, in third person also on where the figure stands; and
 cameras are rounded to float32 before anything is drawn with them. So a camera that was stored
@@ -76,12 +78,12 @@ def cameras(scene: Scene, player: ndarray, view: str = "first") -> ndarray:
     """The cameras of a player: (T, 5) -> (T, 4, 4), exact in float32."""
     pose = np.array(player, np.float64)
     if view == "third":
-        pose = behind(scene, pose)
+        pose = on_spring_arm(scene, pose)
     c2w = pose_to_c2w(torch.from_numpy(pose)).numpy()
     return c2w.astype(np.float32).astype(np.float64)  # (4)
 
 
-def behind(scene: Scene, pose: ndarray) -> ndarray:
+def on_spring_arm(scene: Scene, pose: ndarray) -> ndarray:
     """Poses of the eye -> poses of a camera on a spring arm that shortens before it enters a wall."""
     pitch = np.radians(np.clip(pose[:, 3] - TILT, -MAX_PITCH, MAX_PITCH))
     yaw = np.radians(pose[:, 4])
@@ -320,13 +322,14 @@ def frames_per_second(scene: Scene, player: ndarray, view: str, size: int) -> fl
     return len(c2w) / (time.process_time() - began)
 
 
-def share_explored(weights: ndarray | None) -> float:
-    """The share of the free cells that an explorer sees in 120 steps, in 16 places that it never saw."""
-    covered = []
-    for seed in SPLITS["test"][:16]:
-        share, _ = explore(make_scene(seed), weights, np.random.default_rng(seed))
-        covered.append(share)
-    return float(np.mean(covered))
+def shares_explored(weights: ndarray | None, count: int) -> list[float]:
+    """The shares of the free cells that an explorer sees in 120 steps, in places that it never saw."""
+    shares = []
+    for i in range(count):
+        scene = scene_of(SPLITS["test"][i])
+        share, _ = explore(scene, weights, np.random.default_rng(i))
+        shares.append(share)
+    return shares
 
 
 def demo() -> None:
@@ -350,9 +353,10 @@ def demo() -> None:
         speed = frames_per_second(place, walk["player"], view, 64)
         print(f"64x64, {view} person: {speed:.0f} frames/s drawn, 16 frames/s are played")
 
-    random, learned = share_explored(np.zeros(4)), share_explored(POLICY)
-    print(f"16 unseen places, 120 steps: the learned explorer covers {learned:.2f} of them,")
-    print(f"random waypoints {random:.2f}, a random walk {share_explored(None):.2f}")
+    explorers = {"learned": POLICY, "random waypoints": np.zeros(4), "a random walk": None}
+    print("16 unseen places, 120 steps: how much of them is seen")
+    for name, weights in explorers.items():
+        print(f"    {name:16} {np.mean(shares_explored(weights, 16)):.2f}")
 
 
 if __name__ == "__main__":

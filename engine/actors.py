@@ -99,7 +99,7 @@ class Denoiser:
         self.history: deque = deque(maxlen=UNDO)
         self.camera = camera.pose_to_c2w
         if options.view == "third":
-            self.camera = partial(camera.behind, max_pitch=options.max_pitch)
+            self.camera = partial(camera.over_the_shoulder, max_pitch=options.max_pitch)
 
     # ---- where it stands
 
@@ -282,11 +282,11 @@ class Decoder:
             self.stream = torch.cuda.stream(torch.cuda.Stream(options.device))
 
     @torch.inference_mode()  # this holds for one thread, so a caller could not set it for another
-    def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:
-        """(1, C, n, h, w) -> (4n, H, W, 3) frames, and milliseconds; `fresh` begins a new video."""
+    def decode(self, z: Tensor, begins: bool = False) -> tuple[Tensor, float]:
+        """(1, C, n, h, w) -> (4n, H, W, 3) frames, and milliseconds; `begins` begins a new video."""
         began = time.perf_counter()
         self.history.append(parked(self.state, self.options.device))
-        state = None if fresh else self.state
+        state = None if begins else self.state
 
         # large pictures are decoded a few latents at a time, or the layers would need too much memory
         pieces = z.to(**self.place).split(at_once(self.options), 2)

@@ -158,7 +158,7 @@ def export(*runs: str, file: str) -> None:
             )
         model = join(dict(zip(names, runs, strict=True)), said["boundary"])
         tensors = model.state_dict()
-        said = said | {"config": asdict(model.config), "view": "both"}
+        said = said | {"config": asdict(model.moe_config), "view": "both"}
     write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
     size = size_in_words(Path(file).stat().st_size)
     print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {size}")

@@ -257,7 +257,7 @@ def draw_length(run: Run, step: int) -> tuple[int, int]:
     choices = lengths(run.cfg)
     if choices == [WINDOW.new]:
         return WINDOW.new, 0
-    g = generator(run.cfg, step + 900_000_000)
+    g = generator(run.cfg, step, "length")
     n_new = choices[int(torch.randint(len(choices), (), generator=g))]
     return n_new, int(torch.randint(WINDOW.new - n_new + 1, (), generator=g))
 

@@ -109,11 +109,11 @@ class ExportedDecoder:
         self.networks = {True: open_network(first), False: open_network(following)}
         self.state: list[np.ndarray] = []
 
-    def decode(self, z: Tensor, fresh: bool = False) -> tuple[Tensor, float]:
+    def decode(self, z: Tensor, begins: bool = False) -> tuple[Tensor, float]:
         began = time.perf_counter()
-        network = self.networks[fresh]
+        network = self.networks[begins]
         tensors = [latents_first(z).numpy()]
-        if not fresh:
+        if not begins:
             tensors += self.state
         names = [given.name for given in network.get_inputs()]
         feed = dict(zip(names, tensors, strict=True))

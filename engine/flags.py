@@ -77,7 +77,7 @@ class TrainConfig:
     shift: float = opt(1.5, "of σ: more steps where layout is decided", "5 (lineage)")
 
     # memory: what a window remembers, and what is left out so that it can be switched off
-    p_i2v: float = opt(0.2, "batches without past and memory: image to video", "0.2, §3.1")
+    p_i2v: float = opt(0.2, "batches without memory, whose past is one image", "0.2, §3.1")
     p_memory_off: float = opt(0.15, "other batches without memory", "part of the 0.2")
     p_null: float = opt(0.1, "samples with null text and actions, for guidance")
     p_later: float = opt(0.5, "samples whose memory is up to 2,000 latents older than it was")

@@ -42,6 +42,14 @@ MAY_CHANGE = {  # on resume: how long and how often, but nothing that changes a 
     "device",
     "tensorboard",
 }
+# streams of draws, so far apart that no two of one run share a seed
+STREAMS = {
+    "windows": 0,
+    "noise": 500_000_000,
+    "rollout": 700_000_000,
+    "rank": 800_000_000,
+    "length": 900_000_000,
+}
 BEFORE = {"new": "10"}  # what runs did that are older than a flag with another default
 VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}
 KEPT_WITH_WEIGHTS = (  # what whoever loads the weights must know
@@ -212,9 +220,9 @@ def listen(run: Run) -> None:
 # ---- one step ----------------------------------------------------------------------------------------------
 
 
-def generator(cfg: TrainConfig, step: int) -> torch.Generator:
-    """The one source of randomness of a step."""
-    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+def generator(cfg: TrainConfig, step: int, stream: str = "windows") -> torch.Generator:
+    """The source of randomness of a step; what is drawn for different ends has streams of its own."""
+    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + STREAMS[stream] + step)
 
 
 def share(run: Run, x: Tensor) -> Tensor:

@@ -80,14 +80,14 @@ ROWS = [
     Row("the full decoder: PSNR, dB", "vae", "psnr", THINNER, "Wan2.2, 33 frames"),
     Row("the full decoder: frames per second", "vae", "FPS", STREAMED, "Wan2.2, streaming"),
     Row(
-        "play.py: frames per second",
+        "play.py, 2 latents at once: frames per second",
         "latency",
         "FPS, one after the other",
         {"wanted": 40.0, "10 latents at once": "tiny"},
         "2 at once",
     ),
     Row(
-        "play.py: seconds from key to picture",
+        "play.py, 2 latents at once: seconds from key to picture",
         "latency",
         "s by the clock",
         {"10 latents at once": "key to photon", "5": "5 at once"},

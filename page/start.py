@@ -61,7 +61,7 @@ def player_cameras(view: str, truth: dict | None, poses: Tensor) -> Tensor:
         return torch.from_numpy(episode.poses_to_c2w(poses))
     if truth:
         return torch.from_numpy(world.eyes(truth, poses.numpy()))
-    return camera.behind(poses, world.MAX_PITCH)
+    return camera.over_the_shoulder(poses, world.MAX_PITCH)
 
 
 def open_start(

@@ -693,7 +693,7 @@ def test_the_loss_falls_and_every_parameter_learns():
         (dict(times=torch.zeros(1, 7)), "times must be"),
         (dict(mouse=torch.zeros(2, 7, 4, 2)), "mouse must be"),
         (dict(keyboard=torch.zeros(2, 6, 12, 6)), "keyboard must be"),
-        (dict(text=torch.zeros(2, 5, 8)), "at most 4 rows"),
+        (dict(text=torch.zeros(2, 5, 8)), "at most 4 words"),
         (dict(text=torch.zeros(1, 3, 8)), "text must be"),
         (dict(memory=torch.zeros(2, 16, 2, 8, 8)), "memory must be"),
     ],

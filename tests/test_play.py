@@ -448,7 +448,7 @@ def test_in_third_person_the_player_is_seen_and_the_camera_keeps_off_the_walls(
     experts = moe.build("tiny-moe")
     tensors = {name: tensor.bfloat16() for name, tensor in experts.state_dict().items()}
     said = {
-        "config": dataclasses.asdict(experts.config),
+        "config": dataclasses.asdict(experts.moe_config),
         "preset": "tiny",
         "stage": "moe",
         "view": "both",

@@ -178,9 +178,9 @@ def test_the_third_person_sees_from_where_the_game_puts_its_camera() -> None:
     arm = right[:, :3, 3] - poses[:, :3] - torch.tensor([0, -0.15, 0])
     free = arm.norm(dim=1) > 2.799
     assert free.sum() > 10
-    behind = camera.behind(poses, render.MAX_PITCH)
-    torch.testing.assert_close(behind[free], right[free], rtol=0, atol=1e-5)
-    lowest = camera.behind(poses.new_tensor([[0, -1.6, 0, -85, 0]]))
+    over = camera.over_the_shoulder(poses, render.MAX_PITCH)
+    torch.testing.assert_close(over[free], right[free], rtol=0, atol=1e-5)
+    lowest = camera.over_the_shoulder(poses.new_tensor([[0, -1.6, 0, -85, 0]]))
     assert lowest[0, 1, 2] == pytest.approx(math.sin(math.radians(85)))
 
 
@@ -197,7 +197,7 @@ def test_a_session_in_the_third_person_remembers_what_its_camera_saw(
     latent = third.denoiser.bank.read(torch.tensor([3])).cameras[0, 0, -1].double()
     twelfth = chunk.info["poses"][11]  # latent 3 ends with frame 12
     pose = torch.tensor([twelfth], dtype=torch.float64)
-    torch.testing.assert_close(latent, camera.behind(pose)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(latent, camera.over_the_shoulder(pose)[0], rtol=0, atol=1e-5)
     third.denoiser.camera = camera.pose_to_c2w  # whoever knows the walls brings its own
     third.reset(IMAGE)
     assert torch.equal(walk(third, 1)[0].frames, three[0].frames)
@@ -221,7 +221,7 @@ def experts_file(tmp_path: Path, **config: object) -> parts.Options:
     """Experts, by default of both views, and a VAE beside them."""
     experts = moe.build(moe.MoEConfig(dit.PRESETS["micro"], **config))
     options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
-    about = {"preset": "micro", "stage": "moe", "model": asdict(experts.config)}
+    about = {"preset": "micro", "stage": "moe", "model": asdict(experts.moe_config)}
     weights.write_weights(options.weights, experts.state_dict(), about)
     full = parts.load_parts(OPTIONS, "encoder")[0]["encoder"]
     vae = tmp_path / "vae.safetensors"

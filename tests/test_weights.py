@@ -101,11 +101,11 @@ def diffusers_name(key: str) -> str:
 
 def test_experts_survive_a_checkpoint(experts, tmp_path):
     file = tmp_path / "experts.safetensors"
-    weights.write_weights(file, experts.state_dict(), {"model": asdict(experts.config)})
+    weights.write_weights(file, experts.state_dict(), {"model": asdict(experts.moe_config)})
     loaded, _ = weights.load(file)
     assert (
         isinstance(loaded, moe.Experts)
-        and loaded.config == experts.config
+        and loaded.moe_config == experts.moe_config
         and equal(loaded, experts)
     )
 
