@@ -23,15 +23,11 @@ lab/outside.py.
 Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evaluate.py
 """
 
-import base64
 import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-
-import imageio.v3 as imageio
-import numpy as np
 
 import world
 from engine import cli, weights
@@ -48,7 +44,7 @@ from lab import (
     stats,
     walks,
 )
-from lab.run import Run, origin
+from lab.run import Run, as_png, origin
 
 RESULTS = cli.beside("results")
 OUTSIDE = cli.beside("runs", "outside")
@@ -110,10 +106,6 @@ def provenance(name: str, args: Namespace) -> dict:
 
 
 # ---- a run --------------------------------------------------------------------------------
-
-
-def as_png(picture: np.ndarray) -> str:
-    return base64.b64encode(imageio.imwrite("<bytes>", picture, extension=".png")).decode()
 
 
 def measure(name: str, args: Namespace) -> dict:
@@ -183,7 +175,7 @@ def parse(argv: list[str]) -> Namespace:
     for flag, text in {
         "full": "64 worlds, every arm, 16 segments; up to two hours",
         "quick": "the default: 8 worlds, minutes",
-        "final": "the worlds kept for the last table; open them once",
+        "final": "the worlds kept for the last tables",
         "tune": "the worlds for choosing settings",
     }.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)

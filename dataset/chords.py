@@ -18,7 +18,7 @@ import camera
 from dataset import episode, wsad
 
 FPS = 16  # of a second, where nobody says otherwise: the dataset's rate
-LATENT = 4  # frames: the shortest time that an action can last in play
+LATENT = 4  # frames: the shortest time that an action can last in play (context.Window.stride)
 PRESETS = {
     "@revisit": "l:60, j:60",
     "@spin": "l:240",

@@ -45,9 +45,9 @@ def save(
 ) -> None:
     # gathering shards takes all ranks, writing only one
     first = next(iter(models))
-    weights = {name: whole(model.state_dict()) for name, model in models.items()}
+    weights = {name: unsharded(model.state_dict()) for name, model in models.items()}
     names = [name for name, _ in models[first].named_parameters()]
-    weights["ema"] = weights[first] | whole(dict(zip(names, ema, strict=True)))
+    weights["ema"] = weights[first] | unsharded(dict(zip(names, ema, strict=True)))
     state |= {"step": said["step"], "optimizers": [optimizer_state(o) for o in opts]}
 
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -61,7 +61,7 @@ def save(
         dist.barrier()
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unsharded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: optim.unshard(t).detach().cpu() for name, t in tensors.items()}
 
 

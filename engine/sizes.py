@@ -8,6 +8,7 @@ train.py --dry-run prints it.
 
 import moe
 from dit import DiTConfig
+from engine import parts
 from engine.clips import WINDOW
 from engine.flags import TrainConfig, network
 
@@ -17,10 +18,8 @@ def memory_table(
 ) -> str:
     """What one training step needs, from the modules themselves, without allocating them."""
     model = moe.build(preset, "meta")
-    P, kept = (
-        sum(p.numel() for p in model.parameters()),
-        2 if recompute else 34,
-    )  # widths per token that wait for the backward pass
+    P = sum(p.numel() for p in model.parameters())
+    kept = 2 if recompute else 34  # widths of a token that wait for the backward pass
     sizes = {
         "weights, float32": 4 * P,
         "gradients": 4 * P,
@@ -45,8 +44,9 @@ def memory_table(
 
 def memory_needed(cfg: TrainConfig) -> str:
     """What --dry-run says."""
-    per_latent = {"5b": 880, "14b": 880}.get(cfg.preset, 16)
-    tokens = per_latent * (WINDOW.memory + WINDOW.past + WINDOW.new)
+    tokens = parts.places(parts.Options(preset=cfg.preset)) * (
+        WINDOW.memory + WINDOW.past + WINDOW.new
+    )
     clips = cfg.batch // cfg.accum
     recompute = cfg.checkpoint_activations
     return memory_table(network(cfg), clips, tokens, cfg.muon > 0, recompute)

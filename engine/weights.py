@@ -327,8 +327,6 @@ def load_vae(path: str | Path) -> VAE:
 
 def vae_from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
     """A float32 VAE from a file's content: ours (config inside), Wan2.2_VAE.pth, MG-LightVAE*.pth."""
-    for nest in ("state_dict", "gen_model", "generator"):  # MG-LightVAE: two levels down
-        tensors = tensors.get(nest, tensors)
     helpers = "dynamic_feature_projection_heads."  # of its training
     named = {
         vae_released_name(name): t

@@ -140,7 +140,8 @@ SIGHT = 4  # cells around a goal that count as what one sees there
 
 
 def features(goals: ndarray, here: Cell, yaw: float, steps: ndarray, seen: ndarray) -> ndarray:
-    """(goals, 4): length of the way, share of new cells around its end, that per length, turning."""
+    """(goals, 4): length of the way, share of new cells around its end, that per length, how far it is
+    straight ahead (a cosine)."""
     length = steps[tuple(goals.T)] / len(steps)
     new = np.array([1 - around(seen, i, j).mean() for i, j in goals])
     heading = math.sin(yaw), math.cos(yaw)

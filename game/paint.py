@@ -3,7 +3,7 @@
 Everything is soft and of low frequency, because a small VAE must learn it; no two places of a scene
 are painted alike, because a view must tell where it was taken. Pictures are made once per scene, at
 four sizes, and laid out in one row (`bake`), so that drawing a pixel is one look-up per channel.
-Tests: pytest tests/test_render.py
+Tests: pytest tests/test_scene.py
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy import clip, cos, exp, float32, maximum, ndarray, pi, sin
 from game.scene import TALL, TRIMS, WALLS, Scene, shifted
 
 TEXELS = 16  # per metre, near the eye
-LEVELS = 4  # how often that is halved with distance
+LEVELS = 4  # sizes of every picture: 16, 8, 4 and 2 texels per metre
 PERIOD = 4  # metres after which a wall's pattern repeats
 SKY = (64, 256)  # rows and columns of the panorama
 AHEAD = (  # the cell that a face looks at

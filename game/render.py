@@ -35,7 +35,7 @@ camera is one heading. A tilted one mixes them (a depends on v), so 4·W heading
 pixel takes the wall of the nearest: only at a corner may that be the wrong one, and what is computed on
 the wall, (3) to (5), is exact again. By (2) and (3) 1/z is linear on a plane, so the mean of a pixel's
 four rays is the value at its middle.
-Tests: pytest tests/test_render.py tests/test_world.py
+Tests: pytest tests/test_world.py
 """
 
 from dataclasses import dataclass

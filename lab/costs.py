@@ -187,7 +187,7 @@ def time_decoders(run: Run, found: dict[str, nn.Module], z: Tensor) -> None:
         still = still.to(players.dtype_of(net))
         state = net.decode_stream(still)[1]
         jobs[f"{row}, streaming"] = partial(net.decode_stream, still, state, True)
-    # in turns, as every comparison of times
+    # beside them the encoder, of ten latents and a picture
     video = torch.zeros(1, 3, 41, worlds.SIZE, worlds.SIZE, dtype=z.dtype)
     jobs["encoder"] = partial(found["Wan2.2"].encode, video)
     for _ in range(ROUNDS):

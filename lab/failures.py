@@ -38,7 +38,7 @@ from dataset.film import psnr
 from engine import cli, parts, weights
 from engine.run import run_folder
 from lab import claims, figures, metrics, players, report, stats, summary, worlds
-from lab.run import origin
+from lab.run import as_png, origin
 
 MOMENTS = 4  # checkpoints of a training that are played
 TAIL = 0.25  # the last part of a log, whose mean is compared
@@ -336,10 +336,6 @@ def measure(stage: str, args: Namespace, command: str) -> dict:
         "facts": facts,
         "pictures": coded,
     }
-
-
-def as_png(picture: ndarray) -> str:
-    return base64.b64encode(imageio.imwrite("<bytes>", picture, extension=".png")).decode()
 
 
 # ---- the page -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What only a GPU can tell: the released size with random weights, compared, timed and weighed.
+"""What only a GPU can tell: a small network compared, the released size timed and weighed.
 
-    parity      a velocity on the device against the CPU: float32, bfloat16, INT8
+    parity      a velocity of the micro network against the CPU: float32, bfloat16, INT8
     decoders    17 frames through every decoder
     segment     a later segment: plain, INT8, compiled, thin decoder; peak memory of each
     pipeline    one rank denoises, one decodes; with nine devices also 8 + 1
@@ -32,6 +32,7 @@ from lab import bench
 from lab.bench import Row
 from lab.costs import PANES
 
+MICRO = "micro"  # a size that a CPU can compute, too
 NOTHING = "no CUDA device here: nothing was measured (--device cpu --preset micro walks the code)"
 
 
@@ -68,7 +69,7 @@ def peak(device: str) -> float | None:
 @torch.no_grad()
 def parity(options: parts.Options) -> Found:
     """Errors of a velocity against the CPU in float32, at a size that a CPU can compute."""
-    small = replace(options, preset="micro", device="cpu", dtype="float32")
+    small = replace(options, preset=MICRO, device="cpu", dtype="float32")
     session = bench.first_segment(small)
     context = session.denoiser.plan(*realtime.walk_actions(40), "camera").context
     x = torch.randn(1, *session.denoiser.now.past.shape[1:2], 10, *context.past.shape[-2:])
@@ -169,7 +170,8 @@ def measure(name: str, options: parts.Options, out: Path) -> str:
     except (ValueError, RuntimeError, OSError) as error:
         return f"{name}: not measured ({str(error).splitlines()[0]})"
     device = torch.cuda.get_device_name() if options.device != "cpu" else "a CPU"
-    about = f"{options.preset}, random weights, on {device}, torch {torch.__version__}"
+    size = MICRO if name == "parity" else options.preset
+    about = f"{size}, random weights, on {device}, torch {torch.__version__}"
     table = bench.written(rows, "bash tests/gpu.sh", about)
     print("\n".join(table), flush=True)
     stored = {"rows": rows, "table": table, "claims": claims if options.preset == "5b" else {}}

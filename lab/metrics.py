@@ -19,10 +19,7 @@ Frames = Sequence | Tensor  # NumPy's are welcome, too
 
 
 def planes(frames: Frames) -> Tensor:  # (N, H, W, 3) -> (N, 3, H, W) float32
-    x = torch.as_tensor(frames)
-    if x.dtype == torch.uint8:
-        x = x.float() / 255
-    return x.float().clamp(0, 1).permute(0, 3, 1, 2)
+    return in_unit_range(frames).clamp(0, 1)
 
 
 def grey(frames: Frames) -> Tensor:  # (N, H, W)

@@ -44,7 +44,7 @@ class Search(NamedTuple):
     frame: Tensor  # (H, H, 3)
     pose: Tensor  # (5,) float64
 
-    def whole(self, p: Tensor) -> Tensor:  # (n, 3) x, z, yaw -> (n, 5)
+    def full_pose(self, p: Tensor) -> Tensor:  # (n, 3) x, z, yaw -> (n, 5)
         poses = self.pose.repeat(len(p), 1)
         poses[:, FREE] = p
         return poses
@@ -52,7 +52,7 @@ class Search(NamedTuple):
     def views(self, p: Tensor, blur: float) -> Tensor:
         """Unit vectors of the true views from (n, 3), as fine as the blur leaves visible."""
         rays = 1 if blur else 2
-        frames = self.look(self.whole(p), len(self.frame), rays)
+        frames = self.look(self.full_pose(p), len(self.frame), rays)
         return metrics.unit(frames, blur)
 
     def target(self, blur: float) -> Tensor:
@@ -74,7 +74,7 @@ def starts(search: Search) -> Tensor:  # (up to 5, 3)
     whole = metrics.planes(search.frame[None])
     small = F.avg_pool2d(whole, len(search.frame) // 16)
     wanted = metrics.unit(small.permute(0, 2, 3, 1))[0]
-    frames = search.look(search.whole(places), 16, 1)
+    frames = search.look(search.full_pose(places), 16, 1)
     scores = metrics.unit(frames) @ wanted
 
     chosen: list[Tensor] = []
@@ -145,7 +145,7 @@ def register(look: Look, free: Free, frame: Tensor, pose: Tensor) -> Found:
         p = climb(search, p, blur)
 
     # two summits that are far apart and equally high: nobody can say which it was
-    frames = look(search.whole(p), len(frame), 2)
+    frames = look(search.full_pose(p), len(frame), 2)
     score = metrics.unit(frames, 1.0) @ search.target(1.0)
     best = int(score.argmax())
     away = p - p[best]
@@ -153,5 +153,5 @@ def register(look: Look, free: Free, frame: Tensor, pose: Tensor) -> Found:
     turned = away[:, 2].abs() > 2
     as_good = score > score[best] - 0.005
     rivals = (elsewhere | turned) & as_good
-    pose = search.whole(p)[best]
+    pose = search.full_pose(p)[best]
     return Found(pose, float(score[best]), bool(rivals.any()))

@@ -127,10 +127,12 @@ def with_interval(score: dict) -> str:
 
 
 def difference(values: dict[str, float], base: dict[str, float]) -> str:
-    """Mean over seeds that both arms have, with Student's interval."""
+    """Mean over seeds that both arms have, with Student's interval if there are two or more."""
     paired = [values[seed] - base[seed] for seed in values if seed in base]
     if not paired:
         return "-"
+    if len(paired) == 1:
+        return f"{paired[0]:+.3g}"
     middle, half = stats.student(paired)
     return f"{middle:+.3g} [{middle - half:+.3g}, {middle + half:+.3g}]"
 

@@ -4,6 +4,7 @@ What is found is rows and columns of numbers, one number for each world: raw["ro
 for them by these names. What a run leaves out, and why, stands in `absent`.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 from numpy import ndarray
@@ -73,6 +75,11 @@ def origin(command: str, split: str, seeds: list[int], files: Iterable[Path]) ->
         "commit": commit(),
         "weights": hashes,
     }
+
+
+def as_png(picture: ndarray) -> str:
+    """As it stands in a json."""
+    return base64.b64encode(imageio.imwrite("<bytes>", picture, extension=".png")).decode()
 
 
 # ---- a measurement ------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import numpy as np
 
 import camera
+from camera import DEGREES
+from context import Window
 
+LATENT = Window.stride  # frames: the shortest time that an action can last
 KEYS = tuple("wasdijkl")
-LATENT = 4  # frames: the shortest time that an action can last
 SHOW_FPS = 40  # the page aims at the paper's 40 frames per second
 FILE_FPS = 16  # without a page, films run at the dataset's rate
-DEGREES = 15  # of one mouse unit
 LOOK_PER_PIXEL = 0.01  # mouse units
 MAX_LOOK = 0.4  # mouse units per frame at most, as in training
 

@@ -31,6 +31,7 @@ import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
 from engine import cli, configs
+from engine.weights import write_text
 from memory import POLICIES
 from page.film import settle
 from page.start import player_cameras
@@ -296,7 +297,7 @@ def complete(folder: Path) -> list[dict]:
 
     said = {name: value for name, value in header.items() if name not in ("pose", "size", "walls")}
     said["state"] = choose_state(folder, states)
-    write_atomically(folder / "session.json", json.dumps({**said, **rows, "chunks": chunks}))
+    write_text(folder / "session.json", json.dumps({**said, **rows, "chunks": chunks}))
 
     (folder / "episode/_DONE").replace(folder / "_DONE")
     (folder / "episode").rmdir()
@@ -355,12 +356,6 @@ def save_episode(folder: Path, header: dict, rows: dict[str, list]) -> None:
             if there.is_dir():  # of an attempt that was cut off, too
                 shutil.rmtree(there)
             os.replace(file, there)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def clean(folder: Path) -> None:

@@ -41,9 +41,9 @@ def parse(text: str, starts: int, lengths: list[int]) -> Walk:
         name, _, value = part.partition("=")
         value = unquote(value, errors="strict")
         if name == "seed":
-            found["seed"] = whole(name, value, range(SEEDS))
+            found["seed"] = whole_number(name, value, range(SEEDS))
         elif name == "start":
-            found["start"] = whole(name, value, range(starts))
+            found["start"] = whole_number(name, value, range(starts))
         elif name == "new":
             found["new"] = one_of(name, value, lengths)
         elif name == "do":
@@ -57,7 +57,7 @@ def parse(text: str, starts: int, lengths: list[int]) -> Walk:
     return Walk(**found)
 
 
-def whole(name: str, text: str, allowed: range) -> int:
+def whole_number(name: str, text: str, allowed: range) -> int:
     if WHOLE.fullmatch(text) and int(text) in allowed:
         return int(text)
     raise ValueError(f"{name} is a whole number from 0 to {allowed[-1]}, not “{text[:20]}”")

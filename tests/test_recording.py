@@ -169,7 +169,7 @@ def test_a_disk_without_room_for_the_end_loses_nothing(
     act(player, "w")
     act(player, "d")
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_atomically", full_disk)
+        patch.setattr(folder, "write_text", full_disk)
         assert player.save() == []
     dream = tmp_path / "dream"
     assert player.unrecorded and not (dream / "_DONE").exists(), "the mark comes last"

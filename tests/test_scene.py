@@ -6,12 +6,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from game import paint
 from game.scene import KINDS, SPLITS, Scene, flood, make_scene
 
 
 def looks(scene: Scene) -> tuple[bytes, ...]:
     parts = (scene.solid, scene.region, scene.style["wall"])
     return tuple(part.tobytes() for part in parts)
+
+
+def test_the_same_seed_is_the_same_place():
+    one, two = make_scene(11, "maze"), make_scene(11, "maze")
+    assert (one.solid == two.solid).all() and all(
+        np.array_equal(one.style[k], two.style[k]) for k in one.style
+    )
+    assert np.array_equal(paint.bake(one)[0], paint.bake(two)[0])
 
 
 def test_a_thousand_seeds_are_a_thousand_worlds():

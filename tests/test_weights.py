@@ -433,7 +433,7 @@ def test_a_file_without_a_config_is_never_guessed(tmp_path):
         weights.load(tmp_path)
 
 
-def test_the_released_light_vae_loads_by_its_own_names() -> None:
+def test_the_released_light_vae_loads_by_its_own_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = VAE(pruned(replace(PRESETS["wan2.2"], dim=8, dec_dim=8), 0.5, encoder=True))
     named = {diffusers_name(k): v for k, v in model.state_dict().items()}
@@ -444,8 +444,9 @@ def test_the_released_light_vae_loads_by_its_own_names() -> None:
     named["dynamic_feature_projection_heads.up_block_1.weight"] = torch.zeros(1)
     named["dynamic_feature_projection_heads.up_block_1.bias"] = torch.zeros(1)
     assert len(named) == 198
-    for file in ({"state_dict": {"gen_model": named}, "step": 3}, named, model.state_dict()):
-        back = weights.vae_from_weights(file)
+    for tensors in ({"state_dict": {"gen_model": named}, "step": 3}, named, model.state_dict()):
+        torch.save(tensors, tmp_path / "light.pth")
+        back = weights.load_vae(tmp_path / "light.pth")
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in back.state_dict().items())
         assert back.cfg == model.cfg and torch.equal(back.latent_std, torch.tensor(vae.WAN_STD))
 
