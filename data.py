@@ -53,6 +53,7 @@ from dataset.episode import (
     list_episodes,
     picture_stats,
     read_episode,
+    refuse_foreign,
     write_episode,
 )
 from dataset.film import write_mp4
@@ -312,10 +313,38 @@ def check(root: Path) -> int:
     return bad
 
 
+def name_of(format: str, path: Path) -> str:
+    """Of the episode that a path becomes. ViPE calls most clips `video`: the folder tells them apart."""
+    path = Path(os.path.abspath(path))  # for the names of `.` and `..`
+    if format == "vipe":
+        return f"{path.parent.parent.name}_{path.stem}"
+    return path.name if path.is_dir() else path.stem
+
+
+def places_for(format: str, paths: list[Path], out: Path) -> dict[Path, Path]:
+    """Where every path is written to. Nothing that is read from, and nothing foreign, is replaced."""
+    places: dict[Path, Path] = {}
+    for path in paths:
+        place = out / name_of(format, path)
+        if place in places:
+            raise ValueError(
+                f"{places[place]} and {path} would both become {place}: "
+                "ingest one of them with another --out"
+            )
+        if path.resolve().is_relative_to(place.resolve()):
+            raise ValueError(
+                f"{path} would be replaced by what is read from it: pass another --out"
+            )
+        refuse_foreign(place)
+        places[place] = path
+    return places
+
+
 def ingest(format: str, paths: list[Path], out: Path, size: int) -> None:
-    for path in tqdm(paths, disable=None):  # None: no bar where nobody watches
+    places = places_for(format, paths, out)
+    for place, path in tqdm(places.items(), disable=None):  # None: no bar where nobody watches
         episode = readers.read(format, path, (size, size))
-        tqdm.write(str(write_episode(out / path.stem, episode)))
+        tqdm.write(str(write_episode(place, episode)))
 
 
 def explore(count: int) -> None:

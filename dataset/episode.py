@@ -220,6 +220,7 @@ def is_whole(value: object, below: int) -> bool:
 def write_episode(path: Path, episode: Episode) -> Path:
     """Write into a hidden neighbour, then rename: an episode is there whole or not at all."""
     path = Path(path)
+    refuse_foreign(path)
     wrong = problems(episode)
     if wrong:
         raise ValueError(f"{path} not written: " + "; ".join(wrong))
@@ -233,6 +234,19 @@ def write_episode(path: Path, episode: Episode) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     os.replace(draft, path)
     return path
+
+
+def refuse_foreign(path: Path) -> None:
+    """Nothing is replaced but an episode, or what a kill has left of one."""
+    if path.is_symlink() or path.is_file():
+        raise ValueError(f"{path} is no folder: remove it, or write to another one")
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+    foreign = sorted(files - FILES - {"_DONE"})
+    if foreign:
+        raise ValueError(
+            f"{path} holds {foreign[0]}, which is no part of an episode: "
+            "move it away, or write to another folder"
+        )
 
 
 def write_files(folder: Path, episode: Episode) -> None:

@@ -36,6 +36,7 @@ from dataset.episode import (
     write_episode,
 )
 from dataset.film import read_video, write_mp4
+from engine import cli
 from game.scene import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -542,6 +543,42 @@ def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(
     done = program(tmp_path, "check", clips)
     assert done.returncode == 2
     assert "player/video.npz" in done.stdout
+
+
+def test_what_is_read_is_never_replaced(
+    tmp_path: Path, known: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    file = store_re10k(known, tmp_path / "datasets/re10k")
+    pictures = file.with_suffix("")
+    before = hashes(pictures)
+    with pytest.raises(ValueError, match=r"0123456789abcdef holds .*png, which is no part"):
+        command("ingest", "--format", "re10k", file)
+    scene = store_dl3dv(known, tmp_path / "datasets/dl3dv/scene")
+    with pytest.raises(ValueError, match="would be replaced by what is read from it"):
+        command("ingest", "--format", "dl3dv", scene)
+    monkeypatch.chdir(scene)
+    with pytest.raises(ValueError, match="would be replaced by what is read from it"):
+        command("ingest", "--format", "dl3dv", ".")
+    assert hashes(pictures) == before and (scene / "transforms.json").exists()
+
+
+def test_clips_of_one_name_are_told_apart_or_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    clips = list_episodes(dataset, "train")[:2]
+    poses = [clip / "pose/video.npz" for clip in clips]
+    command("ingest", "--format", "vipe", *poses, "--out", tmp_path / "out")
+    written = list_episodes(tmp_path / "out")
+    assert [path.name for path in written] == [f"{clip.name}_video" for clip in clips]
+    for path, clip in zip(written, clips, strict=True):
+        assert np.array_equal(read_episode(path).video, read_episode(clip).video)
+
+    again = shutil.copytree(clips[0], tmp_path / "other" / clips[0].name) / "pose/video.npz"
+    with pytest.raises(ValueError, match=f"{again} would both become") as error:
+        command("ingest", "--format", "vipe", poses[0], again, "--out", tmp_path / "new")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists(), "refused before anything is written"
 
 
 @pytest.mark.parametrize(

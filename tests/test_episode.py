@@ -149,3 +149,24 @@ def test_a_clip_of_one_frame_is_filtered(clip: Path, tmp_path: Path) -> None:
     short = data.Episode(**first, prompt=e.prompt, meta=e.meta)
     write_episode(tmp_path / "short/one", short)
     assert data.check(tmp_path / "short") == 1
+
+
+def test_only_an_episode_or_a_part_of_one_is_replaced(clip: Path, tmp_path: Path) -> None:
+    e = read_episode(clip)
+    place = tmp_path / "place"
+    write_episode(place, e)
+    (place / "_DONE").unlink()
+    shutil.rmtree(place / "rgb")
+    assert inspect(write_episode(place, e), hashes=True)[1] == [], (
+        "what a kill has left is replaced"
+    )
+
+    (place / "rgb/000000.png").write_text("somebody's")
+    with pytest.raises(
+        ValueError, match="place holds rgb/000000.png, which is no part of an episode"
+    ):
+        write_episode(place, e)
+    assert (place / "rgb/000000.png").read_text() == "somebody's"
+    (tmp_path / "link").symlink_to(place)
+    with pytest.raises(ValueError, match="link is no folder"):
+        write_episode(tmp_path / "link", e)
