@@ -68,7 +68,7 @@ def write_mp4(path: Path, frames: Frames, fps: int = 16, crf: int = 12) -> None:
 
 
 def read_video(source: Path | Sequence[Path], size: Size | None = None) -> tuple[np.ndarray, Size]:
-    """An mp4, a folder of images or a list of them.
+    """An mp4, an array (.npy), a folder of images or a list of them.
 
     (T, H, W, 3) uint8, of the middle of every picture if a size is given; and the native size.
     """
@@ -84,6 +84,9 @@ def read_video(source: Path | Sequence[Path], size: Size | None = None) -> tuple
 def pictures(source: Path | Sequence[Path]) -> Iterator[Image.Image]:
     if isinstance(source, Path) and not source.is_dir():
         require(source)
+        if source.suffix == ".npy":
+            yield from map(Image.fromarray, np.load(source, mmap_mode="r"))
+            return
         with av.open(str(source)) as movie:
             for frame in movie.decode(video=0):
                 yield frame.to_image()

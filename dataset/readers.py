@@ -241,12 +241,10 @@ def read_vipe(path: Path, size: Size | None = None) -> Episode:
     poses, pose_times = read_vipe_array(base / "pose" / f"{name}.npz")
     K, K_times = read_vipe_array(base / "intrinsics" / f"{name}.npz")
 
-    ours = base / "rgb" / f"{name}.npy"  # ViPE itself writes an mp4
-    if ours.exists():
-        frames = np.load(ours)
-        native = frames.shape[1:3]
-    else:
-        frames, native = read_video(ours.with_suffix(".mp4"), size)
+    film = base / "rgb" / f"{name}.npy"  # ours
+    if not film.exists():  # ViPE itself writes an mp4
+        film = film.with_suffix(".mp4")
+    frames, native = read_video(film, size)
     every = np.arange(len(frames))
     c2w = interpolate(square(poses), pose_times, every)
     return to_episode(Footage(frames, native, c2w, of_nearest(K, K_times, every), "ViPE"))

@@ -465,7 +465,10 @@ def test_all_readers_agree_on_one_trajectory(name: str, known: dict, tmp_path: P
 def test_our_episodes_are_vipe_scenes(dataset: Path, tmp_path: Path) -> None:
     path = list_episodes(dataset, "train")[0]
     e = read_episode(path)
-    assert np.array_equal(readers.read_vipe(path / "pose/video.npz").c2w, e.c2w)
+    again = readers.read_vipe(path / "pose/video.npz")
+    assert np.array_equal(again.c2w, e.c2w) and np.array_equal(again.video, e.video)
+    small = readers.read("vipe", path / "pose/video.npz", (32, 32))
+    assert small.video.shape == (41, 32, 32, 3) and np.allclose(small.K, e.K / 2)
 
     bare = Path(shutil.copytree(path, tmp_path / "bare"))
     poses = bare / "pose/video.npz"
