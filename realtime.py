@@ -339,6 +339,7 @@ def open_session(options: Options, dit_ranks: int = 0) -> Session:
 
 def spawn_others(options: Options, count: int) -> Session:
     """All on this host. They load their networks while this process does, and meet it in ranks.Team."""
+    meeting.to_come()  # or a line that says what is wrong with it, before anybody waits for others
     place = Place(0, count + 1, meeting.LOOPBACK, 0, secrets.token_bytes(32))
     store = place.open()
     place = place._replace(port=store.port)

@@ -441,6 +441,29 @@ def test_hosts_without_a_secret_are_refused_in_one_line(
     assert place == Place(1, 3, "127.0.0.1", 1235, SECRET.encode(), apart=True)
 
 
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_a_mistyped_patience_is_refused_before_anything_is_started(
+    hosts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if hosts > 1:
+        named = {"MASTER_PORT": "1234", "MATRIX_GAME_SECRET": SECRET, "RANK": "0"}
+        for name, value in (HOSTS | named).items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MATRIX_GAME_PATIENCE", "2 minutes")
+
+    def opened(place: Place) -> None:
+        pytest.fail("the others are waited for")
+
+    monkeypatch.setattr(Place, "open", opened)
+    with pytest.raises(ValueError, match="must be whole seconds, got '2 minutes'") as error:
+        realtime.open_session(OPTIONS, 2)
+    assert "\n" not in str(error.value)
+    if hosts > 1:
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ValueError, match="must be whole seconds"):
+            realtime.help_out()
+
+
 def test_a_secret_makes_another_key_for_every_session() -> None:
     keys = [HERE.with_session_key(dist.HashStore()).key for _ in range(2)]
     assert keys[0] != keys[1] != HERE.key
