@@ -10,6 +10,7 @@ alone; windows() turns it into what the network is told and asked.
 import copy
 import dataclasses
 import hashlib
+import statistics
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,10 +88,17 @@ def pixels(video: np.ndarray | Tensor) -> Tensor:
 def read_videos(root: Path) -> list[np.ndarray]:
     """Every training episode of both views, as (F, H, W, 3) grey levels."""
     videos = []
+    longest = max(frames for frames, _ in LENGTHS_OF_FILM)
     for split in ("train", "third"):
         for path in list_episodes(root, split):
-            episode = read_episode(path)
-            videos.append(np.array(episode.video))
+            video = np.array(read_episode(path).video)
+            size = (videos or [video])[0].shape[1:3]
+            if len(video) < longest or video.shape[1:3] != size:
+                raise ValueError(
+                    f"{path} has {in_words(video.shape[:3])}; the VAE learns from clips of {longest} "
+                    f"frames or more, all of one size, and the first are {size[1]}x{size[0]}"
+                )
+            videos.append(video)
     return videos
 
 
@@ -146,13 +154,34 @@ def episodes_for(run: Run, root: Path, split: str) -> list[Path]:
     return paths
 
 
-def digest_of(vae: nn.Module, root: Path, paths: list[Path]) -> str:
+def digest_of(vae: nn.Module, root: Path, paths: list[Path], dtype: torch.dtype) -> str:
     """Changes with the episodes and with whatever changes their latents."""
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
+    for path in paths:
+        digest.update((path / "_DONE").read_bytes())  # a hash of all that is in the episode
+    digest.update(str(dtype).encode())
     encoder = [*vae.encoder.parameters(), *vae.conv1.parameters()]
     for tensor in (*encoder, vae.latent_mean, vae.latent_std):
         digest.update(f"{tensor.double().sum().item():.6g}".encode())
     return digest.hexdigest()[:12]
+
+
+def refuse_unequal(paths: list[Path]) -> None:
+    """A batch is cut out of episodes of one shape, each as long as a first segment."""
+    shapes = {path: read_episode(path).video.shape[:3] for path in paths}
+    usual = statistics.mode(shapes.values())
+    shortest = WINDOW.frames(1)
+    for path, shape in shapes.items():
+        if shape != usual or shape[0] < shortest:
+            raise ValueError(
+                f"{path} has {in_words(shape)}, most of this split have {in_words(usual)}: "
+                f"all must be alike, and {shortest} frames or longer"
+            )
+
+
+def in_words(shape: tuple[int, ...]) -> str:
+    frames, height, width = shape
+    return f"{frames} frames of {width}x{height}"
 
 
 def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
@@ -188,9 +217,11 @@ def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Pat
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     """Episodes as latents: encoded once per encoder and dataset, then mapped from the cache."""
     paths = episodes_for(run, root, split)
-    cache = root / f"latents-{split}-{digest_of(vae, root, paths)}"
+    cache = root / f"latents-{split}-{digest_of(vae, root, paths, run.dtype)}"
     count = -(-len(paths) // SHARD)
     files = [cache / f"{number:05d}.safetensors" for number in range(count)]
+    if not all(file.exists() for file in files):
+        refuse_unequal(paths)
     if run.rank == 0:
         encode_episodes(run, vae, paths, files)
     if run.world > 1:
@@ -206,6 +237,12 @@ def joined(shards: list[dict[str, Tensor]]) -> Clips:
 def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
     """The episodes of a view, or of both in equal shares."""
     parts = [load_clips(run, vae, root, split) for split in SPLITS[view]]
+    shapes = [tuple(part.latents.shape[1:]) for part in parts]
+    if len(set(shapes)) > 1:
+        got = " and ".join(
+            f"{split} {shape}" for split, shape in zip(SPLITS[view], shapes, strict=True)
+        )
+        raise ValueError(f"episodes of both views must be alike, got latents (C, T, h, w): {got}")
     most = max(len(part.latents) for part in parts)
 
     # the smaller part comes round again until it is as long as the larger

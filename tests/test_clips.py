@@ -1,5 +1,6 @@
 """A dataset larger than memory: cached latents in mapped files, read row by row."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import torch
 from helpers import make_studio
 
+import data
 import vae
+from dataset import episode
 from engine import clips, flags, run
 from engine.clips import Column
 
@@ -59,6 +62,81 @@ def test_a_kill_while_encoding_loses_one_file_at_most(
         alone = encode(encoder, clips.read_episode(path), here)
         assert torch.equal(found.latents[row], alone["latents"])
         assert torch.equal(found.revisit[row], alone["revisit"])
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> run.Run:
+    cfg = flags.parse(["--preset", "micro"])
+    return run.Run(tmp_path / "run", cfg, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def encoder() -> vae.VAE:
+    torch.manual_seed(0)
+    return vae.VAE(vae.PRESETS["micro"]).eval()
+
+
+def write_clips(root: Path, frames: list[int], first: int = 0) -> None:
+    """The same names whatever is in them."""
+    for number, count in enumerate(frames):
+        clip = data.render_episode(data.DataConfig(size=32, frames=count), "train", first + number)
+        episode.write_episode(root / f"train/{number}", clip)
+
+
+def test_clips_that_are_written_again_under_their_names_are_encoded_again(
+    tmp_path: Path, here: run.Run, encoder: vae.VAE
+):
+    write_clips(tmp_path, [57, 57])
+    old = clips.load_clips(here, encoder, tmp_path, "train").latents[:]
+    assert torch.equal(clips.load_clips(here, encoder, tmp_path, "train").latents[:], old)
+    assert len(list(tmp_path.glob("latents-train-*"))) == 1, "the same clips are encoded once"
+    write_clips(tmp_path, [57, 57], first=5)
+    new = clips.load_clips(here, encoder, tmp_path, "train").latents[:]
+    right = clips.encode(encoder, episode.read_episode(tmp_path / "train/1"), here)["latents"]
+    assert torch.equal(new[1], right) and not torch.equal(new, old)
+
+    # another precision makes other latents
+    half = dataclasses.replace(here, dtype=torch.bfloat16)
+    assert not torch.equal(clips.load_clips(half, encoder, tmp_path, "train").latents[:], new)
+
+
+@pytest.mark.parametrize(
+    "frames, says",
+    [
+        (
+            [61, 57, 61],
+            "train/1 has 57 frames of 32x32, most of this split have 61 frames of 32x32",
+        ),
+        ([53, 53], "train/0 has 53 frames of 32x32.* 57 frames or longer"),
+    ],
+)
+def test_an_episode_that_does_not_fit_is_named_before_any_is_encoded(
+    frames: list[int], says: str, tmp_path: Path, here: run.Run, encoder: vae.VAE
+):
+    write_clips(tmp_path, frames)
+    with pytest.raises(ValueError, match=says) as error:
+        clips.load_clips(here, encoder, tmp_path, "train")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("latents-*"))
+
+
+def test_a_clip_too_short_for_the_vae_is_named(tmp_path: Path):
+    write_clips(tmp_path, [33, 29])
+    with pytest.raises(ValueError, match="train/1 has 29 frames of 32x32; .* 33 frames or more"):
+        clips.read_videos(tmp_path)
+
+
+def test_views_of_different_length_are_not_mixed(
+    monkeypatch: pytest.MonkeyPatch, here: run.Run, encoder: vae.VAE
+):
+    def of_length(run: run.Run, vae: vae.VAE, root: Path, split: str) -> clips.Clips:
+        latents = torch.zeros(2, 4, 15 if split == "third" else 21, 2, 2)
+        names = [field.name for field in dataclasses.fields(clips.Clips)]
+        return clips.Clips(**dict.fromkeys(names, Column([latents])))
+
+    monkeypatch.setattr(clips, "load_clips", of_length)
+    with pytest.raises(ValueError, match=r"train \(4, 21, 2, 2\) and third \(4, 15, 2, 2\)"):
+        clips.seen_by("both", here, encoder, Path("x"))
 
 
 # ---- how much memory a training holds, for datasets of different size
