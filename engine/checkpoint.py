@@ -55,10 +55,16 @@ def save(
         final = folder / "ckpt" / f"{said['step']:06d}"
         write(final, said, weights, state)
         write_text(folder / "latest", final.name)
-        for old in sorted((folder / "ckpt").glob("[0-9]*[0-9]"))[:-keep]:
+        for old in [*others_than(final), final][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def others_than(newest: Path) -> list[Path]:
+    """In the order they were written: after a return to an earlier step a greater number is older."""
+    others = [path for path in newest.parent.glob("[0-9]*[0-9]") if path != newest]
+    return sorted(others, key=lambda path: path.stat().st_mtime_ns)
 
 
 def unsharded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -67,6 +67,21 @@ def test_a_folder_without_a_checkpoint_restores_nothing(tmp_path: Path) -> None:
     assert checkpoint.restore(tmp_path, {"m": run.model}, run.ema, run.opts) == {}
 
 
+def test_the_checkpoint_just_written_is_kept_whatever_its_number(saved: Path) -> None:
+    for step in (7, 9):
+        run = Run(seed=0)
+        run.step = step
+        run.save(saved)
+    (saved / "latest").write_text("000007")
+    again = Run(seed=0)
+    again.restore(saved)
+    for step in (8, 3, 4):  # also where the older numbers are all greater
+        again.step = step
+        again.save(saved)
+        assert again.restore(saved)["step"] == step
+    assert {path.name for path in (saved / "ckpt").iterdir()} == {"000003", "000004"}
+
+
 def test_two_exports_of_one_run_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     contents = set()
     for i in range(4):
