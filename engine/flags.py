@@ -245,6 +245,10 @@ def parse(argv: list[str]) -> TrainConfig:
 
 def check(cfg: TrainConfig, world: int) -> None:
     """Refuse what cannot be trained, before anything is touched."""
+    for name, lowest in {"segments": 1, "ratio": 1, "ratio_cold": 1, "overfit": 0}.items():
+        value = getattr(cfg, name)
+        if value < lowest:
+            raise ValueError(f"{flag_of(name)} must be {lowest} or more, got {value}")
     if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {cfg.device!r}")
     if cfg.decoder_only and not (cfg.init and cfg.stage == "vae"):

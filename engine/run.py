@@ -287,8 +287,10 @@ class Progress:
 
         asked = torch.tensor([run.asked], dtype=torch.uint8, device=run.device)
         run.stop = bool(optim.gathered(asked).any())
-        if run.rank == 0 and (run.stop or run.due(run.cfg.log_every)):
-            self.write()
+        if run.stop or run.due(run.cfg.log_every):
+            if run.rank == 0:
+                self.write()
+            self.sums.clear()
 
     def write(self) -> None:
         """The means since the last line, and the pace since the start."""
@@ -296,7 +298,6 @@ class Progress:
         line = {"step": run.step}
         line |= {name: round(sum(v) / len(v), 5) for name, v in self.sums.items()}
         line["it_s"] = round((run.step - self.first) / (time.perf_counter() - self.start), 3)
-        self.sums.clear()
         record(run, line)
 
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items())

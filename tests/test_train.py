@@ -32,7 +32,7 @@ from dataset import episode
 from engine import cli, flags, mistakes, optim, run, weights
 from engine.clips import Clips, batch, draw, draw_cut, load_clips, load_vae, seen_by
 from engine.flags import TrainConfig, parse
-from engine.run import Run, generator
+from engine.run import Progress, Run, generator
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = ["--preset", "micro", "--dtype", "float32", "--device", "cpu", "--log-every", "1"]
@@ -981,6 +981,10 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
         (["--accum", "0"], "--accum must be 1 or more, got 0"),
         (["--accum", "0", "--dry-run"], "--accum must be 1 or more, got 0"),
         (["--steps", "-3"], "--steps must be 1 or more, got -3"),
+        (["--segments", "0"], "--segments must be 1 or more, got 0"),
+        (["--ratio", "0"], "--ratio must be 1 or more, got 0"),
+        (["--ratio-cold", "0"], "--ratio-cold must be 1 or more, got 0"),
+        (["--overfit", "-1"], "--overfit must be 0 or more, got -1"),
         (["--stage", "bse"], "did you mean base?"),
         (["--dtype", "float31"], "did you mean float32?"),
         (
@@ -1070,6 +1074,18 @@ def test_old_checkpoints_are_removed_and_the_newest_kept():
         "000004",
         "000006",
     ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_keeps_the_numbers_of_steps_that_were_logged(rank, tmp_path):
+    cfg = flags.parse([*MICRO, "--log-every", "2"])
+    run = Run(tmp_path, cfg, torch.device("cpu"), torch.float32, rank=rank)
+    progress = Progress(run)
+    for run.step in range(1, 6):
+        progress(loss=float(run.step))
+    assert progress.sums == {"loss": [5.0]}
+    lines = log(tmp_path) if rank == 0 else []
+    assert [line["loss"] for line in lines] == ([1.5, 3.5] if rank == 0 else [])
 
 
 # ---- sizes that do not fit here
