@@ -190,6 +190,11 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     if args.model and (args.command in ("report", "compare") or Path(args.weights) != SHIPPED):
         raise ValueError("--model brings its own weights, and is measured: not report, not compare")
+    for one, other in (("final", "tune"), ("full", "quick")):
+        if getattr(args, one) and getattr(args, other):
+            raise ValueError(f"--{one} and --{other} contradict each other: choose one of them")
+    if args.worlds < 0:
+        raise ValueError(f"--worlds must not be negative, got {args.worlds}")
     args.out = args.out or str(OUTSIDE if args.model else RESULTS)
     return args
 

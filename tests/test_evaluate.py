@@ -127,6 +127,23 @@ def test_a_missing_scipy_is_told_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--worlds -1", "--worlds must not be negative, got -1"),
+        ("--final --tune", "--final and --tune contradict each other"),
+        ("--quick --full", "--full and --quick contradict each other"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_anything_is_measured(
+    flags: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(evaluate.COMMANDS, "moe", lambda run: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=says):
+        evaluate.main(["moe", "--out", str(tmp_path / "out"), *flags.split()])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_misspelt_command_is_guessed() -> None:
     with pytest.raises(ValueError, match="did you mean memory"):
         evaluate.main(["memroy"])
