@@ -444,7 +444,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="of every variant, after one more")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves them")
     parser.add_argument("--out", default=str(cli.beside("results")), help="folder of the json")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
+    return args
 
 
 def main(argv: Sequence[str]) -> None:

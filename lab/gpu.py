@@ -187,6 +187,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default=str(cli.beside("results")), help="folder of the json")
     parser.add_argument("--parts", default=" ".join(PARTS), help="some of them, with spaces")
     a = parser.parse_args(argv)
+    for name in a.parts.split():
+        if name not in PARTS:
+            hint = cli.did_you_mean(name, PARTS)
+            raise ValueError(f"--parts takes some of {' '.join(PARTS)}, got {name!r}{hint}")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         print(NOTHING)
         return 0

@@ -235,3 +235,8 @@ def test_bench_plain_says_how_much_faster_we_are(tmp_path, monkeypatch):
     (row,) = rows_of("plain", tmp_path).values()
     assert row[3] > 1
     assert row[4] < 1e-5
+
+
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="--rounds must be 1 or more, got 0"):
+        bench.main(["--suite", "plain", "--rounds", "0"])

@@ -32,6 +32,13 @@ def test_every_part_can_be_walked(part: str, tmp_path: Path) -> None:
         assert float32 < 1e-5 < bfloat16 < 0.1 and int8 < 0.2
 
 
+def test_a_part_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--out", str(tmp_path), "--parts", "parity segmnt"]
+    with pytest.raises(ValueError, match="got 'segmnt'; did you mean segment?"):
+        gpu.main(flags)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_that_cannot_run_is_one_line_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
