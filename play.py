@@ -429,9 +429,13 @@ def runs_of(args: argparse.Namespace) -> list[Path]:
     """Runs that trained a model of this preset and view, the newest first."""
     found = []
     for latest in cli.beside("runs").glob("*/latest"):
-        said = json.loads((latest.parent / "config.json").read_text())
-        trained = {said["stage"], said.get("expert")}
-        if said["preset"] == args.preset and trained & STAGES[args.view]:
+        try:
+            said = json.loads((latest.parent / "config.json").read_text())
+            trained = {said["stage"], said.get("expert")}
+            fits = said["preset"] == args.preset and trained & STAGES[args.view]
+        except (OSError, ValueError, TypeError, KeyError):  # no run of train.py, or half of one
+            continue
+        if fits:
             found.append(latest)
     found.sort(key=lambda latest: latest.stat().st_mtime, reverse=True)
     return [latest.parent for latest in found]

@@ -332,9 +332,15 @@ def test_the_newest_run_is_preferred_to_the_shipped_weights(
         (folder / "config.json").write_text(json.dumps({"stage": stage, "preset": preset}))
         (folder / "latest").write_text("000001")
         os.utime(folder / "latest", (time.time() - age,) * 2)
+    for number, text in enumerate(('{"stage": "ba', "[1]", '{"stage": ["base"]}', "{}", "")):
+        folder = tmp_path / "runs" / f"foreign-{number}"
+        folder.mkdir()
+        (folder / "latest").write_text("000001")
+        if text:
+            (folder / "config.json").write_text(text)
     args = arguments()
     play.find_weights(args)
-    assert args.weights == "runs/distill-tiny"
+    assert args.weights == "runs/distill-tiny", "what is no run, or half of one, is skipped"
 
 
 def test_guidance_reaches_the_session_and_its_replay() -> None:
