@@ -6,6 +6,7 @@ player obeys between two chunks. What a client sends is data: never a path, neve
 
 import base64
 import math
+import queue
 import secrets
 from collections.abc import Callable
 
@@ -153,9 +154,10 @@ def heard(player: object, route: str, body: dict) -> tuple[int, str]:
         return 400, f"unknown command; use one of {tuple(COMMANDS)}"
     if not player.screen.plays(body.get("id")):
         return 403, "another tab plays, this one watches"
-    if player.commands.full():
+    try:
+        player.commands.put_nowait(body)
+    except queue.Full:
         return 429, "too many commands at once"
-    player.commands.put(body)
     return 200, ""
 
 

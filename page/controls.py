@@ -65,6 +65,11 @@ class Controls:
             self.held = {key: self.held.get(key, now) for key in keys}
             self.turn = self.turn + (-dy, dx)  # up and right are positive
 
+    def down(self) -> list[str]:
+        """The keys that are held now."""
+        with self.lock:
+            return sorted(self.held)
+
     def read(
         self, n: int, fps: float, pitch: float = 0.0, limit: float = 85.0
     ) -> tuple[np.ndarray, np.ndarray, dict]:

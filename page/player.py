@@ -289,7 +289,7 @@ class Player(threading.Thread):
         return {
             **now["header"],
             **(self.facts() if self.begun else {}),
-            "held": sorted(self.controls.held),
+            "held": self.controls.down(),
             "stage": self.screen.stage,
             "viewers": len(self.screen.viewers),
             "truth": bool(self.begun and self.begun.truth),

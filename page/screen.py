@@ -88,7 +88,8 @@ class Screen:
 
     def plays(self, viewer: object) -> bool:
         """The first viewer plays. While there is none, anybody may (curl, tests)."""
-        return next(iter(self.viewers), viewer) == viewer
+        with self.changed:
+            return next(iter(self.viewers), viewer) == viewer
 
     @contextlib.contextmanager
     def seat(self) -> Iterator[str | None]:

@@ -1,10 +1,14 @@
 """What the controls promise: a tap is never lost, a turn adds up, a pitch stays within its limits."""
 
 import math
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from page.controls import MAX_LOOK, Controls
+from page.screen import Screen
 
 
 class Clock:
@@ -75,3 +79,27 @@ def test_pitch_stays_within_its_limit() -> None:
         _, mouse, _ = controls.read(40, 40, pitch, limit=85)
         pitch += 15 * mouse[:, 0].sum()
     assert math.isclose(pitch, 85, abs_tol=1e-3)
+
+
+def waits_for(lock: AbstractContextManager, look: Callable[[], object]) -> bool:
+    """Whether another thread, which looks now, comes back only once the lock is free."""
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
+    with lock:
+        thread.start()
+        thread.join(0.2)
+        waited = thread.is_alive()
+    thread.join(20)
+    return waited and len(found) == 1
+
+
+def test_what_other_threads_change_is_read_under_its_lock() -> None:
+    controls = Controls()
+    controls.post(["w", "a"])
+    assert controls.down() == ["a", "w"]
+    assert waits_for(controls.lock, controls.down)
+
+    screen = Screen()
+    with screen.seat() as viewer:
+        assert screen.plays(viewer) and not screen.plays("another")
+        assert waits_for(screen.changed, lambda: screen.plays(viewer))

@@ -22,7 +22,7 @@ from playing import ROOT, Viewer, arguments, ask, page, wait_for
 
 from page import commands
 from page import server as page_server
-from page.player import Player
+from page.player import COMMANDS, Player
 from page.screen import STREAMS
 from page.server import SLOTS, bind
 
@@ -160,6 +160,24 @@ def test_commands_do_what_they_say(tmp_path: Path) -> None:
         )
         assert player.is_alive()
         viewer.close()
+
+
+def test_a_command_too_many_is_refused_and_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(arguments("--fake", "--out", str(tmp_path)), 40)  # never started: obeys nothing
+    body = {"cmd": "pause"}
+    answers = [commands.heard(player, "/cmd", body)[0] for _ in range(COMMANDS + 1)]
+    assert answers == [200] * COMMANDS + [429]
+
+    # two that ask at one moment are both told that there is room
+    monkeypatch.setattr(player.commands, "full", lambda: False)
+    late = threading.Thread(
+        target=lambda: answers.append(commands.heard(player, "/cmd", body)[0]), daemon=True
+    )
+    late.start()
+    late.join(20)
+    assert answers[-2:] == [429, 429]
 
 
 def test_a_lost_browser_pauses_the_world_and_a_new_one_resumes_it(
