@@ -430,9 +430,9 @@ def runs_of(args: argparse.Namespace) -> list[Path]:
     found = []
     for latest in cli.beside("runs").glob("*/latest"):
         try:
-            said = json.loads((latest.parent / "config.json").read_text())
-            trained = {said["stage"], said.get("expert")}
-            fits = said["preset"] == args.preset and trained & STAGES[args.view]
+            config = json.loads((latest.parent / "config.json").read_text())
+            trained = {config["stage"], config.get("expert")}
+            fits = config["preset"] == args.preset and trained & STAGES[args.view]
         except (OSError, ValueError, TypeError, KeyError):  # no run of train.py, or half of one
             continue
         if fits:
