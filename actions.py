@@ -45,19 +45,22 @@ from torch import Tensor, nn
 import attention
 
 
-def clock(memory: int, rest: int, cfg: object, device: torch.device) -> Tensor:
-    """(T, 1, head_dim/2) angles: latents 0 .. memory − 1, then 0 .. rest − 1. Pairs at rest have 0."""
+def clock(memory: int, rest: int, device: torch.device) -> Tensor:
+    """(T,) of every latent: memory counts 0 .. memory − 1, past and new 0 .. rest − 1."""
     of_memory = torch.arange(memory, device=device)
     of_segment = torch.arange(rest, device=device)
-    time = torch.cat([of_memory, of_segment])[:, None, None]
+    return torch.cat([of_memory, of_segment])
 
-    base = torch.tensor([256.0], dtype=torch.float64, device=device)
+
+def angles(time: Tensor, cfg: object) -> Tensor:
+    """(T,) -> (T, 1, head_dim/2), by which pairs are turned. Pairs at rest have 0."""
+    base = torch.full((1,), 256.0, dtype=torch.float64, device=time.device)
     omega = attention.frequencies(base, cfg.action_rope // 2)  # (5)
-    angles = time * omega
+    turned = time[:, None, None] * omega
 
     head_dim = cfg.action_width // cfg.action_heads
     at_rest = head_dim - cfg.action_rope
-    return F.pad(angles, (0, at_rest // 2))
+    return F.pad(turned, (0, at_rest // 2))
 
 
 class ActionModule(nn.Module):

@@ -319,7 +319,8 @@ class DiT(nn.Module):
         places, here = attention.shares(rows * columns, group)
 
         angles = attention.rope_angles(context.times, rows, columns, cfg)[:, :, here]
-        action_angles = actions.clock(memory, T - memory, cfg, context.times.device)
+        clock = actions.clock(memory, T - memory, context.times.device)
+        action_angles = actions.angles(clock, cfg)
         text = F.pad(context.text, (0, 0, 0, cfg.text_len - context.text.shape[1]))
         return Prepared(
             clean=self.embed(torch.cat([context.memory, context.past], 2), here),

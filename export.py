@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import actions
 import attention
 import camera
 import dit
@@ -106,18 +107,10 @@ class VelocityGraph(nn.Module):
             text=torch.zeros(1, cfg.text_len, cfg.text_dim),
         )
         prepared = self.network.share(context)
-        prepared = replace(prepared, action_rope=action_rope(clock, cfg))
+        action_rope = attention.cos_sin(actions.angles(clock, cfg))
+        prepared = replace(prepared, action_rope=action_rope)
         x = noisy.transpose(0, 1)[None]
         return self.network(x, sigma, context, prepared=prepared)[0].transpose(0, 1)
-
-
-def action_rope(clock: Tensor, cfg: dit.DiTConfig) -> Tensor:
-    """Rotary angles of the given times: (T,) -> (T, 1, head_dim/2, 2), as actions.clock makes them."""
-    base = torch.full((1,), 256.0, dtype=torch.float64)
-    omega = attention.frequencies(base, cfg.action_rope // 2)
-    still = cfg.action_width // cfg.action_heads - cfg.action_rope  # channels that do not turn
-    angles = F.pad(clock[:, None, None] * omega, (0, still // 2))
-    return attention.cos_sin(angles)
 
 
 class DecoderGraph(nn.Module):

@@ -9,7 +9,8 @@
     python lab/gpu.py --device cpu --preset micro      the same way, to see that it can be walked
 
 A part that fails is reported in one line, and the next one is tried: half an hour on a rented machine is
-not lost to one of them. The report fills its rows that "need a GPU" from these files.
+not lost to one of them. The report fills its rows that "need a GPU" from these files; rows of a part that
+failed say that it was not measured.
 """
 
 import sys
@@ -54,7 +55,7 @@ def seconds(job: Callable[[], object], device: str, rounds: int = 3) -> float:
 
 
 def peak(device: str) -> float | None:
-    """GB since the last call."""
+    """GB at most since the last call; a CPU has no such counter."""
     if not device.startswith("cuda"):
         return None
     most = torch.cuda.max_memory_allocated(device) / 1e9
