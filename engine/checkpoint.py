@@ -36,7 +36,7 @@ from engine.weights import (
 
 def save(
     folder: Path,
-    said: dict,  # what the run is; goes into every file
+    about: dict,  # what the run is; goes into every file
     models: dict[str, nn.Module],  # the first is the one that is averaged
     ema: list[Tensor],
     opts: list[torch.optim.Optimizer],
@@ -48,12 +48,12 @@ def save(
     weights = {name: unsharded(model.state_dict()) for name, model in models.items()}
     names = [name for name, _ in models[first].named_parameters()]
     weights["ema"] = weights[first] | unsharded(dict(zip(names, ema, strict=True)))
-    state |= {"step": said["step"], "optimizers": [optimizer_state(o) for o in opts]}
+    state |= {"step": about["step"], "optimizers": [optimizer_state(o) for o in opts]}
 
     if not dist.is_initialized() or dist.get_rank() == 0:
-        said = said | {"config": asdict(models[first].cfg)}
-        final = folder / "ckpt" / f"{said['step']:06d}"
-        write(final, said, weights, state)
+        about = about | {"config": asdict(models[first].cfg)}
+        final = folder / "ckpt" / f"{about['step']:06d}"
+        write(final, about, weights, state)
         write_text(folder / "latest", final.name)
         for old in [*others_than(final), final][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -78,14 +78,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict]:
     return [{key: optim.unshard(value) for key, value in entry.items()} for entry in entries]
 
 
-def write(final: Path, said: dict, weights: dict[str, dict[str, Tensor]], state: dict) -> None:
+def write(final: Path, about: dict, weights: dict[str, dict[str, Tensor]], state: dict) -> None:
     tmp = final.with_name(final.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
         for name, tensors in weights.items():
-            write_weights(tmp / f"{name}.safetensors", tensors, said)
-        write_text(tmp / "config.json", json.dumps(said, indent=1))
+            write_weights(tmp / f"{name}.safetensors", tensors, about)
+        write_text(tmp / "config.json", json.dumps(about, indent=1))
         torch.save(state, tmp / "train_state.pt")
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -152,7 +152,7 @@ def export(*runs: str, file: str) -> None:
     Of several runs, each an expert of --stage moe, the joined model.
     """
     found = [read_weights(run) for run in runs]
-    tensors, said = found[0]
+    tensors, about = found[0]
     if len(runs) > 1:
         names = [words.get("expert", "none").removeprefix("high-") for _, words in found]
         common = ("stage", "boundary", "encoding", "shift", "sink")
@@ -162,9 +162,9 @@ def export(*runs: str, file: str) -> None:
                 "joined runs must be different experts of one --stage moe with one boundary, got "
                 + ", ".join(names)
             )
-        model = join(dict(zip(names, runs, strict=True)), said["boundary"])
+        model = join(dict(zip(names, runs, strict=True)), about["boundary"])
         tensors = model.state_dict()
-        said = said | {"config": asdict(model.moe_config), "view": "both"}
-    write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, said)
+        about = about | {"config": asdict(model.moe_config), "view": "both"}
+    write_weights(file, {name: t.bfloat16() for name, t in tensors.items()}, about)
     size = size_in_words(Path(file).stat().st_size)
-    print(f"wrote {file}: {len(tensors)} tensors, step {said['step']}, {size}")
+    print(f"wrote {file}: {len(tensors)} tensors, step {about['step']}, {size}")

@@ -220,9 +220,9 @@ def help_of(f: dataclasses.Field) -> str:
 
 def parse(argv: list[str]) -> TrainConfig:
     """What was typed, else what the stage and the preset change, else the defaults."""
-    said = vars(parser().parse_args(argv))
-    del said["debug"]
-    typed = {name: value for name, value in said.items() if value is not None}
+    given = vars(parser().parse_args(argv))
+    del given["debug"]
+    typed = {name: value for name, value in given.items() if value is not None}
 
     stage = typed.get("stage", TrainConfig.stage)
     preset = typed.get("preset", TrainConfig.preset)

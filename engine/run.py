@@ -116,8 +116,8 @@ def start_over(folder: Path) -> None:
     if not folder.exists():
         return
     try:
-        said = json.loads((folder / "config.json").read_text())
-        ours = {"stage", "preset", "seed"} <= set(said)
+        config = json.loads((folder / "config.json").read_text())
+        ours = {"stage", "preset", "seed"} <= set(config)
     except (OSError, ValueError, TypeError):
         ours = False
     if folder.is_symlink() or not ours:

@@ -32,15 +32,15 @@ def end_with_parent() -> None:
 
 def main() -> int:
     """The life of the process."""
-    said = json.loads(sys.stdin.buffer.raw.readline())
+    told = json.loads(sys.stdin.buffer.raw.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.path.insert(0, str(ROOT))
     from engine.actors import serve
     from engine.meeting import Place
     from engine.parts import Options
 
-    *facts, key, apart = said["place"]
-    return serve(Place(*facts, bytes.fromhex(key), apart), Options(**said["options"]))
+    *facts, key, apart = told["place"]
+    return serve(Place(*facts, bytes.fromhex(key), apart), Options(**told["options"]))
 
 
 if __name__ == "__main__":

@@ -83,16 +83,16 @@ def enlarge(frame: np.ndarray, times: int) -> np.ndarray:
     return frame.repeat(times, 0).repeat(times, 1)
 
 
-def memory_panel(width: int, said: dict) -> np.ndarray:
+def memory_panel(width: int, about: dict) -> np.ndarray:
     """(PANEL, width, 3) uint8: the frames that were looked back at, with scores, and the numbers."""
     panel = Image.new("RGB", (width, PANEL), (20, 24, 31))
     draw = ImageDraw.Draw(panel)
     side = min(56, width // THUMBS - 6)
-    for k, pick in enumerate(said.get("memory", [])[:THUMBS]):
+    for k, pick in enumerate(about.get("memory", [])[:THUMBS]):
         x = 4 + k * (width - 4) // THUMBS
         thumb = Image.open(io.BytesIO(base64.b64decode(pick["thumb"])))
         panel.paste(thumb.resize((side, side), Image.Resampling.NEAREST), (x, 4))
         score = "sink" if pick["sink"] else f"{pick['score']:.2f}"
         draw.text((x, side + 5), f"f{pick['frame']} {score}", (165, 175, 188))
-    draw.text((4, 80), said.get("text", "start"), (255, 255, 255))
+    draw.text((4, 80), about.get("text", "start"), (255, 255, 255))
     return np.asarray(panel)

@@ -145,9 +145,9 @@ def session_of(folder: Path, name: str = "session.json") -> dict:
     with judging(path):
         if not path.is_file():  # a pipe could be read for ever
             raise ValueError("no regular file")
-        said = json.loads(path.read_text())
-        check_session(said)
-    return said
+        session = json.loads(path.read_text())
+        check_session(session)
+    return session
 
 
 @contextlib.contextmanager
@@ -160,20 +160,20 @@ def judging(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {problem}") from error
 
 
-def check_kinds(said: object, kinds: dict[str, type], what: str = "it") -> None:
+def check_kinds(found: object, kinds: dict[str, type], what: str = "it") -> None:
     """An object that has all of these."""
-    if not isinstance(said, dict):
+    if not isinstance(found, dict):
         raise ValueError(f"{what} must be an object")
     for key, kind in kinds.items():
-        if not isinstance(said.get(key), kind) or said[key] is True:
+        if not isinstance(found.get(key), kind) or found[key] is True:
             raise ValueError(f"{what} must have {key}, as {kind.__name__}")
 
 
-def check_rows(said: dict, *names: str) -> None:
+def check_rows(session: dict, *names: str) -> None:
     """Rows of as many finite numbers as there are in an action or a pose."""
     for name in names:
         width = ROWS[name]
-        rows = np.array(said[name] or np.zeros((0, width)), np.float64)
+        rows = np.array(session[name] or np.zeros((0, width)), np.float64)
         if rows.shape[1:] != (width,) or not (abs(rows) < FARTHEST).all():
             raise ValueError(f"{name} must be rows of {width} numbers")
 
@@ -185,26 +185,26 @@ def check_scene(truth: dict) -> None:
         raise ValueError(problem)
 
 
-def check_session(said: object) -> None:
+def check_session(session: object) -> None:
     """All that a replay, or going on, will ask for."""
-    check_kinds(said, SESSION)
-    check_rows(said, *ROWS)
-    if not 1 <= said["fps"] <= 240:
-        raise ValueError(f"fps must be 1 to 240, not {said['fps']!r:.20}")
+    check_kinds(session, SESSION)
+    check_rows(session, *ROWS)
+    if not 1 <= session["fps"] <= 240:
+        raise ValueError(f"fps must be 1 to 240, not {session['fps']!r:.20}")
 
     # every action leads to a pose, and the first pose is where it began
-    F = len(said["keyboard"])
-    if len(said["mouse"]) != F or len(said["poses"]) != F + 1:
+    F = len(session["keyboard"])
+    if len(session["mouse"]) != F or len(session["poses"]) != F + 1:
         raise ValueError("keyboard, mouse and poses have different lengths")
 
-    for chunk in said["chunks"]:
+    for chunk in session["chunks"]:
         check_kinds(chunk, CHUNK, "every chunk")
         if chunk["policy"] not in POLICIES:
             raise ValueError(f"no policy is called {chunk['policy']!r:.40}")
-    if sum(chunk["n"] for chunk in said["chunks"]) != F or F == 0:
+    if sum(chunk["n"] for chunk in session["chunks"]) != F or F == 0:
         raise ValueError("its chunks have another length than its actions")
-    if said.get("state") is not None:
-        check_kinds(said, {"state": int})
+    if session.get("state") is not None:
+        check_kinds(session, {"state": int})
 
 
 def check_journal(records: list) -> None:
@@ -295,9 +295,10 @@ def complete(folder: Path) -> list[dict]:
         with contextlib.suppress(av.FFmpegError):
             settle(folder / name)
 
-    said = {name: value for name, value in header.items() if name not in ("pose", "size", "walls")}
-    said["state"] = choose_state(folder, states)
-    write_text(folder / "session.json", json.dumps({**said, **rows, "chunks": chunks}))
+    inner = ("pose", "size", "walls")
+    session = {name: value for name, value in header.items() if name not in inner}
+    session["state"] = choose_state(folder, states)
+    write_text(folder / "session.json", json.dumps({**session, **rows, "chunks": chunks}))
 
     (folder / "episode/_DONE").replace(folder / "_DONE")
     (folder / "episode").rmdir()

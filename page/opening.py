@@ -43,9 +43,9 @@ def options_of(args: argparse.Namespace) -> Options:
 def open_walk(player: object, live: bool) -> None:
     """The player at the first picture of its walk, or at the last one of a walk that goes on."""
     args = player.args
-    said = folders.session_of(args.resume) if args.resume else None
-    if said:
-        args.view = said["flags"].get("view", "first")  # a session goes on as it began
+    recorded = folders.session_of(args.resume) if args.resume else None
+    if recorded:
+        args.view = recorded["flags"].get("view", "first")  # a session goes on as it began
     if args.fake:
         player.session = FakeSession(args.size, args.view)
         player.size = args.size
@@ -55,8 +55,8 @@ def open_walk(player: object, live: bool) -> None:
         settle(player, live)
     player.session.policy = args.memory
 
-    if said:
-        go_on(player, args.resume, said)
+    if recorded:
+        go_on(player, args.resume, recorded)
     else:
         image = Path(args.image)
         start = open_start(image, player.size, image.name, args.view)
@@ -108,13 +108,13 @@ def settle(player: object, live: bool) -> None:
         args.new = player.session.options.new
 
 
-def go_on(player: object, folder: Path, said: dict) -> None:
+def go_on(player: object, folder: Path, recorded: dict) -> None:
     """Where a saved session ended. If its state is older than its end, the rest is walked again."""
-    player.seed = said["seed"]
-    player.prompt = said["prompt"]
-    trail = [tuple(pose) for pose in said["trail"] + said["poses"][::LATENT]]
-    done = said.get("state", len(said["keyboard"]))
-    if done is None and said["trail"]:
+    player.seed = recorded["seed"]
+    player.prompt = recorded["prompt"]
+    trail = [tuple(pose) for pose in recorded["trail"] + recorded["poses"][::LATENT]]
+    done = recorded.get("state", len(recorded["keyboard"]))
+    if done is None and recorded["trail"]:
         raise ValueError(
             f"{folder} was cut off before its state was saved: it is a clip, nobody can go on"
         )
@@ -130,7 +130,7 @@ def go_on(player: object, folder: Path, said: dict) -> None:
             if not state.is_file():
                 raise ValueError("no regular file")
             player.session.restore(state)
-    walk_again(player, said, done or 0)
+    walk_again(player, recorded, done or 0)
 
     # what the player sees first is the last frame that was recorded
     last = np.array(episode.read_episode(folder).video[-1])
@@ -138,12 +138,12 @@ def go_on(player: object, folder: Path, said: dict) -> None:
     player.enter(Start(last, note, first.truth, trail[-1]), last, trail)
 
 
-def walk_again(player: object, said: dict, done: int) -> None:
+def walk_again(player: object, recorded: dict, done: int) -> None:
     """The recorded chunks after so many frames: what the model did once it does again."""
     session = player.session
     policy = session.policy
     at = 0
-    for chunk in said["chunks"]:
+    for chunk in recorded["chunks"]:
         rows = slice(at, at + chunk["n"])
         at += chunk["n"]
         if at <= done:
@@ -151,7 +151,7 @@ def walk_again(player: object, said: dict, done: int) -> None:
         if chunk["n"] != session.frames_needed:
             session.options = replace(session.options, new=chunk["n"] // LATENT)
         session.policy = chunk["policy"]
-        keyboard, mouse = (torch.tensor(said[key][rows]) for key in ("keyboard", "mouse"))
+        keyboard, mouse = (torch.tensor(recorded[key][rows]) for key in ("keyboard", "mouse"))
         session.step(keyboard, mouse)
 
     # and then as this player asked for

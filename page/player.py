@@ -203,10 +203,10 @@ class Player(threading.Thread):
     def store(self) -> None:
         """Whatever is not recorded yet."""
         while self.recording and self.ring:
-            frames, said, *_ = self.ring.popleft()
+            frames, about, *_ = self.ring.popleft()
             now = None if self.ring else self.session  # a state belongs to the newest frame
             undoable = sum(n for n, _ in self.undone)
-            self.recording.add(frames, said, now, undoable)
+            self.recording.add(frames, about, now, undoable)
 
     def save(self) -> list[dict]:
         """End the recording, if there is one. Returns its chunks."""
@@ -255,11 +255,11 @@ class Player(threading.Thread):
         """What is set now; frames that were made before still say otherwise."""
         self.screen.note(facts=self.facts() | {"n": self.screen.serial})
 
-    def show(self, frames: np.ndarray, poses: list, said: dict, clear: bool = False) -> None:
+    def show(self, frames: np.ndarray, poses: list, about: dict, clear: bool = False) -> None:
         """Put frames on the screen, each with all that the page says about it."""
         first = self.frame - len(frames) + 1
-        psnr = said.get("psnr")
-        said = said | self.facts()
+        psnr = about.get("psnr")
+        about = about | self.facts()
         headers = []
         for k, pose in enumerate(poses):
             own = {
@@ -268,7 +268,7 @@ class Player(threading.Thread):
                 "pose": [round(float(v), 4) for v in pose],
                 "psnr": psnr[k // LATENT] if psnr else None,
             }
-            headers.append(said | own)
+            headers.append(about | own)
 
         self.shown = (frames, headers, self.period())
         self.screen.put(*self.shown, clear)
@@ -349,17 +349,17 @@ class Player(threading.Thread):
         """What the player asks for in the next n frames."""
         pitch = self.poses[-1][3]
         if self.script:
-            keyboard, mouse, said = self.next_of_script(n)
+            keyboard, mouse, about = self.next_of_script(n)
             keyboard, mouse = legal(keyboard, mouse, pitch, self.max_pitch)
         elif self.tempo() == "live":
-            keyboard, mouse, said = self.controls.read(n, self.fps, pitch, self.max_pitch)
+            keyboard, mouse, about = self.controls.read(n, self.fps, pitch, self.max_pitch)
         else:
             slots, self.plan = self.plan or ["_"], None
             chords = [slots[min(t // LATENT, len(slots) - 1)] for t in range(n)]
             keyboard, mouse = (part.numpy() for part in camera.actions_from_keys(chords))
             keyboard, mouse = legal(keyboard, mouse, pitch, self.max_pitch)
-            said = {"keys": slots}
-        return self.in_rooms(keyboard, mouse), mouse, said
+            about = {"keys": slots}
+        return self.in_rooms(keyboard, mouse), mouse, about
 
     def next_of_script(self, n: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """n frames of it; after its end one stands still. What was pressed meanwhile is forgotten."""
@@ -378,7 +378,7 @@ class Player(threading.Thread):
 
     # ---- a chunk
 
-    def chunk(self, keyboard: np.ndarray, mouse: np.ndarray, said: dict) -> None:
+    def chunk(self, keyboard: np.ndarray, mouse: np.ndarray, about: dict) -> None:
         """One step of the model and all that follows from it: judged, remembered, recorded, shown."""
         n = len(keyboard)
         began = time.monotonic()
@@ -392,10 +392,10 @@ class Player(threading.Thread):
         # all that the page and the journal say about it
         psnr = self.judge(frames, poses)
         picks = self.described(info["memory"])
-        said["psnr"] = psnr
+        about["psnr"] = psnr
         before = self.remember(frames, poses)
         self.walked.append((keyboard, mouse))
-        text = f"memory {policy}   f{self.frame}   {' '.join(said['keys'])}"
+        text = f"memory {policy}   f{self.frame}   {' '.join(about['keys'])}"
         kept = {
             "keyboard": keyboard.tolist(),
             "mouse": mouse.tolist(),
@@ -414,11 +414,11 @@ class Player(threading.Thread):
         self.screen.note(memory=picks)
         shown = frames
         total = 1000 * (time.monotonic() - began)
-        said["ms"] = {**info["ms"], "encode": self.screen.encode, "total": total}
+        about["ms"] = {**info["ms"], "encode": self.screen.encode, "total": total}
         truth = self.begun.truth
         if self.set["view"] == "truth" and truth:
             shown = true_views(truth, poses, *self.size)
-        self.show(shown, poses, said, clear=self.game.phase == "replay")
+        self.show(shown, poses, about, clear=self.game.phase == "replay")
         self.game.see(self, frames, poses)
 
     def judge(self, frames: np.ndarray, poses: np.ndarray) -> list[float]:

@@ -29,7 +29,7 @@ SMALLEST = 256  # pixels of a film's side, enlarged until there
 
 class Entry(NamedTuple):
     frames: np.ndarray  # (n, H, W, 3) uint8
-    said: dict
+    about: dict
     state: int | None  # frames after which the whole state was saved, if it was
 
 
@@ -63,15 +63,15 @@ class Recording:
     def add(
         self,
         frames: np.ndarray,
-        said: dict,
+        about: dict,
         session: realtime.Session | FakeSession | None = None,  # as it is after these frames
         undoable: int = 0,  # frames that an undo may take back
     ) -> None:
         self.total += len(frames)
         digest = hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()[:16]
-        said = {"n": len(frames), "sha": digest, **said}
+        about = {"n": len(frames), "sha": digest, **about}
         state = self.snapshot(session) if session and time.monotonic() >= self.due else None
-        self.pending.append(Entry(frames, said, state))
+        self.pending.append(Entry(frames, about, state))
 
         waiting = sum(len(entry.frames) for entry in self.pending)
         while self.pending and waiting - len(self.pending[0].frames) >= undoable:
@@ -116,14 +116,14 @@ class Recording:
         """In the thread: frames, then the line that says they are there, then the state they led to."""
         if not self.raw:
             self.open()
-        self.write_frames(entry.frames, entry.said)
+        self.write_frames(entry.frames, entry.about)
 
         # thumbnails are in the film; the journal names their frames
         memory = [
             {key: value for key, value in pick.items() if key != "thumb"}
-            for pick in entry.said["memory"]
+            for pick in entry.about["memory"]
         ]
-        folders.write_line(self.journal, {**entry.said, "memory": memory})
+        folders.write_line(self.journal, {**entry.about, "memory": memory})
         if entry.state is not None:
             self.trust(entry.state)
 
@@ -147,9 +147,9 @@ class Recording:
         ]
         self.write_frames(self.image[None], {})
 
-    def write_frames(self, frames: np.ndarray, said: dict) -> None:
+    def write_frames(self, frames: np.ndarray, about: dict) -> None:
         """Raw, and enlarged into both films."""
-        panel = memory_panel(frames.shape[2] * self.times, said)
+        panel = memory_panel(frames.shape[2] * self.times, about)
         for frame in frames:
             self.raw.write(frame.tobytes())
             big = enlarge(frame, self.times)
