@@ -29,7 +29,7 @@ from engine import cli, parts
 from engine.parts import Options
 from realtime import Session
 
-MICRO = Options("micro", "random", dtype="float32", new=2)
+MICRO = Options("micro", "random", dtype="float32", new=2, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +60,14 @@ def two_devices() -> None:
 # ---- a session ---------------------------------------------------------------------------------------------
 
 
-def frames_of(options: Options, state: Path) -> torch.Tensor:
-    """The first picture, two segments, one taken back; saved, gone on, restored and gone on again."""
-    session = Session(options)
+def frames_of(session: Session) -> list[torch.Tensor]:
+    """The first picture and one segment."""
     grey = torch.full((64, 64, 3), 90, dtype=torch.uint8)
-    frames = [session.reset(grey, seed=3).frames]
+    return [session.reset(grey, seed=3).frames, segment(session)]
 
-    def walk() -> torch.Tensor:
-        return session.step(*realtime.walk_actions(session.frames_needed)).frames
 
-    frames += [walk(), walk()]
-    session.undo()
-    assert torch.equal(walk(), frames[-1])
-    session.save(state)
-    frames.append(walk())
-    session.restore(state)
-    assert torch.equal(walk(), frames[-1])
-    return torch.cat(frames)
+def segment(session: Session) -> torch.Tensor:
+    return session.step(*realtime.walk_actions(session.frames_needed)).frames
 
 
 @pytest.mark.parametrize(
@@ -90,10 +81,21 @@ def test_a_session_on_a_gpu_draws_what_the_cpu_draws(change: dict, tmp_path: Pat
 
 def play_twice(change: dict, folder: Path) -> None:
     options = replace(MICRO, **change)
+    state = folder / "state.safetensors"
+    session = Session(replace(options, device="cpu"))
+    here = torch.cat([*frames_of(session), segment(session)])
     with fake_gpu():
-        here = frames_of(replace(options, device="cpu"), folder / "cpu.safetensors")
-        there = frames_of(replace(options, device=GPU), folder / "gpu.safetensors")
-    difference = (here.int() - there.int()).abs()
+        session = Session(replace(options, device=GPU))
+        frames = frames_of(session)
+        session.save(state)
+        frames.append(segment(session))
+
+        # the second segment once more: after it was taken back, and from the file
+        session.undo()
+        assert torch.equal(segment(session), frames[-1])
+        session.restore(state)
+        assert torch.equal(segment(session), frames[-1])
+    difference = (here.int() - torch.cat(frames).int()).abs()
     # fused kernels of the CPU are not taken for a labelled tensor: the last bit may differ
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
@@ -126,22 +128,22 @@ def train_twice(stage: str, folder: Path) -> None:
             assert train.main([*usual, *which, *flags]) == 0
 
     with (
-        fake_gpu(),
         mock.patch.object(cli, "ROOT", folder),
         mock.patch.object(engine.run, "listen"),
         mock.patch.object(error_buffer, "ErrorConfig", lambda **kwargs: replace(early, **kwargs)),
     ):
         flags = ["--stage", stage]
         if stage == "distill":
-            run("base", 1, "cpu")
+            run("base", 1, "cpu", "--sample-every", "0")
             flags += ["--init", str(folder / "runs/base"), "--adversarial", "0.1"]
             flags += ["--cold-start", "1"]
-        run("here", 3, "cpu", *flags)
-        run("there", 2, GPU, *flags)
-        run("there", 3, GPU, *flags)
+        run("here", 2, "cpu", *flags)
+        with fake_gpu():
+            run("there", 1, GPU, *flags)
+            run("there", 2, GPU, *flags)
     here = losses(folder / "runs/here")
     there = losses(folder / "runs/there")
-    assert len(there) >= 3 and there[-1] == pytest.approx(here[-1], rel=0.02)
+    assert len(there) >= 2 and there[-1] == pytest.approx(here[-1], rel=0.02)
 
 
 # ---- shapes at full size -----------------------------------------------------------------------------------
@@ -168,8 +170,12 @@ def full_size(preset: str, device: str) -> tuple[dit.DiT, Context, torch.Tensor]
             null_text=torch.empty(1, config.text_len, config.text_dim),
         ).to(dtype=torch.bfloat16)
         noise = torch.empty(1, config.in_dim, N, h, w)
-    network = moe.build(preset, "meta").to(device, torch.bfloat16)
-    return network, context.to(device), noise.to(device)
+    network = moe.build(preset, "meta")
+    # which expert is asked depends on a number, and here are none
+    expert = network.low if preset == "28b-moe" else network
+    # one block after those that act: all others are alike
+    expert.blocks = expert.blocks[: max(config.action_blocks) + 2]
+    return expert.to(device, torch.bfloat16), context.to(device), noise.to(device)
 
 
 @pytest.mark.parametrize("preset", ["5b", "28b-moe"])
@@ -180,9 +186,7 @@ def test_a_step_of_the_full_size_fits_together(preset: str, apart: Callable):
 def step_of(preset: str) -> None:
     with fake_gpu("meta"), torch.no_grad():
         network, context, noise = full_size(preset, GPU)
-        # which expert is asked depends on a number, and here are none
-        expert = network.low if preset == "28b-moe" else network
-        x0 = flow.sample(expert, context, flow.sigma_grid(1), noise, "renoise")
+        x0 = flow.sample(network, context, flow.sigma_grid(1), noise, "renoise")
         assert x0.device.type == GPU and x0.shape == noise.shape
         assert x0.shape[-2:] == (44, 80)
 
