@@ -197,12 +197,16 @@ class Dream:
 
 
 def dreaming(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, slow: float = 0.0
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *flags: str,
+    slow: float = 0.0,
+    fps: int = 40,
 ) -> Player:
     """A player whose model is a Dream, at the start of a walk."""
     dream = Dream(slow)
     monkeypatch.setattr(realtime, "open_session", lambda options, ranks: dream)
-    player = Player(arguments("--out", str(tmp_path / "dream"), *flags), 40)
+    player = Player(arguments("--out", str(tmp_path / "dream"), *flags), fps)
     player.open()
     return player
 

@@ -69,16 +69,12 @@ def test_astar_finds_what_a_slow_search_finds():
     assert abs(length(way) - slow_search(nav, start)[goal]) < 1e-6
 
 
-def interval_covered(weights):
-    """The 95 % interval of the mean share that an explorer covers of forty unseen places."""
+def interval_covered(weights, places=40):
+    """The 95 % interval of the mean share that an explorer covers of so many unseen places."""
     shares = []
-    for seed in SPLITS["test"][:40]:
-        scene = make_scene(seed)
-        runs = []
-        for k in range(2):
-            covered, _ = explore.explore(scene, weights, np.random.default_rng(k))
-            runs.append(covered)
-        shares.append(np.mean(runs))
+    for seed in SPLITS["test"][:places]:
+        covered, _ = explore.explore(make_scene(seed), weights, np.random.default_rng(0))
+        shares.append(covered)
     half = 1.96 * np.std(shares) / math.sqrt(len(shares))
     return np.mean(shares) - half, np.mean(shares) + half
 
@@ -88,7 +84,7 @@ def test_learned_explorer_covers_more_than_waypoints_than_random():
     low_learned, _ = interval_covered(explore.train_explorer(places))
     low_shipped, _ = interval_covered(explore.POLICY)
     low_waypoints, high_waypoints = interval_covered(np.zeros(4))
-    _, high_random = interval_covered(None)
+    _, high_random = interval_covered(None, 10)  # far below
     assert low_waypoints > high_random
     assert low_learned > high_waypoints
     assert low_shipped > high_waypoints

@@ -336,7 +336,7 @@ def test_an_error_in_a_request_gives_its_slot_back(served, monkeypatch: pytest.M
 
 def test_clients_that_drip_do_not_hold_the_server(served, monkeypatch: pytest.MonkeyPatch) -> None:
     _, server = served
-    monkeypatch.setattr(page_server, "HEARD", 1.0)
+    monkeypatch.setattr(page_server, "HEARD", 0.3)
     clients = [
         socket.create_connection(("127.0.0.1", server.server_port), timeout=5) for _ in range(SLOTS)
     ]
@@ -348,7 +348,7 @@ def test_clients_that_drip_do_not_hold_the_server(served, monkeypatch: pytest.Mo
                 client.sendall(b"G")
         with contextlib.suppress(OSError, http.client.HTTPException):
             answered = ask(server, "GET", "/state")[0] == 200
-        time.sleep(0.2)
+        time.sleep(0.05)
     for client in clients:
         client.close()
     assert answered

@@ -68,7 +68,7 @@ def test_scripts_are_free_of_contact_and_come_back(name: str) -> None:
 
 def test_a_path_without_room_says_so() -> None:
     with pytest.raises(ValueError, match="shorten it"):
-        worlds.place(TEST, "w:4000")
+        worlds.place(TEST, "w:400")
 
 
 def test_the_lists_of_worlds_are_disjoint() -> None:
