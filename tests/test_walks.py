@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,16 @@ def perfect(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     def opened(p: object, script: Script, frames: object = None) -> players.Opened:
         return players.Opened(worlds.draw(script).frames, None)
 
+    register = worlds.register
+    registered = {}
+
+    def register_once(where: object, frame: torch.Tensor, pose: np.ndarray) -> object:
+        asked = np.asarray(frame).tobytes(), np.asarray(pose).tobytes()
+        if asked not in registered:
+            registered[asked] = register(where, frame, pose)
+        return registered[asked]
+
+    monkeypatch.setattr(worlds, "register", register_once)
     monkeypatch.setattr(players, "opened", opened)
     monkeypatch.setattr(players, "rollout", dream)
     monkeypatch.setattr(players, "decode", render)
