@@ -84,12 +84,12 @@ def place(studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture(scope="module")
 def reference(studio: Path) -> Path:
-    """Twelve steps of base without a break: what everything else is compared with."""
+    """Eight steps of base without a break: what everything else is compared with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(studio)
         patch.setattr(cli, "ROOT", studio)
         patch.setattr(error_buffer, "ErrorConfig", EARLY)
-        assert start("--steps", "12", "--save-every", "4") == 0
+        assert start("--steps", "8", "--save-every", "4") == 0
     return studio / "runs/base-micro"
 
 
@@ -189,29 +189,29 @@ def test_resuming_continues_exactly(reference):
     start("--steps", "6")
     assert len(log("runs/base-micro")) == 6
     assert len(state("runs/base-micro")["errors"]["entries"]) > 0
-    start("--steps", "12", "--save-every", "4")
+    start("--steps", "8", "--save-every", "4")
     assert log("runs/base-micro") == log(reference)
     assert same(state("runs/base-micro"), state(reference))
 
 
 def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
-    assert launch("--steps", "12", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
+    assert launch("--steps", "8", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
         -signal.SIGKILL
     ]
     assert newest("runs/base-micro").name == "000004"
     assert len(log("runs/base-micro")) == 6
-    start("--steps", "12", "--save-every", "4")
+    start("--steps", "8", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
     assert log("runs/base-micro") == log(reference)  # the two steps that were lost stand in it once
 
 
 def test_ctrl_c_saves_exits_130_and_the_rest_resumes(reference, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        at_step(patch, 7, interrupt)
-        assert start("--steps", "12", "--save-every", "4") == 130
-    assert newest("runs/base-micro").name in ("000007", "000008")
+        at_step(patch, 5, interrupt)
+        assert start("--steps", "8", "--save-every", "4") == 130
+    assert newest("runs/base-micro").name in ("000005", "000006")
     assert "the same command resumes it" in capsys.readouterr().out
-    assert start("--steps", "12", "--save-every", "4") == 0
+    assert start("--steps", "8", "--save-every", "4") == 0
     assert same(state("runs/base-micro"), state(reference))
 
 
@@ -254,7 +254,7 @@ def test_a_length_that_is_named_twice_is_drawn_more_often_and_said_once(referenc
 
 
 def test_activation_checkpointing_changes_nothing(reference):
-    start("--steps", "12", "--checkpoint-activations")
+    start("--steps", "8", "--checkpoint-activations")
     assert same(state("runs/base-micro"), state(reference))
 
 
@@ -283,7 +283,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_two_ranks_compute_the_losses_of_one_process():
-    how = ["--steps", "5", "--muon", "0", "--run"]
+    how = ["--steps", "3", "--muon", "0", "--run"]
     start(*how, "one")
     assert launch(*how, "two", ranks=2) == [0, 0]
     torch.testing.assert_close(
@@ -341,7 +341,7 @@ def test_distillation_runs_on_two_ranks(reference):
 
 def test_base_leaves_a_run_that_loads_and_draws(reference):
     model, said = weights.load(reference)
-    assert said["step"] == 12
+    assert said["step"] == 8
     assert said["stage"] == "base"
     assert said["path"].endswith("ema.safetensors")
     x = flow.sample(
@@ -1010,11 +1010,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(reference, monkeypatch, ca
     start("--steps", "4")
     with monkeypatch.context() as patch:
         patch.setattr(weights, "save_file", full)
-        assert script(patch, *MICRO, "--steps", "12", "--save-every", "4") == 2
+        assert script(patch, *MICRO, "--steps", "8", "--save-every", "4") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert newest("runs/base-micro").name == "000004"
     assert weights.load("runs/base-micro")[1]["step"] == 4
-    start("--steps", "12", "--save-every", "4")
+    start("--steps", "8", "--save-every", "4")
     assert same(state("runs/base-micro"), state(reference))
 
 
