@@ -179,6 +179,8 @@ def test_ten_times_as_many_episodes_hold_the_same_memory(tmp_path: Path):
     command = [sys.executable, "-c", MEASURE.format(root=str(ROOT)), tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     print(done.stdout)
-    (one, few), (ten, many) = (map(int, line.split()) for line in done.stdout.splitlines())
+    first, second = done.stdout.splitlines()
+    one, few = map(int, first.split())
+    ten, many = map(int, second.split())
     assert ten == 10 * one
     assert many < few + 8 * 1024  # kB; ten times as many latents are 70 MB more
