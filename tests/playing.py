@@ -200,8 +200,8 @@ def dreaming(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     *flags: str,
-    slow: float = 0.0,
-    fps: int = 40,
+    slow: float = 0.0,  # seconds per segment
+    fps: int = 40,  # shown per second: at 4 a minute is 6 chunks
 ) -> Player:
     """A player whose model is a Dream, at the start of a walk."""
     dream = Dream(slow)
