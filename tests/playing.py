@@ -154,7 +154,7 @@ def save(path: Path, *size: int, mode: str = "RGB") -> Path:
 class Dream:
     """A stand-in for a model: chunks of 56 and then 40 frames, grey noise.
 
-    It has the whole interface of realtime.Session.
+    It has the whole interface of realtime.Session, and remembers nothing.
     """
 
     def __init__(self, slow: float = 0.0) -> None:
