@@ -154,7 +154,7 @@ def save(path: Path, *size: int, mode: str = "RGB") -> Path:
 class Dream:
     """A stand-in for a model: chunks of 56 and then 40 frames, grey noise.
 
-    It has the whole interface of realtime.Session, and remembers nothing.
+    It has the whole interface of realtime.Session.
     """
 
     def __init__(self, slow: float = 0.0) -> None:
@@ -183,6 +183,7 @@ class Dream:
         # other noise in every chunk, the same at every run
         noise = torch.Generator().manual_seed(self.seed + len(self.chunks))
         frames = torch.randint(0, 255, (n, *self.image.shape), generator=noise).byte()
+        # as if five old latents were remembered, the last of them the sink
         read = (9, 7, 5, 3, 0) if self.chunks and self.policy != "none" else ()
         picks = [{"latent": k, "frame": 4 * k, "score": 0.5, "sink": k == 0} for k in read]
         self.chunks.append(n)
