@@ -152,12 +152,14 @@ def compare_views(run: Run, models: dict[str, Player], seed: int, view: str) -> 
 
 def experts(run: Run) -> None:
     """§3.5: experts beside one dense model trained as long, in first and third person."""
+    models = load_experts(run)
+    first = next(iter(models.values()))
+    run.notes.append(f"8 steps, {first.options.dtype}")
     for boundary in BOUNDARIES:
         for steps in (3, 50):
-            asked = (flow.sigma_grid(steps)[:-1] >= boundary).float().mean()
+            levels = flow.sigma_grid(steps, first.meta["shift"])[:-1]
+            asked = (levels >= boundary).float().mean()
             run.put(f"boundary {boundary}", {f"share of {steps} steps": asked})
-    models = load_experts(run)
-    run.notes.append(f"8 steps, {next(iter(models.values())).options.dtype}")
     for seed in run.some:
         for view in ("first", "third"):
             compare_views(run, models, seed, view)
