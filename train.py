@@ -119,7 +119,7 @@ def train_vae(run: Run) -> None:
     both = start_vae(run, teacher)
     model, helper = both
     opts = optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype)
-    judge = start_judge(lightvae.Judge(), run)
+    judge = start_judge(lightvae.Judge(), run)  # has a say with --adversarial alone
     ema = optim.average(both)
     models = {"training": both}
     every = list(opts)

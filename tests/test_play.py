@@ -885,13 +885,17 @@ def test_a_short_game_ends_with_two_scores(
         assert tab.is_visible("#game >> text=Play") and tab.is_hidden("#game >> text=Stop")
 
 
-@pytest.mark.browser
-def test_a_pressed_key_is_soon_a_picture(chromium, tmp_path: Path) -> None:
-    """KeyDown to the first frame drawn that was made with it; the page alone.
+SHIPPED = ("--no-fake", "--weights", str(ROOT / "assets/tiny"), "--dtype", "float32")
 
-    Idle, two cores: median < 80 ms, p95 < 150 ms.
+
+@pytest.mark.browser
+@pytest.mark.parametrize("model", [(), (*SHIPPED, "--new", "2")], ids=["the page", "and the model"])
+def test_a_pressed_key_is_soon_a_picture(chromium, tmp_path: Path, model: tuple[str, ...]) -> None:
+    """KeyDown to the first frame drawn that was made with it.
+
+    Idle, two cores, the page alone: median < 80 ms, p95 < 150 ms.
     """
-    with page(tmp_path) as (_, server), tab_on(chromium, server) as tab:
+    with page(tmp_path, *model) as (_, server), tab_on(chromium, server) as tab:
         for count in range(40):
             tab.wait_for_function("play.frame.keys.length === 0")
             time.sleep(random.random() / 8)  # at odd moments of the chunk
