@@ -110,9 +110,14 @@ def serve(args: argparse.Namespace) -> int:
         webbrowser.open(url)
 
     player.start()
-    args.stop.wait()
+    while not args.stop.wait(0.2):
+        if player.failed and player.begun is None:
+            break  # nothing can be shown, and the player has said why
+    args.stop.set()
     player.join()
-    return 1 if player.failed else 0
+    if player.failed:
+        return 1 if player.begun else 2
+    return 0
 
 
 def headless(args: argparse.Namespace, script: Script) -> list[dict]:
@@ -159,6 +164,8 @@ def walk(args: argparse.Namespace) -> int:
 
 def make_film(args: argparse.Namespace) -> int:
     """--film: one walk with memory and without it, beside the true world."""
+    if Path(args.film).suffix != ".gif":
+        raise ValueError(f"--film must end in .gif, as in walk.gif, got {args.film}")
     keyboard, mouse, _ = read_actions(args.actions or "@revisit", FILE_FPS)
     if not open_start(Path(args.image), (64, 64), args.image).truth:
         raise ValueError(

@@ -208,8 +208,8 @@ def export_vae(run: Run, both: nn.ModuleList, ema: list[Tensor], videos: list[np
 def train_base(run: Run) -> None:
     """Flow matching on the new latents, with memory, past and the model's own mistakes."""
     cfg = run.cfg
-    root = dataset(run)
     decoder = load_vae(cfg, run.device)
+    root = dataset(run)
     clips = seen_by(run.view, run, decoder, root)
     held = load_clips(run, decoder, root, "tune")
     model = start_model(run)
@@ -304,8 +304,8 @@ def rows_of(context: Context, rows: slice) -> Context:
 def train_distill(run: Run) -> None:
     """Teacher, critic and student start as one base; the student learns on its own rollouts."""
     cfg = run.cfg
-    root = dataset(run)
     decoder = load_vae(cfg, run.device)
+    root = dataset(run)
     clips = load_clips(run, decoder, root, "train")
     held = load_clips(run, decoder, root, "tune")
     how = dmd_config(cfg)

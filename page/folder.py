@@ -13,6 +13,7 @@ writes; what nobody holds is what somebody lost. _DONE comes last: who sees it s
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ from page.start import player_cameras
 JOURNAL = "session.jsonl"
 FRAMES = "frames.tmp"
 FILMS = ("play.mp4", "play_memory.mp4")
-FARTHEST = 1e6  # metres, degrees, keys: nothing in a walk is larger
+FARTHEST = 1e9  # metres, degrees, keys: nothing in a walk is larger
 HASHED = 1 << 28  # bytes of the largest weight file whose hash is worth the time
 FLAGS = (  # what a replay needs to be the same again
     "fake",
@@ -80,6 +81,8 @@ ROWS = {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}  # numbers in each
 def claim(out: str) -> Path:
     """--out or runs/play-<time>, with a number where that exists: nothing is ever overwritten."""
     base = Path(out) if out else cli.beside("runs", time.strftime("play-%Y%m%d-%H%M%S"))
+    if base.name in ("", ".."):
+        raise ValueError(f"--out must name a new folder, as in runs/walk, got {out}")
     base.parent.mkdir(parents=True, exist_ok=True)
     for k in range(1, 10_000):
         path = base.with_name(base.name + (f"-{k}" if k > 1 else ""))
@@ -378,7 +381,7 @@ def discard(folder: Path) -> None:
 def recover(out: str) -> None:
     """Complete what was cut off: folders of this name, or of the default one, that nobody is writing."""
     base = Path(out) if out else cli.beside("runs", "play-")
-    for journal in sorted(base.parent.glob(f"{base.name}*/{JOURNAL}")):
+    for journal in sorted(base.parent.glob(f"{glob.escape(base.name)}*/{JOURNAL}")):
         folder = journal.parent
         if not journal.is_file():  # a pipe could be read for ever
             continue

@@ -135,7 +135,7 @@ def go_on(player: object, folder: Path, recorded: dict) -> None:
     # what the player sees first is the last frame that was recorded
     last = np.array(episode.read_episode(folder).video[-1])
     note = f"{folder} goes on at frame {LATENT * (len(trail) - 1)}"
-    player.enter(Start(last, note, first.truth, trail[-1]), last, trail)
+    player.enter(Start(last, note, first.truth, trail[-1], kept=True), last, trail)
 
 
 def walk_again(player: object, recorded: dict, done: int) -> None:

@@ -219,10 +219,10 @@ class Player(threading.Thread):
 
     @contextlib.contextmanager
     def unless_full(self, ending: bool = False) -> Iterator[None]:
-        """A full disk ends the recording, not the walk, and says so."""
+        """A full disk ends the recording, not the walk, and says so; so does what cannot be completed."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.unrecorded = (
                 f"not recorded any more: {error}. What was written is kept, "
                 "and completed at the next start if there is room"
@@ -466,6 +466,8 @@ class Player(threading.Thread):
                 self.ring.pop()
         self.frame -= taken
         self.poses = self.poses[: len(self.poses) - taken // LATENT]
-        if self.recording:
-            self.recording.undo(taken)
+        if self.recording and self.recording.undo(taken):
+            # it began after the place where the player stands now: it holds nothing, and a new one begins
+            self.save()
+            self.record()
         self.show(self.newest[None], self.poses[-1:], {"keys": [], "ms": {}}, clear=True)

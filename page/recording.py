@@ -78,8 +78,11 @@ class Recording:
             waiting -= len(self.pending[0].frames)
             self.commit()
 
-    def undo(self, n: int) -> None:
-        """The last n frames never were: they are still in memory, for that is why they waited."""
+    def undo(self, n: int) -> int:
+        """The last n frames never were: they are still in memory, for that is why they waited.
+
+        Returns how many of them are older than this recording.
+        """
         while n > 0 and self.pending:
             entry = self.pending.pop()
             n -= len(entry.frames)
@@ -87,6 +90,7 @@ class Recording:
             if entry.state is not None:
                 state_file(self.folder, entry.state).unlink(missing_ok=True)
                 self.due = 0.0
+        return n
 
     def snapshot(self, session: realtime.Session | FakeSession) -> int:
         """The whole state, from which one can go on; now and then, so that it costs little."""

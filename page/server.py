@@ -243,11 +243,12 @@ def end_late_requests(server: Server) -> None:
 def bind(player: object, host: str, port: int) -> Server:
     """The server on this port, or on the next free one."""
     token = "" if host in ("127.0.0.1", "localhost") else secrets.token_hex(16)
-    for place in range(port, port + PORTS):
+    places = range(port, min(port + PORTS, 65_536))
+    for place in places:
         try:
             server = Server((host, place), player, token)
         except OSError as error:
-            if place == port + PORTS - 1:
+            if place == places[-1]:
                 raise ValueError(
                     f"cannot serve {host}:{place} ({error.strerror}); pass another --host or --port"
                 ) from error

@@ -7,6 +7,7 @@ be compared with the true one, walls can stop the player, and a camera behind hi
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ UNREADABLE = (
     RecursionError,
     Image.DecompressionBombError,
 )
+FARTHEST = 1e3  # metres, degrees: no start picture is seen from farther away
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program
 
 
@@ -38,6 +40,7 @@ class Start:
     note: str = ""  # what was done to the picture
     truth: dict | None = None  # the world it shows, if known: then the truth is known everywhere
     pose: tuple[float, ...] = (0.0, -world.EYE, 0.0, 0.0, 0.0)
+    kept: bool = False  # a model made the picture, in a known world
     number: int | None = None  # of the start pictures that a link counts; None: it is none of them
 
     def save(self, path: Path) -> None:
@@ -47,6 +50,8 @@ class Start:
         if self.truth:
             for key, value in {**self.truth["scene"], "pose": self.pose}.items():
                 text.add_text(key, json.dumps(value))
+            if self.kept:
+                text.add_text("kept", "true")
         Image.fromarray(self.image).save(path, pnginfo=text)
 
 
@@ -75,7 +80,7 @@ def open_start(
         picture = Image.open(file, formats=FORMATS)
         picture.load()
         if "seed" in getattr(picture, "text", {}):
-            return known_start(picture.text, size, name, view)
+            return known_start(picture, size, name, view)
         return fitted_start(picture, size, name)
     except UNREADABLE as error:
         raise ValueError(
@@ -87,24 +92,30 @@ def open_start(
 # ---- a picture of a known world, and any other -------------------------------------------------------------
 
 
-def known_start(text: dict[str, str], size: tuple[int, int], name: str, view: str) -> Start:
-    """The world that the file names, drawn again at this size, as the player or who follows him sees it."""
+def known_start(picture: Image.Image, size: tuple[int, int], name: str, view: str) -> Start:
+    """The world that the file names, drawn again at this size, as the player or who follows him sees it.
+
+    A picture that a model made is kept: the world is only what it is compared with.
+    """
+    text = picture.text
     seed, kind, pose = (json.loads(text[key]) for key in ("seed", "kind", "pose"))
-    truth = {
-        "scene": {"seed": int(seed), "kind": str(kind)},
-        "view": view,
-        "character": int(seed),
-    }
+    truth = {"scene": {"seed": seed, "kind": kind}, "view": view, "character": seed}
+    for problem in episode.problems_of_scene(truth, view):
+        raise ValueError(problem)
     poses = np.array(pose, float).reshape(1, 5)
+    poses[0, 4] = math.fmod(poses[0, 4], 360)
     check_free(truth, poses[0])
-    image = true_views(truth, poses, *size)[0]
+    kept = "kept" in text
+    image = fitted_start(picture, size, name).image if kept else true_views(truth, poses, *size)[0]
     note = f"{name}: world {seed} ({kind}), held out"
-    return Start(image, note, truth, tuple(poses[0].tolist()))
+    return Start(image, note, truth, tuple(poses[0].tolist()), kept)
 
 
 def check_free(truth: dict, pose: np.ndarray) -> None:
     """Somebody who stands in a wall sees nothing, and gets nowhere."""
     solid = world.make_scene(**truth["scene"]).solid
+    if not (abs(pose) < FARTHEST).all():
+        raise ValueError("its text says that it was seen from outside of every world")
     x, z = pose[[0, 2]]
     inside = 0 <= min(x, z) and max(x, z) < len(solid)
     if not inside or solid[int(x), int(z)]:

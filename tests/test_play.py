@@ -144,6 +144,8 @@ def test_a_film_is_one_walk_in_three_panels(tmp_path: Path) -> None:
         ValueError, match="--film shows the true world too, and photo.png names none"
     ):
         main(tmp_path, "--fake", "--image", "photo.png", "--film", "walk.gif")
+    with pytest.raises(ValueError, match="--film must end in .gif, as in walk.gif, got walk.xyz"):
+        main(tmp_path, "--fake", "--film", "walk.xyz")
 
 
 def test_the_memory_flag_is_the_policy_of_the_walk(tmp_path: Path) -> None:
@@ -419,12 +421,16 @@ def test_a_player_that_stopped_with_an_error_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(player: Player, live: bool) -> None:
-        player.args.stop.set()
         raise RuntimeError("no model")
 
     monkeypatch.setattr(opening, "open_walk", breaks)
-    for flag in ("--no-open", "--bench"):
-        assert main(tmp_path, "--fake", "--port", "19250", flag)[0] == 1
+    for flag, code in {"--no-open": 2, "--bench": 1}.items():
+        assert main(tmp_path, "--fake", "--port", "19250", flag)[0] == code
+
+
+def test_a_page_without_weights_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _ = main(tmp_path, "--weights", "nowhere", "--no-open", "--port", "19270")
+    assert code == 2 and "No weights at" in capsys.readouterr().err
 
 
 def test_a_slow_player_has_a_frame_from_the_beginning() -> None:

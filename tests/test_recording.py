@@ -71,6 +71,24 @@ def test_recording_can_be_switched_off_and_on_and_saves_the_last_minute(
     assert len(read_episode(tmp_path / "dream-2").video) == 1 + 7 * 40
 
 
+def test_an_undo_reaches_farther_back_than_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    for chord in ("w", "l", "l"):
+        act(player, chord)
+    for _ in range(2):
+        commands.obey(player, {"cmd": "record"})  # off; on again, from the newest frame
+    player.undo()
+    stands = player.poses[-1]
+    act(player, "j")
+    player.save()
+    session = folder.session_of(tmp_path / "dream-2")
+    assert session["poses"][0] == list(stands) and len(session["trail"]) == 14 + 10
+    off = np.abs(np.diff(np.array(session["poses"]), axis=0)).max(0)
+    assert off[[0, 2]].max() < 0.2 and off[4] < 2, "every action leads to the next pose"
+
+
 # ---- whatever ends it --------------------------------------------------------------------------------------
 
 
@@ -210,6 +228,26 @@ def test_a_state_that_was_taken_back_is_not_gone_on_from(
     act(player, "a")
     player.save()
     assert folder.session_of(tmp_path / "dream")["state"] == 56
+
+
+@pytest.mark.parametrize("name", ["walk [1]", "a?b", "a**"])
+def test_a_name_with_marks_of_a_pattern_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--out", str(tmp_path / name))
+    act(player, "w")
+    act(player, "w")
+    player.recording.commit()
+    player.recording.wait()
+    player.recording.abandon()
+    folder.recover(str(tmp_path / name))
+    assert len(read_episode(tmp_path / name).video) == 57
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_recording_needs_a_folder_of_its_own(out: str) -> None:
+    with pytest.raises(ValueError, match="--out must name a new folder"):
+        folder.claim(out)
 
 
 def lines_until(journal: bytes, count: int) -> bytes:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -390,6 +391,15 @@ def test_another_host_demands_its_token(tmp_path: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_last_port_may_be_taken(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 65_535))
+        other.listen()
+        with pytest.raises(ValueError, match="cannot serve 127.0.0.1:65535"):
+            bind(SimpleNamespace(), "127.0.0.1", 65_535)
 
 
 def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,9 @@ def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None
         {"seed": "1", "kind": '"rooms"', "pose": "[" * 50_000},
         {"seed": "1", "kind": '"rooms"', "pose": "[0, -1.6, 0, 0, 0]"},
         {"seed": "1", "kind": '"rooms"', "pose": "[1e9, -1.6, 1e9, 0, 0]"},
+        {"seed": "1", "kind": '"rooms"', "pose": "[3.5, 1e300, 3.5, 0, 0]"},
+        {"seed": "1.5", "kind": '"rooms"', "pose": "[3.5, -1.6, 3.5, 0, 0]"},
+        {"seed": "1" + 30 * "0", "kind": '"rooms"', "pose": "[3.5, -1.6, 3.5, 0, 0]"},
     ],
 )
 def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
@@ -77,6 +81,25 @@ def test_a_lying_picture_is_refused(tmp_path: Path, text: dict) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "liar.png", pnginfo=info)
     with pytest.raises(ValueError, match="liar.png cannot be read"):
         open_start(tmp_path / "liar.png", (64, 64), "liar.png")
+
+
+def test_turns_of_a_picture_s_pose_are_counted_from_none(tmp_path: Path) -> None:
+    """A heading of a million degrees would be no heading any more before the walk ends."""
+    start = open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    turned = (*start.pose[:4], start.pose[4] + 360 * 2777)
+    replace(start, pose=turned).save(tmp_path / "turned.png")
+    again = open_start(tmp_path / "turned.png", (64, 64), "turned.png")
+    assert again.pose == pytest.approx(start.pose)
+    assert np.array_equal(again.image, start.image)
+
+
+def test_a_picture_that_a_model_made_in_a_known_world_is_kept(tmp_path: Path) -> None:
+    start = open_start(ROOT / "assets/start.png", (64, 64), "start.png")
+    made = replace(start, image=255 - start.image, kept=True)
+    made.save(tmp_path / "made.png")
+    again = open_start(tmp_path / "made.png", (64, 64), "made.png")
+    assert again.kept and again.truth == start.truth and again.pose == start.pose
+    assert np.array_equal(again.image, made.image)
 
 
 def test_a_format_that_starts_another_program_is_refused(tmp_path: Path) -> None:
