@@ -33,6 +33,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent import futures
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def make_episode(root: Path, cfg: DataConfig, split: str, index: int) -> None:
 def start_worker() -> None:
     """A pool process: one thread, and it ends when its parent is killed instead of waiting for ever."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -205,13 +207,16 @@ def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tu
         seconds = 0.1 if os.isatty(2) else 10
         done = futures.as_completed(running)
         title = f"rendering {root}"
-        for job in tqdm(done, title, len(jobs), unit="episode", mininterval=seconds):
-            error = job.exception()
-            if isinstance(error, OSError):
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise error
-            if error:
-                failed.append((*running[job], error))
+        try:
+            for job in tqdm(done, title, len(jobs), unit="episode", mininterval=seconds):
+                error = job.exception()
+                if isinstance(error, OSError):
+                    raise error
+                if error:
+                    failed.append((*running[job], error))
+        except BaseException:  # Ctrl-C too: what has begun is finished, the rest is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 

@@ -144,7 +144,8 @@ def headless(args: argparse.Namespace, script: Script) -> list[dict]:
             t += n
             k += 1
             if t % 40 < n:
-                print(f"frame {player.frame} of {length}   {player.speed():.1f} fps", flush=True)
+                done = min(player.frame, length)  # the last segment may be longer than the script
+                print(f"frame {done} of {length}   {player.speed():.1f} fps", flush=True)
     finally:
         written = player.save()
     if player.unrecorded:

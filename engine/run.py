@@ -77,6 +77,7 @@ class Run:
     rank: int = 0
     world: int = 1
     step: int = 0
+    preparing: bool = True  # data are drawn and encoded, no step was made yet
     asked: bool = False  # a signal came
     stop: bool = False  # all ranks know of it
     lock: TextIO | None = None  # on the folder, while it is open
@@ -206,10 +207,13 @@ def dtype_of(cfg: TrainConfig, old: dict, device: torch.device) -> str:
 
 
 def listen(run: Run) -> None:
-    """The first Ctrl-C or kill asks for a save and a good end, the second ends at once."""
+    """The first Ctrl-C or kill asks for a save and a good end, the second ends at once.
+
+    Before the first step there is nothing to save: the first one ends it.
+    """
 
     def ask_to_stop(*_: object) -> None:
-        if run.asked:
+        if run.asked or run.preparing:
             raise KeyboardInterrupt
         run.asked = True
 
@@ -272,6 +276,7 @@ class Progress:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        run.preparing = False
         self.start = time.perf_counter()
         self.first = run.step
         self.sums: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 import camera
@@ -73,8 +73,9 @@ def open_start(
     source: Path | bytes, size: tuple[int, int], name: str, view: str = "first"
 ) -> Start:
     """A start frame of this size (H, W), from a file or its bytes."""
-    if isinstance(source, Path) and source.exists() and not source.is_file():
-        raise ValueError(f"{source} is no regular file; give a PNG or JPEG file")
+    if isinstance(source, Path) and not source.is_file():
+        what = "is no regular file" if source.exists() else "does not exist"
+        raise ValueError(f"{source} {what}; give a PNG or JPEG file")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         picture = Image.open(file, formats=FORMATS)
@@ -83,9 +84,11 @@ def open_start(
             return known_start(picture, size, name, view)
         return fitted_start(picture, size, name)
     except UNREADABLE as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its format is not known"
         raise ValueError(
-            f"{name} cannot be read as a picture ({error or type(error).__name__}); "
-            "give a PNG or JPEG file"
+            f"{name} cannot be read as a picture ({reason}); give a PNG or JPEG file"
         ) from error
 
 

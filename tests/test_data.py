@@ -608,3 +608,20 @@ def test_a_mistake_is_one_line_and_2(words: str, parts: tuple[str, ...], tmp_pat
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in done.stderr
+
+
+def test_a_stop_while_drawing_begins_no_other_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(root: Path, cfg: data.DataConfig, split: str, index: int) -> None:
+        drawn.append(index)
+        time.sleep(0.01)
+        if len(drawn) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(data, "make_episode", draw)
+    with pytest.raises(KeyboardInterrupt):
+        data.make_dataset(tmp_path, cfg=data.DataConfig(train=500, third=0), workers=1)
+    assert len(drawn) < 250

@@ -36,13 +36,14 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     for source, name in (
         (tmp_path / "bad.png", "bad.png"),
-        (tmp_path / "gone.png", "gone.png"),
         (b"\x89PNG\r\n\x1a\n", "the dropped picture"),
     ):
         with pytest.raises(
             ValueError, match=f"{name} cannot be read as a picture .*; give a PNG or JPEG file"
         ):
             open_start(source, (64, 64), name)
+    with pytest.raises(ValueError, match="gone.png does not exist; give a PNG or JPEG file"):
+        open_start(tmp_path / "gone.png", (64, 64), "gone.png")
 
 
 def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None:

@@ -182,6 +182,15 @@ def clips(studio: Path) -> tuple[Clips, Run]:
     return load_clips(run, load_vae(cfg, run.device), Path("datasets/micro"), "train"), run
 
 
+def test_a_stop_before_the_first_step_ends_at_once(
+    studio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing and encoding may take an hour, and lose nothing."""
+    monkeypatch.setattr(train, "load_clips", lambda *_: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        start("--steps", "6", "--run", "never")
+
+
 # ---- identity: interrupted or not, the same run
 
 
