@@ -203,11 +203,11 @@ def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tu
 
     failed = []
     with pool:
-        running = {pool.submit(make_episode, root, cfg, *job): job for job in jobs}
         seconds = 0.1 if os.isatty(2) else 10
-        done = futures.as_completed(running)
         title = f"rendering {root}"
         try:
+            running = {pool.submit(make_episode, root, cfg, *job): job for job in jobs}
+            done = futures.as_completed(running)
             for job in tqdm(done, title, len(jobs), unit="episode", mininterval=seconds):
                 error = job.exception()
                 if isinstance(error, OSError):

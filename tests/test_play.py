@@ -368,7 +368,7 @@ def test_guidance_reaches_the_session_and_its_replay() -> None:
         (["--size", "100x64"], "--size must be WxH in multiples of 32, as in 128x128"),
         (
             ["--fake", "--image", "gone.png", "--actions", "w:4"],
-            "gone.png cannot be read as a picture",
+            "gone.png does not exist; give a PNG or JPEG file",
         ),
         (["--fake", "--actions", "w:40, x:10"], "^ unknown key 'x'; use w a s d i j k l _"),
         (["--fake", "--actions", "gone.txt"], "--actions gone.txt: no such file"),
