@@ -33,7 +33,8 @@ its layout is decided. The odds σ/(1 − σ) of an even level are multiplied by
 
 The release has s = 5 for pictures of 880 tokens. Ours have 16. If s grows with the square root of
 their number (Esser et al. 2024), ours should be about .7; with s = 5 only one draw in six would lie
-below σ = .5, where edges are decided. Our own models use s = 1.5 (results/pilots).
+below σ = .5, where edges are decided. Our own models end with s = 1.5 (results/pilots); a first
+training, which has all the layout to learn, begins with s = 5 (results/README.md).
 
 UniPC takes larger steps. In dx/dσ = (x − x̂0)/σ, which is (4), only x̂0 is unknown beforehand. Divide
 by σ: d(x/σ) = −x̂0/σ² dσ. In the logarithm of the odds of data,

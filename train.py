@@ -15,11 +15,11 @@ itself made earlier are added (error_buffer.py). A fifth of the batches has no m
 the first latent, an image.
 
 Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
-(flow.py). Muon on the matrices of blocks. Latents are encoded once and cached. Revisits are drawn more
-often than they occur, and memories made older than they are. All that is drawn in a step is a function of
-(seed, step) alone: resuming is exact, and N ranks compute the losses of one process (vae: one rank only;
-distill: every rank draws noise of its own). Experts see the base's density of σ, cut at the boundary; the
-paper does not say which.
+(flow.py), but for a base that begins from nothing. Muon on the matrices of blocks. Latents are encoded once
+and cached. Revisits are drawn more often than they occur, and memories made older than they are. All that
+is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks compute the losses of
+one process (vae: one rank only; distill: every rank draws noise of its own). Experts see the base's density
+of σ, cut at the boundary; the paper does not say which.
 
 The machinery is in engine/: flags.py (every setting), run.py (folder, ranks, log), clips.py (the batch of a
 step), mistakes.py (what is injected), optim.py (precision, shards, averages), checkpoint.py, pictures.py.

@@ -164,7 +164,11 @@ BIG_STUDENT = dict(
     guidance=1.0,
     ema=ema_for(600 // 5 + 2400 // 3),
 )
+# a base that begins from nothing learns layout first, where noise is high, and in long segments;
+# short segments and fine detail are for one that goes on (--init)
+FIRST = dict(shift=5.0, new="10")
 CHANGES = {
+    "first base": FIRST,
     "vae": VAE,
     "lightvae": VAE | dict(steps=1500),
     "moe": dict(steps=600),
@@ -177,9 +181,10 @@ CHANGES = {
 }
 
 
-def changes_of(stage: str, preset: str) -> dict[str, object]:
+def changes_of(stage: str, preset: str, init: str = "") -> dict[str, object]:
     """What a stage of a preset changes; the more special one wins."""
-    layers = [CHANGES.get(name, {}) for name in (stage, preset, f"{stage}-{preset}")]
+    begins = "first base" if stage == "base" and not init else stage
+    layers = [CHANGES.get(name, {}) for name in (begins, preset, f"{stage}-{preset}")]
     return layers[0] | layers[1] | layers[2]
 
 
@@ -233,7 +238,8 @@ def parse(argv: list[str]) -> TrainConfig:
     shipped = f"assets/{preset}/base.safetensors"
     if stage in ("distill", "moe") and cli.beside(shipped).exists():
         typed.setdefault("init", shipped)
-    cfg = TrainConfig(**changes_of(stage, preset) | typed)
+    changes = changes_of(stage, preset, typed.get("init", ""))
+    cfg = TrainConfig(**changes | typed)
     for name in ("steps", "batch", "accum", "log_every", "keep"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
