@@ -622,6 +622,10 @@ def test_a_stop_while_drawing_begins_no_other_episode(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(data, "make_episode", draw)
-    with pytest.raises(KeyboardInterrupt):
-        data.make_dataset(tmp_path, cfg=data.DataConfig(train=500, third=0), workers=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            data.make_dataset(tmp_path, cfg=data.DataConfig(train=500, third=0), workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(drawn) < 250
