@@ -913,7 +913,7 @@ def test_a_pressed_key_is_soon_a_picture(chromium, tmp_path: Path, model: tuple[
         f"key to picture: median {ages[len(ages) // 2]:.0f} ms, "
         f"p95 {ages[int(0.95 * len(ages))]:.0f} ms over {len(ages)}"
     )
-    assert len(ages) == 40 and ages[len(ages) // 2] < 400
+    assert len(ages) == 40 and ages[len(ages) // 2] < (1500 if model else 400)
 
 
 @pytest.mark.browser
