@@ -90,7 +90,7 @@ class Recording:
             if entry.state is not None:
                 state_file(self.folder, entry.state).unlink(missing_ok=True)
                 self.due = 0.0
-        return n
+        return max(n, 0)
 
     def snapshot(self, session: realtime.Session | FakeSession) -> int:
         """The whole state, from which one can go on; now and then, so that it costs little."""

@@ -432,6 +432,17 @@ def test_distill_makes_a_student_of_a_base(reference):
     assert all("critic" in line for line in log("runs/distill-micro"))
 
 
+def test_a_base_from_nothing_begins_with_layout_and_one_that_goes_on_with_detail() -> None:
+    def settings(*argv: str) -> tuple[float, str]:
+        cfg = flags.parse([*argv])
+        return cfg.shift, cfg.new
+
+    assert settings() == (5.0, "10")
+    assert settings("--init", "runs/mine") == settings("--stage", "distill") == (1.5, "10 5 2")
+    assert settings("--new", "5", "--shift", "2") == (2.0, "5")
+    assert settings("--preset", "5b", "--init", "x") == (5.0, "10")
+
+
 @pytest.mark.parametrize("preset", ["micro", "tiny"])
 def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset):
     cfg = flags.parse(["--stage", "distill", "--preset", preset])
