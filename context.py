@@ -29,8 +29,8 @@ from new ones by that level (block.py), by their time (attention.py) and their c
 Memory. A memory slot holds the answer to one query. The query is the camera of a new latent, the
 answer an old latent that saw much of the same (memory.py). Queries are spread over the segment, so
 that what comes into view late is asked for too. (Where the last slot is kept for the oldest latent, its
-query goes unanswered.) Of 10 new latents, the newest asks and those 2, 4,
-6 and 8 before it; of N new latents, with M slots:
+query goes unanswered.) Of 10 new latents, the newest asks and those 2, 4, 6 and 8 before it; of N new
+latents, with M slots:
 
     the query of slot j lies ⌊j·N/M⌋ latents before the newest,    j = 0 .. M − 1              (2)
 

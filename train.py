@@ -310,7 +310,7 @@ def train_distill(run: Run) -> None:
     held = load_clips(run, decoder, root, "tune")
     how = dmd_config(cfg)
 
-    # one is asked, one learns to draw, one what that draws; the judge: with --adversarial alone
+    # the teacher is asked, the student learns to draw, the critic what that draws; judge: --adversarial
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student = Learner.start(run, cfg.lr, cfg.student)
     critic = Learner.start(run, cfg.lr_critic, recompute=False)

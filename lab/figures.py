@@ -114,9 +114,8 @@ def by_place(facts: dict[str, dict]) -> object:
         left += width
     places = [f"seen again: {place}" for place in scores]
     axes.set_xticks(range(len(places)), places)
-    axes.set_ylim(
-        bottom=10
-    )  # a picture of another world scores 13 dB: below is nothing of interest
+    # a picture of another world scores 13 dB: below is nothing of interest
+    axes.set_ylim(bottom=10)
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
     return figure
 
