@@ -61,6 +61,7 @@ from engine.clips import (
 )
 from engine.flags import TrainConfig, network, parse
 from engine.mistakes import inject, own_errors, start_errors, turn_of_own
+from engine.parts import compile_blocks
 from engine.pictures import look, look_at_vae, plot
 from engine.run import Progress, Run, generator, restore, save, setup, share
 
@@ -220,6 +221,8 @@ def train_base(run: Run) -> None:
     errors.load_state_dict(saved.get("errors", errors.state_dict()))
     ahead = Ahead(clips, run)
     low = optim.low_precision_copy(model, run.dtype, cfg.checkpoint_activations)
+    if cfg.compile:
+        compile_blocks(low)
     progress = Progress(run)
 
     while run.step < cfg.steps and not run.stop:

@@ -74,6 +74,7 @@ class TrainConfig:
     decay: float = opt(0.01, "weight decay")
     ema: float = opt(0.995, "decay of the averaged weights")
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass")
+    compile: bool = opt(False, "base, moe: torch.compile; minutes first, then faster")
     shift: float = opt(1.5, "of σ: more steps where layout is decided", "5 (lineage)")
 
     # memory: what a window remembers, and what is left out so that it can be switched off

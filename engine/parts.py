@@ -231,7 +231,12 @@ def check_trained_for(options: Options, network: nn.Module, meta: dict) -> None:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """All blocks are alike: one graph is compiled, and used by every one of them."""
+    """All blocks are alike: one graph is compiled, and used by every one of them.
+
+    A training meets a window of each length, with and without memory, with and without a gradient:
+    more kinds than torch compiles before it gives up.
+    """
+    torch._dynamo.config.recompile_limit = 32
     for module in network.modules():
         if isinstance(module, dit.Block):
             module.compile()
