@@ -69,6 +69,23 @@ def test_attention_is_softmax_of_products(kernel: str, monkeypatch: pytest.Monke
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_training_in_bfloat16_on_a_cpu_attends_by_the_formula(monkeypatch):
+    monkeypatch.delattr(attention_file.F, "scaled_dot_product_attention")
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 7, 4, 8, generator=g)
+    k = torch.randn(3, 9, 4, 8, generator=g)
+    v = torch.randn(3, 9, 4, 8, generator=g)
+    low = tuple(x.bfloat16().requires_grad_() for x in (q, k, v))
+    y = attention(*low)
+    assert y.dtype == torch.bfloat16
+
+    exact = tuple(x.detach().float().requires_grad_() for x in low)
+    naive = plain_attention(*exact)
+    assert relative_error(y.float(), naive) < 0.01
+    for ours, true in zip(gradients(y.float(), low), gradients(naive, exact), strict=True):
+        assert relative_error(ours.float(), true) < 0.02
+
+
 def test_a_cpu_and_float32_never_ask_for_flash_attn(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_file, "flash_kernel", lambda: "flash")
     on_cpu = SimpleNamespace(is_cuda=False, element_size=lambda: 2)

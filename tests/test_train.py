@@ -19,8 +19,9 @@ import pytest
 import safetensors
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+import block
 import data
 import dit
 import error_buffer
@@ -264,6 +265,19 @@ def test_a_length_that_is_named_twice_is_drawn_more_often_and_said_once(referenc
 
 def test_activation_checkpointing_changes_nothing(reference):
     start("--steps", "8", "--checkpoint-activations")
+    assert same(state("runs/base-micro"), state(reference))
+
+
+def test_a_compiled_training_learns_the_same_weights(reference, monkeypatch):
+    compiled = []
+    traced = functools.partial(
+        nn.Module.compile, backend="eager"
+    )  # a graph of it, but no compiler needed
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: (compiled.append(module), traced(module))
+    )
+    start("--steps", "8", "--compile")
+    assert {type(module) for module in compiled} == {block.Block}
     assert same(state("runs/base-micro"), state(reference))
 
 
