@@ -86,17 +86,17 @@ def likeness(lags: Tensor, cfg: object) -> Tensor:  # (n,) latents -> (n,)
     return angles.cos().mean((-1, -2))  # (3)
 
 
-def rope_angles(times: Tensor, h: int, w: int, cfg: object) -> Tensor:
-    """(B, T) absolute latent indices -> (B, T, h·w, heads, head_dim/2) angles: time | row | column."""
+def rope_angles(times: Tensor, rows: int, columns: int, cfg: object) -> Tensor:
+    """(B, T) absolute latent indices -> (B, T, S, heads, head_dim/2) angles: time | row | column."""
     omega_time, omega_space = clocks(cfg, times.device)
     time = times[..., None, None, None] * omega_time  # (B, T, 1, heads, pairs of time)
 
-    place = torch.arange(h * w, device=times.device)[:, None, None]
-    row = place // w
-    column = place % w
-    space = torch.cat([row * omega_space, column * omega_space], -1)  # (h·w, heads, other pairs)
+    place = torch.arange(rows * columns, device=times.device)[:, None, None]
+    row = place // columns
+    column = place % columns
+    space = torch.cat([row * omega_space, column * omega_space], -1)  # (S, heads, other pairs)
 
-    shape = (*times.shape, h * w, cfg.heads, -1)
+    shape = (*times.shape, rows * columns, cfg.heads, -1)
     return torch.cat([time.expand(*shape), space.expand(*shape)], -1)
 
 
@@ -178,7 +178,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if flash is not None:
         return flash(q, k, v)
 
-    # torch's kernel for CPUs walks back through bfloat16 two to nine times as slowly as the formula
+    # torch's kernel for CPUs takes two to nine times as long as the formula to go back in bfloat16
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return by_formula(*heads_first).transpose(1, 2)
@@ -224,27 +224,27 @@ def exchange(
     return [piece.view(shape) for piece, shape in zip(out.split(sizes_out), shapes, strict=True)]
 
 
-def gather_places(y: Tensor, places: list[int], group: dist.ProcessGroup) -> Tensor:
+def gather_places(y: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """(B, T, S_ours, n) -> (B, T, S, n): every rank gets the places of all."""
     B, T, _, n = y.shape
-    shapes = [(B, T, S, n) for S in places]
-    return torch.cat(exchange([y] * len(places), shapes, group), 2)
+    shapes = [(B, T, S, n) for S in sizes]
+    return torch.cat(exchange([y] * len(sizes), shapes, group), 2)
 
 
 def attention_across(
-    q: Tensor, k: Tensor, v: Tensor, places: list[int], group: dist.ProcessGroup
+    q: Tensor, k: Tensor, v: Tensor, sizes: list[int], group: dist.ProcessGroup
 ) -> Tensor:
     """attention() for ranks that share the places: (B, T·S_ours, H, d) of our places, in and out."""
     B, _, H, d = q.shape
-    ranks = len(places)
-    S_ours = places[dist.get_rank(group)]
+    ranks = len(sizes)
+    S_ours = sizes[dist.get_rank(group)]
     heads = (H + ranks - 1) // ranks  # of each rank, rounded up: the last ranks may get zeros
 
     def own_heads(x: Tensor) -> Tensor:  # (B, T·S_ours, H, d) -> (B, T·S, heads, d)
         T = x.shape[1] // S_ours
         padded = F.pad(x, (0, 0, 0, heads * ranks - H))
         of_each_rank = padded.split(heads, 2)
-        shapes = [(B, T * S, heads, d) for S in places]
+        shapes = [(B, T * S, heads, d) for S in sizes]
         received = exchange(of_each_rank, shapes, group)
         return torch.cat(received, 1)
 
@@ -252,7 +252,7 @@ def attention_across(
 
     # back: every rank gets its places again, and from every other one the heads that it computed
     T = q.shape[1] // S_ours
-    places_of_each_rank = y.split([T * S for S in places], 1)
+    places_of_each_rank = y.split([T * S for S in sizes], 1)
     shapes = [(B, T * S_ours, heads, d)] * ranks
     received = exchange(places_of_each_rank, shapes, group)
     return torch.cat(received, 2)[:, :, :H]

@@ -1,7 +1,8 @@
 """One block: attend to everything, take in cameras, text and actions, then an MLP.
 
-What it does. Takes tokens x (B, T, S, D) and returns tokens: T latents, S places of the picture in
-each, D numbers per token. The network is a stack of such blocks (dit.py). A block has five steps:
+What it does. Takes tokens x (B, T, S, D) and returns tokens: T = M + P + N latents (memory, past,
+new), S places of the picture in each, D numbers per token. The network is a stack of such blocks
+(dit.py). A block has five steps:
 
     1. self-attention over the tokens of all latents
     2. cameras scale and shift every token
@@ -26,14 +27,14 @@ the branch sees each of the D numbers, the gate how much of its result is added.
 Memory, past and new latents are one sequence without any mask. What tells them apart is e, which
 memory and past have for level 0, and their times and cameras.
 
-Cameras. Each token has a ray token P, made of the rays of its cells (dit.py). It changes the token
+Cameras. Each token has a ray token r, made of the rays of its cells (dit.py). It changes the token
 after self-attention: by then the token has collected from other latents what can be seen from here:
 
-    g = W₂·silu(W₁·P) + P                                                                      (3)
+    g = W₂·silu(W₁·r) + r                                                                      (3)
     x = (1 + scale(g))·x + shift(g)                   scale and shift: a linear layer each     (4)
 
-Both layers of (4) start at zero, so that at first a video model with cameras added makes the same
-videos as without.
+Both layers of (4) start at zero, so that at first a video model with cameras added in its blocks
+makes the same videos as without.
 
 norm3. Usually a norm is applied to what enters a branch, while x itself is passed on without it.
 Here, as in the release, norm3(x) REPLACES x. So x has the same size at this point of every block.
@@ -142,9 +143,9 @@ class Block(nn.Module):
 
         # 4. actions
         if self.action_model is not None:
-            mouse = shared.mouse[:, last]
-            rope = shared.action_rope[last]
-            x = self.action_model(x.to(dtype), mouse, keyboard, rope).to(x.dtype)
+            # `wanted` is all of them: the last block is shortened only if it has no actions (dit.py)
+            inputs = x.to(dtype)
+            x = self.action_model(inputs, shared.mouse, keyboard, shared.action_rope).to(x.dtype)
 
         # 5. MLP
         inputs = modulate(x, shift2[:, last], scale2[:, last]).to(dtype)

@@ -46,8 +46,9 @@ text. Training does the same to the actions and text of some samples (mute), so 
 has learned to answer. Memory latents always carry null actions.
 
 What differs. From segment 1 on, a released latent sees the actions 4L − 11 .. 4L, one later than
-(3). The very last of them is not known yet, so the one before is repeated. released_actions does
-this for released weights, and for training with their encoding.
+(3); the first two of a segment see its first action repeated. The very last one is not known yet,
+so the one before is repeated. released_actions does this for released weights, and for training
+with their encoding.
 
 Try it: python context.py      Tests: pytest tests/test_context.py tests/test_memory.py
 """
@@ -263,10 +264,10 @@ class Context:
 class Segment:
     """Where a player goes while a segment is made: its past latents first, then the new ones."""
 
-    times: Tensor  # (B, T) long, absolute latent indices
-    cameras: Tensor  # (B, T, 4, 4, 4) c2w of each latent's four frames
-    mouse: Tensor  # (B, T, 12, 2) the actions that each latent sees
-    keyboard: Tensor  # (B, T, 12, 6)
+    times: Tensor  # (B, P+N) long, absolute latent indices
+    cameras: Tensor  # (B, P+N, 4, 4, 4) c2w of each latent's four frames
+    mouse: Tensor  # (B, P+N, 12, 2) the actions that each latent sees
+    keyboard: Tensor  # (B, P+N, 12, 6)
 
     def __post_init__(self) -> None:
         B, T = self.mouse.shape[:2]
@@ -340,7 +341,7 @@ class Segment:
         )
 
     def rays_of(self, cameras: Tensor, P: int, size: tuple[int, int], lens: Lens) -> Tensor:
-        """(B, M+T, 4, 4, 4) -> (B, R, M+T, h, w): cameras as the network was trained to see them.
+        """(B, M+P+N, 4, 4, 4) -> (B, R, M+P+N, h, w): cameras as the network was trained to see them.
 
         anchored: relative to the last past frame. absolute: as they are. none: zeros, an ablation.
         """
@@ -445,7 +446,7 @@ class Clip:
     def memory_at(self, times: Tensor) -> Memory:  # (B, M)
         """These latents as if a bank had given them."""
         index = times.to(self.latents.device)
-        columns = index.to(self.c2w.device).unbind(1)  # M times (B,)
+        columns = index.to(self.c2w.device).unbind(1)  # M tensors (B,)
         cameras = torch.cat([segment_cameras(self.c2w, column, 1) for column in columns], 1)
         return Memory(self.latents_at(index), index, cameras)
 

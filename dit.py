@@ -26,10 +26,10 @@ two only, and each latent picks its own:
 
     e[latent] = e(1000·σ) if it is new, e(0) if not                                            (3)
 
-Cameras. The rays of all cells (camera.py), cut into patches as in (1), become ray tokens P, which
+Cameras. The rays of all cells (camera.py), cut into patches as in (1), become ray tokens r, which
 the blocks use:
 
-    P = p + W₂·silu(W₁·p),    p = W_r·rays                                                     (4)
+    r = p + W₂·silu(W₁·p),    p = W_r·rays                                                     (4)
 
 In our own presets they are added to the tokens at the input as well, so that the first attention
 can tell already which places of two latents lie in the same direction.
@@ -40,8 +40,8 @@ Cheaper, for the same result: prepare(context) computes what does not change bet
 sampling, to the same bits. Equal up to rounding: the last block computes only the latents that are
 read; ranks share the places of a picture and exchange in self-attention and at the end (attention.py).
 
-What differs. No padding tokens, and batches of any size; in the release rays enter in the blocks
-alone.
+What differs. No padding among the tokens of the video, and batches of any size; in the release rays
+enter in the blocks alone.
 
 Try it: python dit.py      Tests: pytest tests/test_dit.py
 """
@@ -244,7 +244,8 @@ class DiT(nn.Module):
     def initialise(self) -> None:
         """As released: the last layers of actions, cameras and head start at zero.
 
-        A fresh network predicts zero; Wan2.2's weights with fresh cameras predict what Wan2.2 does.
+        A fresh network predicts zero; Wan2.2's weights with fresh cameras predict what Wan2.2 does, where
+        rays enter in the blocks alone.
         """
         zeros = ("head.head", "proj_mouse", "proj_keyboard", "cam_scale_layer", "cam_shift_layer")
         for name, p in self.named_parameters():
@@ -261,7 +262,7 @@ class DiT(nn.Module):
         sigma: Tensor,  # (B,) their noise level, 0..1
         context,  # context.Context: past, memory, times, rays, mouse, keyboard and text are read
         prepared: Prepared | None = None,  # from prepare(context): same result, less work
-        return_past: bool = False,  # also what is predicted at the past latents, in front
+        return_past: bool = False,  # also what is predicted at the past latents, in front: for tests
         return_features: bool = False,  # the last block's tokens instead, (B, N, S, D)
     ) -> Tensor:  # (B, C, N, h, w) float32 velocity of the new latents
         B, C, P, h, w = context.past.shape
@@ -278,7 +279,7 @@ class DiT(nn.Module):
         if self.cfg.fp32_stream:
             x = x.float()
 
-        # every latent gets the rows of its own noise level: 0 if it is clean, 1 if new
+        # row 0 of embed_time, of t = 0, for clean latents; row 1, of t = 1000·σ, for new ones
         is_new = (torch.arange(T, device=x.device) >= T - new).long()
         e, from_level = (rows.index_select(1, is_new) for rows in self.embed_time(sigma))  # (3)
 

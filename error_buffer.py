@@ -63,9 +63,9 @@ class ErrorConfig:
     gamma: float = 1.0  # γ
     jitter: float = 0.2  # γ times a uniform number in 1 − jitter .. 1 + jitter, once per sample
     probability: float = 0.5  # that a call perturbs a sample; others stay as they are, to the bit
-    capacity: int = 500  # N, in latent frames
+    capacity: int = 500  # N, in latents
     warmup: int = 50  # pushes before the first use: early errors are those of an untrained network
-    per_push: int = 16  # n, latent frames stored per step
+    per_push: int = 16  # n, latents stored per step
     kind: str = "real"  # or, to compare with, "gaussian": noise as large as δ', of no shape
     dtype: str = "float16"  # storage on the CPU; "bfloat16": wider range, less precision
 
@@ -80,7 +80,7 @@ class ErrorConfig:
 
 
 class ErrorBuffer:
-    """Room for `capacity` errors, of which the first `size` are there, and how often push was called."""
+    """At most `capacity` errors, each of one latent; `size` are there, `pushes` counts the calls of push."""
 
     def __init__(self, cfg: ErrorConfig = ErrorConfig()):
         self.cfg = cfg
@@ -102,19 +102,19 @@ class ErrorBuffer:
         B, C, T, h, w = delta.shape
         self._check(C, h, w)
 
-        # a random choice among all latent frames of the batch
+        # a random choice among all latents of the batch
         picks = torch.randperm(B * T, generator=generator)[: self.cfg.per_push].to(delta.device)
-        frames = delta.detach().transpose(1, 2).flatten(0, 1)[picks]
-        frames = frames.to("cpu", getattr(torch, self.cfg.dtype))
-        if not frames.isfinite().all():
+        chosen = delta.detach().transpose(1, 2).flatten(0, 1)[picks]
+        chosen = chosen.to("cpu", getattr(torch, self.cfg.dtype))
+        if not chosen.isfinite().all():
             raise ValueError(
                 f"push got NaN or more than {self.cfg.dtype} can hold: the step diverged"
             )
 
         if self.entries is None:
-            self._allocate(frames)
-        for frame in frames:
-            self.entries[self._slot(generator)] = frame
+            self._allocate(chosen)
+        for latent in chosen:
+            self.entries[self._slot(generator)] = latent
         self.pushes += 1
 
     def ready(self) -> bool:

@@ -200,9 +200,9 @@ def correct(start: Tensor, estimates: Sequence[Estimate], order: int) -> Tensor:
         trend = 0.5 * (now.x0 - last.x0)
     else:
         # Two differences of x̂0, weighted so that (7) is exact if x̂0 is a parabola in λ. With
-        # time in steps, (μ − λ)/h, the estimates lie at r, 0 and 1, and to be exact for
-        # (μ − λ)/h and its square asks of the weights: rho_before + rho_now = phi1 / weight,
-        # r·rho_before + rho_now = 2·phi2 / weight
+        # time in steps, (μ − λ)/h, the estimates lie at r, 0 and 1. Under the weights of (7) time
+        # has the mean phi1 / weight, its square the mean 2·phi2 / weight. To be exact for both:
+        # rho_before + rho_now = phi1 / weight, r·rho_before + rho_now = 2·phi2 / weight
         before = estimates[-3]
         r = (before.lam - last.lam) / h
         phi1 = -weight / h - 1

@@ -6,18 +6,19 @@ every model trained on them, stay what they are.
 Paper: §3.4, Table 2 (50 and 75 % of the channels removed).  Released: two decoders, no training.
 
 Why it works. A convolution from C to C' channels multiplies 27·C·C' numbers per place. Keep a
-share 1 − rate of every width, and both factors shrink; only the first layer, whose input is the
-latent, and the last, whose output is pixels, shrink by one:
+share 1 − rate of every width, and both factors shrink; only the decoder's first layer, whose
+input is the latent, and its last, whose output is pixels, shrink by one:
 
     (1 − rate)²  <=  cost(rate) / cost(0)  <=  1 − rate                                          (1)
 
 with the lower end nearly reached: half as wide is four times cheaper, a quarter is sixteen times.
 
-Pictures are compared twice. L1 alone is kind to blur: where an edge may lie here or there, grey in
-between costs no more than either. Its gradient does, so these are compared too, at three sizes:
+Pictures are compared twice. L1 alone is kind to blur: where an edge may lie here or there, grey
+in between costs no more than either. But slopes differ then: ∇, the change of grey from pixel to
+pixel, is compared too, at three sizes:
 
     structure = mean |∇x̂ − ∇x|  at full, half and quarter size                                   (2)
-    picture   = mean |x̂ − x| + w·structure                                                       (3)
+    picture   = mean |x̂ − x| + w_s·structure                                                     (3)
 
 A student that sees pictures alone must find the way from latents to pixels again. The teacher's
 features f, after the middle and after the first stage, say what stands half way; small heads P,
@@ -30,17 +31,19 @@ while the encoder learns, and keeps it from making latents large to drown the no
 
     z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
 
-At the end mean and std of all latents move into the VAE, in the place of m0 and s0, those it began
-with (0 and 1 in a new one). The decoder's first layer, conv2 with weight W and bias b, was trained
-on W·(z·s0 + m0) + b. It will be given z·std + mean instead, and must not notice:
+At the end mean and std of all latents move into the VAE, in the place of m0 and s0, those it
+began with (0 and 1 in a new one). The 1x1x1 convolution before the decoder, conv2 of weight W and
+bias b, was trained on W·(z·s0 + m0) + b. It will be given z·std + mean instead, and must not
+notice:
 
     W' = W·s0/std,     b' = b + W·m0 − W'·mean                                                   (6)
 
-All these errors are smallest at a mean. Where the latent does not say which of several fine patterns
-was there, the mean of all is grey, and the picture soft. A second network, the judge J, learns to
-tell true frames from drawn ones, and the decoder learns to be taken for true:
+All these errors prefer a middle, squared ones the mean and absolute ones the median. Where the
+latent does not say which of several fine patterns was there, both are grey, and the picture is
+soft. A second network, the judge J, learns to tell true frames from drawn ones, and the decoder
+learns to be taken for true:
 
-    decoder:  + w·mean log(1 + e^(−J(x̂)))                                                       (7)
+    decoder:  + w_J·mean log(1 + e^(−J(x̂)))                                                     (7)
     judge:    mean log(1 + e^(−J(x))) + mean log(1 + e^(J(x̂)))                                  (8)
 
 Some pattern of the right kind is then better than none. It is rarely the very one, so decibels are
@@ -174,8 +177,8 @@ def vae_loss(
     """Encoder and decoder together."""
     model.check_video(video)
     z = norm(model.moments(video))
-    drawn = torch.randn(z.shape, generator=generator)
-    z = z + noise * drawn.to(z.device)
+    eps = torch.randn(z.shape, generator=generator)
+    z = z + noise * eps.to(z.device)  # (5)
     x_hat = model.decode(z.to(video.dtype))
     return *picture_loss(x_hat, video, weight), x_hat
 
@@ -206,12 +209,11 @@ def light_loss(
     teacher: VAE,
     projections: Projections,
     video: Tensor,  # (B, 3, F, H, W)
-    z: Tensor | None = None,  # the full encoder's latents; None: encoded here
     weight: float = 0.5,  # of structure
 ) -> tuple[Tensor, Parts, Tensor]:  # the loss, what it is made of, and what was drawn
     """The thin decoder redraws the video from the full encoder's latents."""
     with torch.no_grad():
-        z = teacher.encode(video) if z is None else z
+        z = teacher.encode(video)
         target = teacher.decoder.features(teacher.unwhiten(z), Stream())
 
     stream = Stream()

@@ -1,11 +1,11 @@
 """Find the old frames that saw what we are about to see.
 
 What it does. Memory has five slots. Four hold the old latents that answer a query best, the camera
-of a latent that is to be drawn; the fifth holds the oldest.
-In play the candidates lie in a MemoryBank, which holds all latents made so far; in training they
-come from the earlier part of the same clip (select_training).
-Paper: §3.2 (camera-aware memory).  Released: code of inference, which also holds a rule for training
-that nothing there calls.
+of a latent that is to be drawn; the fifth holds the oldest. In play the candidates lie in a
+MemoryBank, which holds all latents made so far (after 4,096 only those that show something new, and
+every eighth); in training they come from the earlier part of the same clip (select_training).
+Paper: §3.2 (camera-aware memory).  Released: code of inference, which also holds a rule for
+training that nothing there calls.
 
 Why it works. A view is the part of a camera's frustum up to the depth FAR. The score of a
 candidate c for a query q is the share of the new view that the old one covers:
@@ -37,10 +37,11 @@ error of 256 independent ones (the demo counts):
 
     u_i = (i + ½)·(1/ρ, 1/ρ², 1/ρ³) + ½  mod 1,     ρ = 1.2207.. solves ρ⁴ = ρ + 1             (4)
 
-Which answers? Slot by slot, the best candidate that no earlier slot has taken. The last slot has no
-query: it is the sink, always latent 1, the oldest one that holds four frames: it shows where the
-walk began. A bank scores up to 512 candidates one by one. Of more it scores only those near by: the
-160 with the most similar position and direction (frustum_key), of these the best 24 by 64 points.
+Which answers? Slot by slot, the best candidate that no earlier slot has taken. The query of the
+last slot is not answered: it is the sink, always latent 1, the oldest one that holds four frames:
+it shows where the walk began. A bank scores up to 512 candidates one by one. Of more it scores only
+those near by: the 160 with the most similar position and direction (frustum_key), of these the best
+24 by 64 points.
 
 What differs. The release spaces depths evenly, which counts near points too often (rule
 "released", kept in its own order of arithmetic), and may give one latent to several slots. Here a
@@ -81,13 +82,7 @@ BLOCK = 42 * GROUP  # rows of a bank's first storage: a multiple of GROUP, and s
 
 
 @functools.cache
-def frustum_points(rule: str, n: int) -> Tensor:  # (3, P) points of a view, camera axes
-    if rule == "released":
-        # 10 x 10 x 10, even in depth, ends included: too many points close by and on the edges
-        side = torch.linspace(-1, 1, 10)
-        depth = torch.linspace(NEAR, FAR, 10)
-        z, y, x = torch.meshgrid(depth, side, side, indexing="ij")
-        return torch.stack([x * z, y * z, z]).flatten(1)
+def uniform_points(n: int) -> Tensor:  # (3, n) points of a view, in a camera's axes
     rho = 1.2207440846057596
     steps = rho ** -torch.arange(1, 4.0)  # (3,)
     middle = torch.arange(n, dtype=torch.float64)[:, None] + 0.5
@@ -97,6 +92,14 @@ def frustum_points(rule: str, n: int) -> Tensor:  # (3, P) points of a view, cam
     y = 2 * down - 1
     z = FAR * u ** (1 / 3)  # (2)
     return torch.stack([x * z, y * z, z])
+
+
+@functools.cache
+def released_points() -> Tensor:  # (3, 1000): even in depth, so too many close by; many on edges
+    side = torch.linspace(-1, 1, 10)
+    depth = torch.linspace(NEAR, FAR, 10)
+    z, y, x = torch.meshgrid(depth, side, side, indexing="ij")
+    return torch.stack([x * z, y * z, z]).flatten(1)
 
 
 def inside(points: Tensor, g: Tensor, far: float = FAR) -> Tensor:
@@ -131,7 +134,7 @@ def overlap(
     g = camera.relative(candidates.double(), query.double()[:, None])
     rows = 65536 // points if g.device.type == "cpu" else 8192  # a piece stays in cache
     pieces = g.flatten(0, 1).split(rows)
-    sample = frustum_points(rule, points).to(g.device)
+    sample = uniform_points(points).to(g.device)
     shares = []
     for piece in pieces:
         seen = inside(sample, piece.float())
@@ -146,7 +149,7 @@ def released_overlap(query: Tensor, candidates: Tensor) -> Tensor:  # (4, 4), (N
     count is a matter of rounding, so another way to the same formula gives other scores.
     """
     view = camera.to_released(query).float()
-    sample = frustum_points("released", 0).to(view)
+    sample = released_points().to(view)
     world = view[:3, :3] @ sample + view[:3, 3:]  # (3, 1000)
     shares = []
     for piece in camera.to_released(candidates).float().split(32):  # a piece stays in cache
@@ -305,7 +308,7 @@ class MemoryBank:
                 self.push({name: x[i] for name, x in rows.items()})
 
     def wants(self, view: Tensor, time: int) -> bool:
-        """Whether a latent is new enough to be kept."""
+        """Whether a latent shows enough that is new."""
         if self.size < self.free or time % 8 == 0:
             return True
         scores, _ = self.score(view, 0, self.size)

@@ -110,7 +110,7 @@ class Experts(nn.Module):
         return {"inputs": (context, group)}
 
     def forward(self, x_sigma, sigma, context, prepared=None, return_past=False) -> Tensor:
-        """As DiT.forward."""
+        """As DiT.forward, without return_features."""
         name = self.which(sigma)
         expert = self.at(name, x_sigma.device)
         if prepared is None:

@@ -86,9 +86,7 @@ from engine.parts import SIZES, Options, embed, load_parts, places, resolve
 
 WINDOW = Window()
 QUEUE = 2  # segments that may wait for the decoder
-UNCOLLECTED = (
-    2 * QUEUE
-)  # segments that may be submitted and not collected: as many more are decoded
+UNCOLLECTED = 2 * QUEUE  # submit() refuses while more segments than these are uncollected
 SHOWN = 40  # frames per second that the paper aims at
 START = (0.0, -1.6, 0.0, 0.0, 0.0)  # x, y, z, pitch, yaw: eyes 1.6 m above the ground
 
@@ -128,6 +126,7 @@ class Session:
         self.pool = ThreadPoolExecutor(1) if store or "cuda" in self.options.device else None
         group = self.team.meet(self.options, self.nets["dit"]) if self.team else None
         self.denoiser = Denoiser(self.nets["dit"], meta, self.options, group)
+        # a Team has the methods of a Decoder: it asks the last rank
         self.decoder = self.team or Decoder(self.nets["decoder"], self.options)
 
     def choose_length(self, meta: dict) -> None:

@@ -12,7 +12,7 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
 One step of `base`: the new latents alone become noisy, x_σ = (1 − σ)·x0 + σ·ε, and the network says the
 velocity there. Past and memory are told noise level 0, but they are not perfect: residuals that the model
 itself made earlier are added (error_buffer.py). A fifth of the batches has no memory, and of the past only
-the first latent, an image.
+the first latent, an image; 15 % of the others have their past, but no memory.
 
 Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
 (flow.py), but for a base that begins from nothing. Muon on the matrices of blocks. Latents are encoded once
@@ -24,7 +24,7 @@ of σ, cut at the boundary; the paper does not say which.
 The machinery is in engine/: flags.py (every setting), run.py (folder, ranks, log), clips.py (the batch of a
 step), mistakes.py (what is injected), optim.py (precision, shards, averages), checkpoint.py, pictures.py.
 
-Try it: python train.py --preset micro --steps 20      Tests: pytest tests/test_train.py
+Try it: python train.py --preset micro --vae assets/tiny/vae.safetensors  Tests: pytest tests/test_train.py
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def train_vae(run: Run) -> None:
         if light:
             loss, parts, x_hat = lightvae.light_loss(fast, teacher, fast_helper, video)
         else:
-            g = generator(cfg, run.step)
+            g = generator(cfg, run.step, "noise")
             loss, parts, x_hat = lightvae.vae_loss(fast, video, helper, generator=g)
         if cfg.adversarial:
             loss = loss + cfg.adversarial * lightvae.adversarial_loss(judge.model, x_hat.float())
@@ -313,7 +313,7 @@ def train_distill(run: Run) -> None:
     held = load_clips(run, decoder, root, "tune")
     how = dmd_config(cfg)
 
-    # the teacher is asked, the student learns to draw, the critic what that draws; judge: --adversarial
+    # the teacher is asked; the student learns to draw, the critic what the student draws
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student = Learner.start(run, cfg.lr, cfg.student)
     critic = Learner.start(run, cfg.lr_critic, recompute=False)
@@ -342,7 +342,7 @@ def train_distill(run: Run) -> None:
                 taken_for_true = dmd.adversarial_loss(x0, context, opinion, how, draws)
                 loss = loss + cfg.adversarial * taken_for_true
             student.descend(loss, run, x0)
-            critic.forget()  # the student's loss went through both
+            critic.forget()  # with --adversarial the student's loss went through both
             judge.forget()
             rate = optim.lr_at(run.step, cfg.steps, cfg.warmup)
             numbers["norm"] = student.update(cfg.clip, rate, ema, cfg.ema)
@@ -400,7 +400,7 @@ class Learner:
     def update(
         self, clip: float, rate: float = 1.0, ema: list[Tensor] = (), decay: float = 0.0
     ) -> float:
-        """One step along it; its norm."""
+        """One step along the gradient; returns its norm."""
         return optim.update(self.opts, self.model, rate, clip, ema, decay)
 
 
@@ -465,7 +465,7 @@ LOOPS = {
 
 
 def main(argv: list[str]) -> int:
-    """Train, or do one of the two things that are no training."""
+    """Train, or do one of the things that are no training."""
     if argv[:1] == ["--plot"] and len(argv) > 1:
         plot(argv[1:])
         return 0

@@ -2,7 +2,7 @@
 
 What it does. `encode` turns a video into latents, numbers of mean 0 and variance 1 on which all other
 files work; `decode` turns latents into frames; `decode_stream` does so chunk by chunk and gives the
-same bits. The layers are in vae_blocks.py, the losses in lightvae.py.
+same frames, in float32 to the bit. The layers are in vae_blocks.py, the losses in lightvae.py.
 Paper: §3.4 (MG-LightVAE), Table 2.  Released: Wan2.2_VAE.pth and MG-LightVAE.pth, no training.
 
 Why it works. A latent holds four frames. Only the first latent holds a single one, so that a picture
@@ -12,7 +12,7 @@ is a video, too, namely of one frame:
     frame     0    1 2 3 4    5 6 7 8    9 10 11 12
 
 In play, the frames of a chunk are shown before the latents of the next one exist. So no layer may
-look ahead. Looking back is allowed: a layer that mixes frames reads two frames from before the
+look ahead. Looking back is allowed: a layer that mixes frames reads one or two frames from before the
 chunk (vae_blocks.py), and these have to be remembered. Call D the decoder, and s_k all that its
 layers remember when chunk k begins:
 
@@ -76,7 +76,7 @@ class VAEConfig:
     dim: int = 24  # encoder width at full resolution; 0 = no encoder, as in a pruned decoder
     dec_dim: int = 32  # decoder width at full resolution
     z_dim: int = 16  # latent channels
-    dim_mult: tuple[int, ...] = (1, 2, 2)  # width of each resolution, full to low
+    dim_mult: tuple[int, ...] = (1, 2, 2)  # times dim: the width at each resolution, full to low
     temporal: tuple[bool, ...] = (True, True)  # does this halving of space halve time too?
     res_blocks: int = 1  # per encoder stage; the decoder has one more
     patch: int = 2  # pixels folded into channels before anything else
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
         self.head = head(widths[-1], 2 * cfg.z_dim)  # mean and log variance
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """Patchified pixels (B, 12, F, H/2, W/2) -> (B, 2·z, T, h, w)."""
+        """Patchified pixels (B, 12, F, H/2, W/2) -> (B, 2·C, T, h, w)."""
         x = self.conv1(x, stream)
         for layer in [*self.downsamples, *self.middle]:
             x = layer(x, stream)
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         self.head = head(widths[-1], 3 * cfg.patch**2)
 
     def features(self, z: Tensor, stream: Stream) -> list[Tensor]:
-        """(B, z, T, h, w) -> the activations after the middle, and those after the first stage."""
+        """(B, C, T, h, w) -> the activations after the middle, and those after the first stage."""
         x = self.conv1(z, stream)
         for layer in self.middle:
             x = layer(x, stream)
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         return self.head["2"](x, stream, self.head["0"].gamma)
 
     def forward(self, z: Tensor, stream: Stream) -> Tensor:
-        """(B, z, T, h, w) -> patchified pixels (B, 12, F, H/2, W/2)."""
+        """(B, C, T, h, w) -> patchified pixels (B, 12, F, H/2, W/2)."""
         return self.finish(self.features(z, stream)[-1], stream)
 
 
@@ -245,7 +245,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_std", latent_std, persistent=False)
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std, (z, 1, 1, 1) each, in the dtype of `like`.
+        """Mean and 1/std, (C, 1, 1, 1) each, in the dtype of `like`.
 
         Both ways use 1/std, as released: dividing by it rounds otherwise than multiplying by std.
         """
@@ -256,7 +256,7 @@ class VAE(nn.Module):
     # ---- frames to latents
 
     def moments(self, video: Tensor, stream: Stream | None = None) -> Tensor:
-        """One chunk (B, 3, F, H, W) -> mu (B, z, T, h, w)."""
+        """One chunk (B, 3, F, H, W) -> mu (B, C, T, h, w)."""
         x = self.encoder(patchify(video, self.cfg.patch), stream or Stream())
         x = F.conv3d(x, self.conv1.weight, self.conv1.bias)
         return x[:, : self.cfg.z_dim]  # the rest is log variance, which nobody reads

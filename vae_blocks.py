@@ -1,8 +1,8 @@
 """The layers of the VAE: each remembers the frames it will need again, and none looks ahead.
 
 What it does. Convolutions over time that remember frames, the norm before them, residual blocks,
-attention inside a frame, and the two ways to change resolution, with a shortcut around each. vae.py
-stacks them. Paper: §3.4.  Released: the modules of Wan2.2_VAE.pth, whose parameter names these carry.
+attention inside a frame, the two ways to change resolution, and shortcuts around stages. vae.py stacks
+them. Paper: §3.4.  Released: the modules of Wan2.2_VAE.pth, whose parameter names these carry.
 
 Why it works. Causal means: a frame depends on itself and on the past. So a convolution over three
 frames reads the present one and the two before it:
@@ -39,9 +39,9 @@ frames of each; of the first it drops one, since there was only one:
     Down       0   1     2
     Up         0   1 2   3 4           Up(x)[2t−1], Up(x)[2t] = the two halves of conv(x)[t]     (6)
 
-Around both leads a shortcut that has no weights, and is added to the outcome. On the way down it
-takes the mean of neighbours in time, space and channels (avg_down); on the way up it repeats every
-value, as often as the new shape is larger (dup_up).
+Around each stage, its residual blocks and Down or Up, leads a shortcut that has no weights, and is
+added to the outcome. On the way down it takes the mean of neighbours in time, space and channels
+(avg_down); on the way up it repeats every value, as often as the new shape is larger (dup_up).
 
 What differs. Every number is computed as released, up to rounding, in another order: tensors are
 channels-last; on a CPU (1) runs as a 2-D convolution, which was 2 to 7 times faster there; and (3),
@@ -130,7 +130,7 @@ def dup_up_plain(x: Tensor, out: int, time: int, space: int) -> Tensor:
 
 
 def dup_up(x: Tensor, out: int, time: int, space: int, first: bool) -> Tensor:
-    """dup_up_plain, without the frames that the first chunk does not have: time·T − (time − 1)."""
+    """dup_up_plain, of whose frames the first chunk has time·T − (time − 1) alone."""
     surplus = time - 1 if first else 0
     if out != x.shape[1]:
         x = dup_up_plain(x, out, time, space)
@@ -191,7 +191,7 @@ class NormSiLU(torch.autograd.Function):
         before = past.shape[2]
         gamma = gamma.to(x.dtype)
 
-        # the sum of squares in float32, whatever x is
+        # summed in float32, but rounded to x's dtype; from here on changed in place
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).float()
         mean_square = length.square_().mul_(1 / C)
         inv_rms = mean_square.add_(1e-6).rsqrt_().to(x.dtype)  # (B, 1, T, H, W)

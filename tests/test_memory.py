@@ -186,7 +186,7 @@ def released_score(query: Tensor, candidate: Tensor) -> float:
     """The release's formula for one pair, in its axes: to the world, to the candidate, to its picture."""
     base = camera.to_released(query).float()
     inverse = torch.linalg.inv(camera.to_released(candidate).float())
-    points = memory.frustum_points("released", 0)
+    points = memory.released_points()
     world = base[:3, :3] @ points + base[:3, 3:]
     moved = inverse[:3, :3] @ world + inverse[:3, 3:]
     x, y, z = moved
@@ -252,7 +252,7 @@ def test_every_rollout_segment_matches_official(k: int) -> None:
 
 def test_fast_overlap_equals_slow_overlap() -> None:
     query, candidates = random_cameras(3, 4), random_cameras(50, 5)
-    points = memory.frustum_points("uniform", 256).double()
+    points = memory.uniform_points(256).double()
     for q, row in zip(query, overlap(query, candidates), strict=True):
         world = q[:3, :3] @ points + q[:3, 3:]
         for c, score in zip(candidates, row, strict=True):

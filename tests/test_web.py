@@ -136,7 +136,7 @@ def test_the_way_home_ends_where_it_began() -> None:
 @needs_node
 def test_points_of_a_view_and_overlaps() -> None:
     points = torch.tensor(javascript("return memory.frustumPoints();")).T
-    expected = memory.frustum_points("uniform", 256)
+    expected = memory.uniform_points(256)
     torch.testing.assert_close(points, expected, atol=4e-6, rtol=0)
 
     cameras = camera.pose_to_c2w(poses_of(random_walk(1600, 1))[::80]).float()
