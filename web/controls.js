@@ -14,7 +14,7 @@ const DEAD = 0.35; // of a stick: smaller deflections are rest
 /** What is held, tapped and dragged since the last decision: nothing can queue up. */
 export class Controls {
   held = new Map(); // source -> Set of keys; sources are independent of each other
-  taps = new Set(); // went down and up again since the last decision
+  taps = new Set(); // went down since the last decision, and may be up again
   drag = [0, 0]; // degrees to the right and up that are still to be turned
   pressed = new Map(); // key -> when it went down, until a picture shows it
   shown = new Set(); // keys that the picture on screen was made with
@@ -26,9 +26,10 @@ export class Controls {
     this.held.set(source, new Set(keys));
     const after = this.keys();
     for (const key of after) {
+      if (before.has(key)) continue;
       this.taps.add(key);
       // of a key whose doing is still on screen, nobody could tell when it shows again
-      const clear = !before.has(key) && !this.shown.has(key) && !this.pressed.has(key);
+      const clear = !this.shown.has(key) && !this.pressed.has(key);
       if (clear) this.pressed.set(key, performance.now());
     }
     this.onChange(after);

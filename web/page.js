@@ -31,7 +31,7 @@ const state = {
 };
 const controls = new Controls();
 const screen = new Screen($("screen"));
-const game = new Game(describeGame, compareWithout);
+const game = new Game(describeGame, (index) => compareWithout(index).catch(fail));
 const world = new World(say, (text) => trouble(`The model's thread did not start: ${text}`));
 Object.assign(window, { page: { state, screen, controls, game, world, begin, ready: false } });
 
@@ -51,6 +51,10 @@ function trouble(text) {
   state.paused = true;
 }
 
+function fail(error) {
+  trouble(error.message);
+}
+
 // ---- a walk -------------------------------------------------------------------------------------
 
 /** A new walk from a start picture; `chords` are played before the player's own. */
@@ -61,9 +65,9 @@ async function begin({ seed = state.seed, start = state.start, fresh = null, cho
   state.homeward = false;
   setPaused(false);
   controls.release();
+  screen.clear(); // before waiting: what is left of the old walk belongs to no chunk any more
   const chunk = await world.ask("reset", { start, seed });
   if (mine !== state.world) return;
-  screen.clear();
   show(chunk);
   for (const [number, button] of [...$("gallery").children].entries()) {
     button.setAttribute("aria-pressed", number === start);
@@ -146,6 +150,7 @@ screen.onFrame = (frame, now) => {
 
 function paint(frame) {
   const chunk = state.chunks.findLast(({ first }) => first <= frame.index);
+  if (!chunk) return;
   const path = state.path.filter(Boolean);
   drawMap($("map"), path, chunk.memory, frame.pose);
   if (chunk !== paint.chunk) drawStrip($("strip"), chunk.memory, screen.kept);
@@ -208,6 +213,11 @@ function setPaused(paused) {
   $("pause").setAttribute("aria-pressed", paused);
 }
 
+/** In the replay nobody walks, and the model's thread is elsewhere: there is nothing to go on from. */
+function togglePause() {
+  if (game.phase !== "replay") setPaused(!state.paused);
+}
+
 /** Nobody looks: nothing is imagined. */
 let away = false;
 document.addEventListener("visibilitychange", () => {
@@ -229,13 +239,13 @@ async function share() {
 
 function restart(changes = {}) {
   game.stop(); // before begin: the end of a game pauses the page
-  return begin(changes);
+  return begin(changes).catch(fail);
 }
 
 const COMMANDS = {
   KeyM: toggleMemory,
-  KeyP: () => setPaused(!state.paused),
-  Space: () => setPaused(!state.paused),
+  KeyP: togglePause,
+  Space: togglePause,
   KeyR: () => restart(),
   KeyN: () => restart({ seed: Math.floor(Math.random() * 2 ** 31) }),
   KeyC: share,
@@ -260,16 +270,20 @@ for (const [id, code] of Object.entries(BUTTONS)) {
 
 // ---- the game -----------------------------------------------------------------------------------
 
-$("game-start").addEventListener("click", async () => {
-  if (!state.facts) return;
+async function startGame() {
   game.stop();
   setMemory(true);
   await begin();
   await until(() => state.path.length);
   game.begin(screen.kept.get(0), state.path[0]);
-});
+}
+
+$("game-start").addEventListener("click", () => state.facts && startGame().catch(fail));
 $("game-home").addEventListener("click", () => (state.homeward = true));
-$("game-stop").addEventListener("click", () => game.stop());
+$("game-stop").addEventListener("click", () => {
+  if (game.phase === "replay") restart();
+  else game.stop();
+});
 
 function describeGame(phase, { frames, least, scores, best, first, without }, away) {
   const seconds = Math.floor(frames / SHOWN);
@@ -373,7 +387,7 @@ async function open() {
   fillGallery(facts);
   await begin(fromAddress());
   window.page.ready = true;
-  play().catch((error) => trouble(error.message));
+  play().catch(fail);
 }
 
 listen(controls, {
@@ -394,5 +408,5 @@ drawStrip($("strip"), [], screen.kept);
 if (typeof WebAssembly !== "object" || typeof DecompressionStream !== "function") {
   trouble("This browser is too old: the world model needs WebAssembly and DecompressionStream.");
 } else {
-  open().catch((error) => trouble(error.message));
+  open().catch(fail);
 }

@@ -15,8 +15,8 @@ export class Screen {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     const tick = () => {
+      requestAnimationFrame(tick); // first: one frame that cannot be drawn must not be the last
       this.tick(performance.now());
-      requestAnimationFrame(tick);
     };
     requestAnimationFrame(tick);
   }

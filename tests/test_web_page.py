@@ -1,0 +1,182 @@
+"""web/page.js in node: a page that draws nothing, a clock that is turned by hand, and a world that answers
+when it is told to."""
+
+import pytest
+from test_web import javascript, needs_node
+
+PAGE = """
+    // whatever the page asks its document for is there, and does nothing
+    const nothing = () => {
+      const known = {};
+      return new Proxy(() => nothing(), {
+        get: (_, name) => {
+          if (name === Symbol.iterator) return [][Symbol.iterator].bind([]);
+          if (name === Symbol.toPrimitive) return () => "";
+          if (name === "then") return undefined;
+          return (known[name] ??= nothing());
+        },
+        set: (_, name, value) => [(known[name] = value)],
+      });
+    };
+    const elements = {};
+    const clicks = {};
+    const element = (id) => {
+      if (elements[id]) return elements[id];
+      const made = (elements[id] = nothing());
+      made.addEventListener = (name, heard) => (clicks[id] = heard);
+      return made;
+    };
+    const document = nothing();
+    document.getElementById = element;
+    document.querySelectorAll = () => [];
+
+    // a clock, one waiting picture, and questions that are answered by hand
+    let clock = 0;
+    let tick = null;
+    const asked = [];
+    const later = setTimeout;
+    const given_globals = {
+      document,
+      window: globalThis,
+      navigator: {},
+      location: { hash: "", search: "" },
+      performance: { now: () => clock },
+      requestAnimationFrame: (next) => (tick = next),
+      setTimeout: (f, ms) => later(f, ms).unref(),
+      addEventListener: () => {},
+      matchMedia: () => ({ matches: false }),
+      getComputedStyle: () => ({ getPropertyValue: () => "" }),
+      devicePixelRatio: 1,
+      ImageData: class {
+        constructor(data, width, height) { Object.assign(this, { data, width, height }); }
+      },
+      Worker: class {
+        postMessage(message) { asked.push({ ...message, worker: this }); }
+      },
+    };
+    for (const [name, value] of Object.entries(given_globals)) {
+      Object.defineProperty(globalThis, name, { value, configurable: true, writable: true });
+    }
+
+    const soon = () => new Promise((resolve) => later(resolve, 10));
+    const question = async (name) => {
+      while (!asked.some((one) => one.name === name)) await soon();
+      return asked.splice(asked.findIndex((one) => one.name === name), 1)[0];
+    };
+    const settle = async (name, answer, error) => {
+      const { id, worker, question: told } = await question(name);
+      const data = { id, error, answer: answer?.(told) };
+      worker.onmessage({ data });
+      await soon();
+    };
+    const chunk = (first, n) => ({
+      frames: new Uint8ClampedArray(4 * n),
+      poses: Array(n).fill([0, 0, 0, 0, 0]),
+      memory: [],
+      first,
+    });
+    const facts = { frame: [1, 1], lengths: [2, 5, 10], memory: true, starts: ["one"] };
+    const pass = (ms) => {
+      clock += ms;
+      const now = tick;
+      tick = null;
+      now?.();
+    };
+
+    await import("./page.js");
+    await settle("open", () => ({ facts, backend: "wasm" }));
+    await settle("reset", () => chunk(0, 1));
+    pass(1);
+    await settle("step", ({ chords }) => chunk(1, chords.length));
+    pass(100);
+"""
+
+
+@needs_node
+def test_a_new_walk_begins_while_frames_of_the_old_one_wait() -> None:
+    got = javascript(
+        PAGE
+        + """
+        const shown = page.state.frames;
+        page.begin({ seed: 7 });
+        const left = page.screen.waiting.length;
+        try { pass(500); } catch (error) { return { error: String(error) }; }
+        await settle("reset", () => chunk(0, 1));
+        pass(1);
+        return { shown, left, now: page.state.frames, poses: page.state.path.length, alive: !!tick };
+        """
+    )
+    assert got.pop("shown") > 0
+    assert got == {"left": 0, "now": 0, "poses": 1, "alive": True}
+
+
+@needs_node
+def test_a_frame_that_cannot_be_drawn_is_not_the_last() -> None:
+    program = """
+        page.screen.onFrame = () => { throw new Error("no"); };
+        try { pass(100); } catch { return !!tick; }
+    """
+    assert javascript(PAGE + program)
+
+
+REPLAY = """
+    const { game } = page;
+    game.best = { index: 8, pixels: { data: [0] } };
+    game.first = { pixels: { data: [0] }, pose: [0, 0, 0, 0, 0] };
+    page.state.fresh = 2;
+    game.arrive();
+"""
+
+
+@needs_node
+def test_a_replay_cannot_be_paused() -> None:
+    got = javascript(
+        PAGE
+        + REPLAY
+        + """
+        const paused = ["Space", "KeyM", "KeyP"].map((code) => {
+          page.controls.onCommand(code, { preventDefault() {} });
+          return page.state.paused;
+        });
+
+        // stopping it is a new walk: the model's thread no longer stands where the player stood
+        const { world } = page.state;
+        clicks["game-stop"]();
+        return { paused, phase: game.phase, restarted: page.state.world > world };
+        """
+    )
+    assert got == {"paused": [True] * 3, "phase": "off", "restarted": True}
+
+
+@needs_node
+@pytest.mark.parametrize(
+    "doing",
+    [
+        'page.controls.onCommand("KeyR", { preventDefault() {} });',
+        'clicks["game-start"]();',
+        REPLAY,
+    ],
+)
+def test_a_world_that_stops_is_said_whoever_asked(doing: str) -> None:
+    program = """
+        await settle("reset", null, "The world stopped: no room");
+        return elements.banner.textContent;
+    """
+    assert javascript(PAGE + doing + program) == "The world stopped: no room"
+
+
+@needs_node
+def test_only_what_went_down_is_a_tap() -> None:
+    program = """
+        Object.defineProperty(globalThis, "navigator", { value: {}, configurable: true });
+        const { Controls } = await import("./controls.js");
+        const controls = new Controls();
+        controls.set("keyboard", ["w"]);
+        const held = controls.decide(4);
+        controls.set("keyboard", ["w", "a"]);
+        controls.set("keyboard", []);
+        return [held, controls.decide(8)];
+    """
+    held, after = javascript(program)
+    assert held == ["w"] * 4
+    assert after == ["a"] * 4 + ["_"] * 4
