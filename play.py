@@ -59,7 +59,7 @@ from page import folder, panels
 from page.controls import FILE_FPS, SHOW_FPS, legal
 from page.opening import options_of
 from page.player import Player, filled
-from page.server import bind
+from page.server import addresses, bind
 from page.start import open_start
 
 BENCH = 10 * SHOW_FPS  # frames, ten seconds: the first half warms up, the second is timed
@@ -95,17 +95,14 @@ def serve(args: argparse.Namespace) -> int:
     player = Player(args, args.fps or SHOW_FPS)
     server = bind(player, args.host, args.port)
     port = server.server_port
-    url = f"http://{args.host}:{port}"
-    if server.token:
-        url += f"/?token={server.token}"
+    url, tunnel = addresses(server, args.host)
     taken = f"Port {args.port} is taken (another play.py?). Using {port}: {url}"
-    print(taken if port != args.port else f"Open {url}", flush=True)
+    print(taken if args.port not in (0, port) else f"Open {url}", flush=True)
 
     # where there is no display, the browser is on the machine that the ssh comes from
     windowed = sys.platform in ("darwin", "win32")
     if not (windowed or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        tunnel = f"ssh -L {port}:127.0.0.1:{port} <this host>"
-        print(f"Open from your machine:  {tunnel}  then http://127.0.0.1:{port}", flush=True)
+        print(f"Open from your machine:  {tunnel}", flush=True)
     elif not args.no_open:
         webbrowser.open(url)
 
@@ -135,9 +132,9 @@ def headless(args: argparse.Namespace, script: Script) -> list[dict]:
             keyboard = filled(script.keyboard[t : t + n], n)
             mouse = filled(script.mouse[t : t + n], n)
 
-            # neither look too far up or down, nor walk into a wall of a world that is known
-            keyboard, mouse = legal(keyboard, mouse, player.poses[-1][3], player.max_pitch)
+            # neither look too far up, nor walk into known walls; a second time would round again
             if not script.again:
+                keyboard, mouse = legal(keyboard, mouse, player.poses[-1][3], player.max_pitch)
                 keyboard = player.in_rooms(keyboard, mouse)
             held = camera.keys_from_action(script.keyboard[t], script.mouse[t])
             player.chunk(keyboard, mouse, {"keys": [held]})
@@ -176,16 +173,18 @@ def make_film(args: argparse.Namespace) -> int:
     def walked(out: str, policy: str) -> None:
         args.out = out
         headless(args, Script(keyboard, mouse, FILE_FPS, [policy]))
+        if args.stop.is_set():
+            raise KeyboardInterrupt  # half a walk is no film
 
     pictures = panels.three_panels(walked)
     size = panels.save_gif(pictures, Path(args.film))
     print(f"{args.film}: {len(pictures)} pictures, {size / 1e6:.2f} MB")
-    return 130 if args.stop.is_set() else 0
+    return 0
 
 
 def replay(args: argparse.Namespace) -> int:
     """The same actions from the same start: identical frames, or the reason why not."""
-    file = Path(args.replay)
+    file = cli.find(args.replay)
     file = file / "session.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(
@@ -253,6 +252,7 @@ def compare(recorded: dict, new: list[dict], now: dict) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Ten seconds of walking, through the threads and JPEGs that a page would see: one markdown row."""
     player = Player(args, args.fps or SHOW_FPS)
+    player.set["pace"] = "live"  # a slow model, too: nobody is here to plan its turns
     began = time.monotonic()
     seen = []
     with player.screen.seat() as viewer:
@@ -450,10 +450,10 @@ def runs_of(args: argparse.Namespace) -> list[Path]:
 
 
 def shipped(args: argparse.Namespace) -> list[Path]:
-    """The weights that came with the code: the few-step student, else its teacher."""
-    folder = cli.beside("assets", args.preset)
-    files = (folder / f"{name}.safetensors" for name in ("student", "base"))
-    return [folder for file in files if file.exists()]
+    """The folder of the weights that came with the code, if it holds a student or its teacher."""
+    place = cli.beside("assets", args.preset)
+    files = (place / f"{name}.safetensors" for name in ("student", "base"))
+    return [place] if any(file.exists() for file in files) else []
 
 
 def end_in_good_order(stop: threading.Event) -> None:

@@ -240,6 +240,16 @@ def end_late_requests(server: Server) -> None:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
+def addresses(server: Server, host: str) -> tuple[str, str]:
+    """The URL of the page; and, for another machine, how to reach it from there through ssh."""
+    port = server.server_port
+    door = f"/?token={server.token}" if server.token else ""
+    # who listens everywhere, or nowhere else, is here; any other address listens on itself alone
+    there = "127.0.0.1" if host in ("", "0.0.0.0", "localhost") else host
+    tunnel = f"ssh -L {port}:{there}:{port} <this host>  then http://127.0.0.1:{port}{door}"
+    return f"http://{host or there}:{port}{door}", tunnel
+
+
 def bind(player: object, host: str, port: int) -> Server:
     """The server on this port, or on the next free one."""
     token = "" if host in ("127.0.0.1", "localhost") else secrets.token_hex(16)

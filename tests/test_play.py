@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playing import PATIENT, ROOT, Viewer, arguments, ask, main, page, run, save, wait_for
+from playing import PATIENT, ROOT, Dream, Viewer, arguments, ask, main, page, run, save, wait_for
 
 import camera
 import moe
 import play
+import realtime
 import world
 from dataset.episode import list_episodes, read_episode
 from engine import cli, weights
@@ -117,6 +119,49 @@ def test_replay_gives_the_same_frames(walked: Path, tmp_path: Path) -> None:
     code, said = main(tmp_path, "--replay", str(walked), "--out", "again")
     assert code == 0 and "32 of 32 chunks are identical" in said
     assert np.array_equal(read_episode(walked).video, read_episode(tmp_path / "again").video)
+
+
+def test_a_replay_looks_up_as_far_as_was_played(tmp_path: Path) -> None:
+    """A pitch that was held at its limit is rounded; once more, it would be rounded again."""
+    flags = ("--fake", "--size", "32x32", "--actions", "i:60, k:30, i2.3:30", "--out", "walk")
+    assert main(tmp_path, *flags)[0] == 0
+    assert main(tmp_path, "--replay", "walk", "--out", "again")[0] == 0
+    played, again = (
+        json.loads((tmp_path / name / "session.json").read_text()) for name in ("walk", "again")
+    )
+    for key in ("keyboard", "mouse", "poses"):
+        assert played[key] == again[key], key
+
+
+def test_ctrl_c_in_the_first_walk_of_a_film_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+
+    def cut(args: argparse.Namespace, script: play.Script) -> list:
+        walks.append(script.policies)
+        args.stop.set()
+        return []
+
+    monkeypatch.setattr(play, "headless", cut)
+    with pytest.raises(KeyboardInterrupt):  # cli.run() ends with 130
+        main(tmp_path, "--fake", "--film", "walk.gif")
+    assert len(walks) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_slow_model_is_benched_without_waiting_for_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(realtime, "open_session", lambda options, ranks: Dream())
+    monkeypatch.setattr("page.player.SLOW", 1e9)  # whatever it makes, it is slow
+    monkeypatch.setattr(play, "BENCH", 120)
+    args = arguments("--new", "10", "--fps", "240", "--out", str(tmp_path / "walk"))
+    late = threading.Timer(20, args.stop.set)
+    late.start()
+    assert play.bench(args) == 0
+    assert not late.finished.is_set(), "it waited for a plan that nobody makes"
+    late.cancel()
+    assert "| tiny |" in capsys.readouterr().out
 
 
 def test_a_film_is_one_walk_in_three_panels(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ import pytest
 from PIL import Image
 from playing import ROOT, Viewer, arguments, ask, page, wait_for
 
+import play
 from page import commands
 from page import server as page_server
 from page.player import COMMANDS, Player
 from page.screen import STREAMS
-from page.server import SLOTS, bind
+from page.server import SLOTS, addresses, bind
 
 
 def test_the_page_is_served_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -400,6 +401,32 @@ def test_the_last_port_may_be_taken(tmp_path: Path) -> None:
         other.listen()
         with pytest.raises(ValueError, match="cannot serve 127.0.0.1:65535"):
             bind(SimpleNamespace(), "127.0.0.1", 65_535)
+
+
+@pytest.mark.parametrize(
+    "host, token, url, there",
+    [
+        ("127.0.0.1", "", "http://127.0.0.1:8000", "127.0.0.1"),
+        ("0.0.0.0", "secret", "http://0.0.0.0:8000/?token=secret", "127.0.0.1"),
+        ("10.1.2.3", "secret", "http://10.1.2.3:8000/?token=secret", "10.1.2.3"),
+    ],
+)
+def test_the_ssh_line_leads_to_where_one_listens_and_brings_the_token(
+    host: str, token: str, url: str, there: str
+) -> None:
+    said, tunnel = addresses(SimpleNamespace(server_port=8000, token=token), host)
+    assert said == url
+    door = "/?token=secret" if token else ""
+    assert tunnel == f"ssh -L 8000:{there}:8000 <this host>  then http://127.0.0.1:8000{door}"
+
+
+def test_any_free_port_is_not_a_taken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = arguments("--fake", "--port", "0", "--no-open", "--out", str(tmp_path / "walk"))
+    args.stop.set()
+    assert play.serve(args) == 0
+    assert capsys.readouterr().out.startswith("Open http://127.0.0.1:")
 
 
 def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
