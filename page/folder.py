@@ -31,7 +31,8 @@ import torch
 import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
-from engine import cli, configs
+from engine import cli, configs, weights
+from engine.parts import DECODERS
 from engine.weights import write_text
 from memory import POLICIES
 from page.film import settle
@@ -120,11 +121,24 @@ def write_line(journal: BinaryIO, record: dict) -> None:
     journal.flush()
 
 
+def files_played(args: argparse.Namespace) -> list[Path]:
+    """The weight files that a walk is made with: the model's, and its VAE's, as engine/parts.py finds them."""
+    if args.fake or args.weights in ("", "random"):
+        return []
+    root = Path(args.weights)
+    models = [root / f"{name}.safetensors" for name in ("student", "base")]
+    found = [next(filter(Path.is_file, models), None) or weights.find(root)]
+    folders = (root, root.parent, cli.beside("assets", args.preset))
+    for decoder in ("full", args.vae):
+        places = [folder / name for folder in folders for name in DECODERS[decoder][1:]]
+        found += [*filter(Path.is_file, places)][:1]
+    return found
+
+
 def about(args: argparse.Namespace) -> dict:
     """What a replay needs to be the same again."""
-    files = sorted(Path(args.weights).glob("*.safetensors")) if args.weights else []
     sha = {}
-    for file in files:
+    for file in files_played(args):
         if file.stat().st_size < HASHED:
             sha[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return {

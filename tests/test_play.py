@@ -149,6 +149,27 @@ def test_ctrl_c_in_the_first_walk_of_a_film_ends_it(
     assert len(walks) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("form", ["file", "run", "folder"])
+def test_a_session_knows_the_weights_it_was_made_with(tmp_path: Path, form: str) -> None:
+    """The model's, however it was named, and the VAE's: the light decoder too, where it is used."""
+    place = {
+        "file": tmp_path / "best.safetensors",
+        "run": tmp_path / "ckpt/000001/ema.safetensors",
+        "folder": tmp_path / "student.safetensors",
+    }[form]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"1")
+    (tmp_path / "latest").write_text("000001")
+    if form != "run":
+        (tmp_path / "latest").unlink()
+    args = arguments("--weights", str(place if form == "file" else tmp_path), "--vae", "light75")
+    before = folder.about(args)["weights_sha"]
+    assert set(before) == {place.name, "vae.safetensors", "vae75.safetensors"}
+    place.write_bytes(b"2")
+    after = folder.about(args)["weights_sha"]
+    assert {name for name in after if before[name] != after[name]} == {place.name}
+
+
 def test_a_slow_model_is_benched_without_waiting_for_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
