@@ -30,7 +30,9 @@ def pause(player: object, body: dict) -> None:
 
 
 def step(player: object, body: dict) -> None:
-    """One chunk, though paused."""
+    """One chunk, though paused; in turns it is the plan that asks for one."""
+    if player.tempo() == "turn" and not player.script:
+        raise ValueError("you play in turns: write a plan and press Enter")
     player.once = player.set["paused"]
 
 

@@ -54,7 +54,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         peak = torch.cuda.max_memory_allocated() / 1e9
         return (
-            f"out of memory, peak {peak:.1f} GB; the session is saved. "
+            f"out of memory, peak {peak:.1f} GB; what was played is saved. "
             f"Options, cheapest first: --vae light75 · --int8 · --preset small\n{text}"
         )
     if "MPS" in text:

@@ -93,6 +93,10 @@ class Parts {
 /** Every record as it comes, until the connection breaks. */
 async function readRecords() {
   const reply = await fetch(address("/frames"));
+  if (!reply.ok) {
+    say((await reply.json()).error); // no seat is free, or the token is missing: not a lost line
+    return;
+  }
   const parts = new Parts(reply.body);
   for (;;) {
     const header = JSON.parse(new TextDecoder().decode(await parts.next()));

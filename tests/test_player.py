@@ -109,6 +109,19 @@ def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.Mon
     assert player.tempo() == "live"
 
 
+def test_one_chunk_more_is_refused_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--pace", "turn")
+    player.set["paused"] = True
+    commands.obey(player, {"cmd": "step"})
+    assert not player.once, "it would be made as soon as the pace is live"
+    assert any("press Enter" in note.get("info", "") for _, note in player.screen.notes)
+    player.set["pace"] = "live"
+    commands.obey(player, {"cmd": "step"})
+    assert player.once and player.due()
+
+
 def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +145,7 @@ def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
 
 def test_memory_and_device_errors_say_the_way_out() -> None:
     assert (
-        "out of memory, peak 0.0 GB; the session is saved. Options, cheapest first: --vae light75"
+        "out of memory, peak 0.0 GB; what was played is saved. Options, cheapest first: --vae light75"
         in explain(torch.OutOfMemoryError("CUDA"))
     )
     said = explain(

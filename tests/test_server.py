@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from playing import ROOT, Viewer, arguments, ask, page, wait_for
+from test_web import javascript, needs_node
 
 import play
 from page import commands
@@ -418,6 +419,24 @@ def test_the_ssh_line_leads_to_where_one_listens_and_brings_the_token(
     assert said == url
     door = "/?token=secret" if token else ""
     assert tunnel == f"ssh -L 8000:{there}:8000 <this host>  then http://127.0.0.1:8000{door}"
+
+
+@needs_node
+def test_a_refused_stream_says_why() -> None:
+    program = """
+        const said = [];
+        const error = "8 viewers are connected already";
+        Object.assign(globalThis, {
+          location: { search: "" },
+          say: (text) => said.push(text),
+          fetch: async () => new Response(JSON.stringify({ error }), { status: 503 }),
+        });
+        const { runInThisContext } = await import("node:vm");
+        runInThisContext(readFileSync("../page/talk.js", "utf8"));
+        await readRecords();
+        return said;
+    """
+    assert javascript(program) == ["8 viewers are connected already"]
 
 
 def test_any_free_port_is_not_a_taken_one(
