@@ -10,7 +10,7 @@ old frame saw, where a generated frame was taken (registration).
     adoption = share of frames nearer to the world whose memory was given than to the true one
     gain  = Σ c·m / Σ c²                         motion m drawn per motion c commanded
     KCtrl = share of pairs of opposite keys that both act, as W and S: standing still earns nothing
-    TWFD  = Fréchet distance of drawn and true thumbnails of walks, by their 64 principal components
+    TWFD  = Fréchet distance of drawn and true thumbnails of walks, by up to 64 principal components
 
 An arm is one way to play or to train, as with and without memory. All arms share worlds, walks and
 noise, and intervals are over held-out worlds. What is claimed stands in lab/claims.py; predictions are
@@ -109,13 +109,17 @@ def provenance(name: str, args: Namespace) -> dict:
 
 
 def measure(name: str, args: Namespace) -> dict:
-    """Store the predictions, run, store everything. Missing weights leave rows out and say why."""
+    """Store the predictions, run, store everything. Missing weights leave rows out and say why.
+
+    The predictions wait in a file of their own: the last result stays until there is a new one.
+    """
     out = Path(args.out)
     path = out / "final" / f"{name}.json" if args.final else out / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f"{name}.pending.json")
     result = provenance(name, args)
     predicted = [claims.unmeasured(claim) for claim in claims.CLAIMS[name]]
-    weights.write_text(path, json.dumps(result | {"claims": predicted, "raw": {}}))
+    weights.write_text(pending, json.dumps(result | {"claims": predicted, "raw": {}}))
 
     began = time.perf_counter()
     run = Run(result["worlds"], args.full, args.weights, out, RESULTS)
@@ -131,6 +135,7 @@ def measure(name: str, args: Namespace) -> dict:
     result["pictures"] = {key: as_png(picture) for key, picture in run.pictures.items()}
     result["facts"] = run.facts
     weights.write_text(path, json.dumps(result))
+    pending.unlink()
     judged = [claims.judge(claim, run.raw, run.absent) for claim in claims.CLAIMS[name]]
     result["claims"] = judged
     weights.write_text(path, json.dumps(result))

@@ -6,7 +6,8 @@
     pipeline    one rank denoises, one decodes; with nine devices also 8 + 1
 
     python lab/gpu.py                                  writes results/gpu-PART.json, part by part
-    python lab/gpu.py --device cpu --preset micro      the same way, to see that it can be walked
+    python lab/gpu.py --device cpu --preset micro      the same way, to see that it can be walked;
+                                                       writes results/gpu-PART-micro-cpu.json
 
 A part that fails is reported in one line, and the next one is tried: half an hour on a rented machine is
 not lost to one of them. The report fills its rows that "need a GPU" from these files, and leaves
@@ -33,6 +34,7 @@ from lab import bench
 from lab.bench import Row
 from lab.costs import PANES
 
+USUAL = {"preset": "5b", "device": "cuda"}
 MICRO = "micro"  # a size that a CPU can compute, too
 NOTHING = "no CUDA device here: nothing was measured (--device cpu --preset micro walks the code)"
 
@@ -164,6 +166,19 @@ PARTS = {"parity": parity, "decoders": decoders, "segment": segment, "pipeline":
 # ---- the program --------------------------------------------------------------------------
 
 
+def differs(options: parts.Options) -> dict[str, str]:
+    """What is not as a rented machine would be asked; nothing: these numbers are the ones that count."""
+    device = options.device.partition(":")[0]
+    asked = {"preset": options.preset, "device": device}
+    return {flag: word for flag, word in asked.items() if word != USUAL[flag]}
+
+
+def command_of(name: str, options: parts.Options) -> str:
+    """What to type for the same numbers."""
+    flags = [f" --{flag} {word}" for flag, word in differs(options).items()]
+    return f"python lab/gpu.py --parts {name}{''.join(flags)}"
+
+
 def measure(name: str, options: parts.Options, out: Path) -> str:
     """A part as a table and as json; what went wrong, or nothing."""
     try:
@@ -173,18 +188,19 @@ def measure(name: str, options: parts.Options, out: Path) -> str:
     device = torch.cuda.get_device_name() if options.device != "cpu" else "a CPU"
     size = MICRO if name == "parity" else options.preset
     about = f"{size}, random weights, on {device}, torch {torch.__version__}"
-    table = bench.written(rows, "bash tests/gpu.sh", about)
+    table = bench.written(rows, command_of(name, options), about)
     print("\n".join(table), flush=True)
-    stored = {"rows": rows, "table": table, "claims": claims if options.preset == "5b" else {}}
+    stored = {"rows": rows, "table": table, "claims": {} if differs(options) else claims}
     out.mkdir(exist_ok=True)
-    (out / f"gpu-{name}.json").write_text(json.dumps(stored, indent=1))
+    words = [name, *differs(options).values()]
+    (out / f"gpu-{'-'.join(words)}.json").write_text(json.dumps(stored, indent=1))
     return ""
 
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser("lab/gpu.py", __doc__.splitlines()[0])
-    parser.add_argument("--preset", default="5b", choices=[*parts.SIZES])
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--preset", default=USUAL["preset"], choices=[*parts.SIZES])
+    parser.add_argument("--device", default=USUAL["device"])
     parser.add_argument("--out", default=str(cli.beside("results")), help="folder of the json")
     parser.add_argument("--parts", default=" ".join(PARTS), help="some of them, with spaces")
     a = parser.parse_args(argv)

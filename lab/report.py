@@ -162,6 +162,8 @@ def contrast(
     found: dict[tuple[str, str], dict[str, float]] = {}
     last = {}
     for path in sorted(folder.glob("*-*/*.json")):
+        if path.stem not in CLAIMS:  # predictions of a run that is not over
+            continue
         arm, seed = path.parent.name.rsplit("-", 1)
         result = json.loads(path.read_text())
         last[path.stem] = footer(result)

@@ -1,7 +1,8 @@
 """Which old frames does a rule choose, of those that saw what comes next.
 
 The truth needs no model: exact depth says which pixels of the next views an old frame has seen. A rule
-chooses five frames; coverage@5 is what they show together, of the most that any five can show.
+chooses five frames; coverage@5 is what they show together, as a share of what five chosen greedily
+show: near the most that any five can, and no bound, so a share may exceed 1.
 """
 
 import time
@@ -78,7 +79,7 @@ def ms_since(began: float) -> float:
 
 
 def cover(run: Run, seen: Tensor, picks: dict[str, list[int]]) -> None:
-    """How much of what any old frame could show do five chosen ones show, of the most they can?"""
+    """How much of what any old frame could show do five chosen ones show, against a greedy choice?"""
     together = torch.cat(list(seen), 1)  # (N, 5·H, W): the five views as one
     picks["exact visibility per slot"] = seen.sum((2, 3)).argmax(1).tolist()
     picks["greedy oracle"] = truth.greedy(together, 5)

@@ -109,6 +109,8 @@ def strip(back: Return, images: dict[str, Tensor]) -> ndarray:
 
 def remember(run: Run) -> None:
     """M1 and M11: come back to what only the bank has seen; then swap the memory."""
+    if len(run.worlds) < 2:
+        raise ValueError("the foreign memory is that of another world: --worlds must be 2 or more")
     p = run.player
     strips = []
     donor = come_back(p, worlds.revisit(run.worlds[-1], 0.0))  # of the first world

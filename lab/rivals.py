@@ -149,25 +149,27 @@ def without_network(back: Return, shown: Tensor) -> tuple[dict, dict]:
     return {"frame copied": copied[-SCORED:], "frames warped": moved[-SCORED:]}, ms
 
 
-def compare(run: Run, p: Player, place: str, back: Return) -> dict[str, Tensor]:
-    """Every arm of one world at one place, in the rows "place, arm"."""
+def compare(run: Run, p: Player, place: str, back: Return) -> dict[str, float]:
+    """Every arm of one world at one place, in the rows "place, arm". Returns the milliseconds of each."""
     shown = players.decode(p, back.latents[:, :, : len(OLD)], OLD[-1] + 1)[0, OLD]
     images, ms = with_network(p, back, arms_of(p, back, shown))
     copies, copying = without_network(back, shown)
     for arm, image in (images | copies).items():
         run.scores(f"{place}, {arm}", image, back.true, back.masks)
-    for arm, spent in (ms | copying).items():
-        run.put(arm, {"ms": spent})
-    return images | copies
+    return ms | copying
 
 
 def rivals(run: Run) -> None:
     """One network, seven ways to know what was there; then the table and the figure, as facts."""
     p = run.player
     for seed in run.worlds:
+        spent = []
         for place, offset in PLACES.items():
             back = revisits.come_back(p, worlds.revisit(seed, offset))
-            compare(run, p, place, back)
+            spent.append(compare(run, p, place, back))
+        # the places of a world are no worlds of their own
+        for arm in spent[0]:
+            run.put(arm, {"ms": np.mean([ms[arm] for ms in spent])})
     latent = back.latents[0, :, 0].numel()
     kept = numbers_kept(latent, worlds.SIZE**2)
     for arm, numbers in kept.items():

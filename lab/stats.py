@@ -105,7 +105,9 @@ def time_to_lost(score: Sequence[float], tau: float, run: int = 8) -> int:
 
 def half_life(at: Sequence[float], value: Sequence[float]) -> float:
     """Where a falling curve reaches half of its first value, between two points in a straight line;
-    its end where it never does."""
+    its end where it never does, and its beginning where there is nothing that could be halved."""
+    if value[0] <= 0:
+        return float(at[0])
     half = value[0] / 2
     for k in range(1, len(at)):
         if value[k] <= half:

@@ -32,6 +32,7 @@ def test_a_run_without_weights_says_what_makes_them(tmp_path: Path) -> None:
     table = report.claim_table(result)
     assert "not measured" in table
     assert "python train.py --stage base" in table
+    assert [path.name for path in tmp_path.glob("*.json")] == ["drift.json"]
 
 
 def test_predictions_are_stored_before_the_run(
@@ -40,10 +41,12 @@ def test_predictions_are_stored_before_the_run(
     def dies(run: Run) -> None:
         raise RuntimeError("power cut")
 
+    (tmp_path / "memory.json").write_text("the last result")
     monkeypatch.setitem(evaluate.COMMANDS, "memory", dies)
     with pytest.raises(RuntimeError):
         evaluate.measure("memory", arguments(tmp_path))
-    stored = json.loads((tmp_path / "memory.json").read_text())
+    assert (tmp_path / "memory.json").read_text() == "the last result"
+    stored = json.loads((tmp_path / "memory.pending.json").read_text())
     assert stored["raw"] == {}
     assert {claim["verdict"] for claim in stored["claims"]} == {"not measured"}
     assert ">= 6" in {claim["predicted"] for claim in stored["claims"]}
@@ -60,6 +63,11 @@ def test_a_claim_without_its_row_is_an_error_and_what_was_found_is_kept(
         evaluate.measure("retrieval", arguments(tmp_path))
     stored = json.loads((tmp_path / "retrieval.json").read_text())
     assert stored["raw"] == {"camera, uniform/coverage@4": [1.0]}
+
+
+def test_a_memory_of_another_world_needs_another_world(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--worlds must be 2 or more"):
+        evaluate.measure("memory", arguments(tmp_path, worlds=1))
 
 
 def test_one_formula_gives_25_79_fps_from_1_551_s_and_905_tf() -> None:

@@ -25,7 +25,9 @@ def test_without_a_gpu_the_script_ends_in_one_line() -> None:
 def test_every_part_can_be_walked(part: str, tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--preset", "micro", "--out", str(tmp_path), "--parts", part]
     assert gpu.main(flags) == 0
-    stored = json.loads((tmp_path / f"gpu-{part}.json").read_text())
+    assert not (tmp_path / f"gpu-{part}.json").exists(), "it is the place of what a GPU said"
+    stored = json.loads((tmp_path / f"gpu-{part}-micro-cpu.json").read_text())
+    assert f"`python lab/gpu.py --parts {part} --preset micro --device cpu`" in stored["table"][-1]
     assert stored["rows"] and stored["claims"] == {}, "only the released size answers a claim"
     if part == "parity":
         float32, bfloat16, int8, _ = (row[4] for row in stored["rows"])

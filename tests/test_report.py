@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import metrics, report
+from lab import metrics, report, summary
 from lab.claims import CLAIMS, judge
 
 PROVENANCE = ("command", "split", "machine", "date", "threads")
@@ -17,6 +17,7 @@ SLOPES = {
     "both-2": -1.7,
     "both-3": -2.5,
 }
+LONG = ("dB per 100 frames", "sharpness after 640")
 SCORE = {"mean": 20.04, "interval": [19.0, 21.5]}
 FACTS = {
     "none": {
@@ -107,6 +108,19 @@ def test_ways_to_remember_are_a_table_by_place_of_the_test_worlds_and_of_the_las
         "| frame copied | bank-only | 20.0 [19.0, 21.5] |  |  |",
     ]
     assert len(tables["final-rivals:places"].splitlines()) == 4
+
+
+@pytest.mark.parametrize("key", LONG)
+def test_a_run_too_short_for_the_table_of_the_readme_is_named(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quick run has eight segments, and no row says what it would be after sixteen."""
+    arms = ("in place, camera", "in place, none", "exploring, camera", "exploring, none")
+    raw = {f"{arm}/{column}": [1.0] for arm in arms for column in LONG if column != key}
+    said = result(raw=raw, command="python evaluate.py drift --quick")
+    monkeypatch.setattr(summary, "ROWS", [row for row in summary.ROWS if row.source == "drift"])
+    with pytest.raises(ValueError, match=f"needs 'in place, .*/{key}'.*drift --quick"):
+        summary.table({"drift": said})
 
 
 def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:

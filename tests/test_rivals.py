@@ -113,6 +113,7 @@ def test_a_run_scores_every_arm_at_every_place_and_no_claim_asks_for_more(
         assert fact["scores"]["all"]["exact"]["mean"] == run.raw[f"exact, {arm}/psnr"][0]
         assert fact["scores"]["all"]["exact"]["interval"] is None, "one world has no interval"
         assert fact["ms"] > 0
+        assert len(run.raw[f"{arm}/ms"]) == 1, "one world, whatever places it was asked at"
     kept = {arm: fact["numbers kept"] for arm, fact in run.facts["rivals"].items()}
     assert kept["none"] == 0 < kept["last frames"] < kept["retrieval"] < kept["warp cache"]
     # at the very pose there is nothing to move

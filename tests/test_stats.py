@@ -27,6 +27,11 @@ def test_a_half_life_lies_between_two_points_or_at_the_end() -> None:
     assert stats.half_life([1, 2, 4], [8, 6, 5]) == 4
 
 
+def test_what_is_lost_from_the_beginning_has_no_half_to_lose() -> None:
+    assert stats.half_life([1, 2, 4], [-1, -2, -3]) == 1
+    assert stats.half_life([1, 2, 4], [0, 0, 0]) == 1
+
+
 def test_a_95_percent_interval_covers_the_mean_95_times_in_100() -> None:
     rng = np.random.default_rng(1)
     covered = []
