@@ -294,9 +294,13 @@ def inspect(path: Path, hashes: bool = False) -> tuple[Episode | None, list[str]
 
 
 def read_files(path: Path) -> Episode:
-    for file in FILES:  # a device or a pipe could be read for ever
+    inside = Path(os.path.realpath(path))
+    for file in (*FILES, "_DONE"):
+        # a device or a pipe could be read for ever, a link could lead to anybody's secrets
         if (path / file).exists() and not (path / file).is_file():
             raise ValueError(f"{file} is not a regular file")
+        if not Path(os.path.realpath(path / file)).is_relative_to(inside):
+            raise ValueError(f"{file} is a link that leads out of the folder")
     with reading("meta.json"):
         meta = json.loads((path / "meta.json").read_text())
     with reading(WORDS):

@@ -188,23 +188,30 @@ def supervise(screen: queue.Queue, layer: Callable[..., None], *args: object) ->
 
 
 def record(root: Path, seed: int, count: int = 2, frames: int = 241) -> list[Path]:
-    """Let the agent play the game and record `count` segments of it."""
+    """Let the agent play the game and record `count` segments of it.
+
+    A segment that the output layer crashes on is lost: that is said at the end, for nobody captures it.
+    """
     scene = world.scene_of(seed)
     mesh = world.NavMesh(scene)
     rng = np.random.default_rng(seed)
     written: list[Path] = []
     keys, states, screen, segments = (queue.Queue() for _ in range(4))
     game = world.World(scene, size=64)
+    failed: queue.Queue = queue.Queue()  # what the output layer crashed on
     states.put(game.pose)
 
     layers = [
         supervise(screen, game_layer, game, keys, states, screen),
         supervise(screen, agent_layer, mesh, rng, states, keys),
-        supervise(screen, output_layer, segments, root, scene, written),
+        supervise(failed, output_layer, segments, root, scene, written),
     ]
     capture = supervise(screen, capture_layer, screen, segments, [], count, frames)
     capture.join()
     for inbox, thread in zip((keys, states, segments), layers, strict=True):
         inbox.put(None)
         thread.join()
+    if len(written) < count:
+        reasons = "; ".join(sorted({text for *_, text in failed.queue}))
+        raise ValueError(f"{len(written)} of {count} segments are in {root}: {reasons}")
     return written

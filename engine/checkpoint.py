@@ -155,12 +155,13 @@ def export(*runs: str, file: str) -> None:
     tensors, about = found[0]
     if len(runs) > 1:
         names = [words.get("expert", "none").removeprefix("high-") for _, words in found]
-        common = ("stage", "boundary", "encoding", "shift", "sink")
-        kinds = {tuple(words.get(key) for key in common) for _, words in found}
-        if len(set(names)) < len(runs) or len(kinds) > 1:
+        common = ("stage", "boundary", "encoding", "shift", "sink", "new", "p_memory_off")
+        apart = [key for key in common if len({words.get(key) for _, words in found}) > 1]
+        if len(set(names)) < len(runs) or apart:
             raise ValueError(
-                "joined runs must be different experts of one --stage moe with one boundary, got "
+                "joined runs must be different experts of one --stage moe, trained alike; got "
                 + ", ".join(names)
+                + (f", which differ in {', '.join(apart)}" if apart else "")
             )
         model = join(dict(zip(names, runs, strict=True)), about["boundary"])
         tensors = model.state_dict()

@@ -105,7 +105,7 @@ def read_videos(root: Path) -> list[np.ndarray]:
 def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor:
     """(B, 3, F, H, W): random clips of mixed length. A VAE trained on 9 frames alone fades on longer ones."""
     g = generator(cfg, step)
-    frames, scale = LENGTHS_OF_FILM[int(torch.randint(4, (), generator=g))]
+    frames, scale = LENGTHS_OF_FILM[int(torch.randint(len(LENGTHS_OF_FILM), (), generator=g))]
     clips = []
     for _ in range(max(1, cfg.batch // scale)):
         video = videos[int(torch.randint(len(videos), (), generator=g))]
@@ -154,12 +154,13 @@ def episodes_for(run: Run, root: Path, split: str) -> list[Path]:
     return paths
 
 
-def digest_of(vae: nn.Module, root: Path, paths: list[Path], dtype: torch.dtype) -> str:
-    """Changes with the episodes and with whatever changes their latents."""
+def digest_of(vae: nn.Module, root: Path, paths: list[Path], run: Run) -> str:
+    """Changes with the episodes and with whatever changes their latents, or their words."""
     digest = hashlib.sha256("\n".join(str(p.relative_to(root)) for p in paths).encode())
     for path in paths:
         digest.update((path / "_DONE").read_bytes())  # a hash of all that is in the episode
-    digest.update(str(dtype).encode())
+    size = dit.PRESETS[run.cfg.preset]
+    digest.update(f"{run.dtype} {size.text_dim} {size.text_len}".encode())
     encoder = [*vae.encoder.parameters(), *vae.conv1.parameters()]
     for tensor in (*encoder, vae.latent_mean, vae.latent_std):
         digest.update(f"{tensor.double().sum().item():.6g}".encode())
@@ -217,7 +218,7 @@ def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Pat
 def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     """Episodes as latents: encoded once per encoder and dataset, then mapped from the cache."""
     paths = episodes_for(run, root, split)
-    cache = root / f"latents-{split}-{digest_of(vae, root, paths, run.dtype)}"
+    cache = root / f"latents-{split}-{digest_of(vae, root, paths, run)}"
     count = -(-len(paths) // SHARD)
     files = [cache / f"{number:05d}.safetensors" for number in range(count)]
     if not all(file.exists() for file in files):

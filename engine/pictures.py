@@ -43,10 +43,10 @@ def look(
     # the same noise for all of them
     noise = torch.randn(x0.shape, generator=generator(sure, 1)).to(run.device, run.dtype)
     sigmas = flow.sigma_grid(steps, sure.shift)
-    g = generator(sure, 2)
     latents = {"truth": x0}
     for name, context in told.items():
         inputs = context.to(dtype=run.dtype)
+        g = generator(sure, 2)  # of the noise between two steps, where there is some
         latents[name] = flow.sample(model, inputs, sigmas, noise, method, generator=g).float()
 
     frames = {name: decoded(vae, context.past, z) for name, z in latents.items()}

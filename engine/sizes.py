@@ -3,7 +3,7 @@
 The network is built without numbers, so a model of any size is counted on any machine. Weights,
 gradients, optimiser and average are float32, the computing copy and what waits for the backward pass
 have two bytes; a block keeps about 34 rows as wide as a token, or two where it is computed again.
-train.py --dry-run prints it.
+train.py --dry-run prints it, for the stages that train one such network.
 """
 
 import moe
@@ -11,6 +11,8 @@ from dit import DiTConfig
 from engine import parts
 from engine.clips import WINDOW
 from engine.flags import TrainConfig, network
+
+COUNTED = ("base", "moe")  # stages
 
 
 def memory_table(
@@ -44,6 +46,11 @@ def memory_table(
 
 def memory_needed(cfg: TrainConfig) -> str:
     """What --dry-run says."""
+    if cfg.stage not in COUNTED:
+        raise ValueError(
+            f"--dry-run counts the one network of --stage {' or '.join(COUNTED)}; "
+            f"{cfg.stage} trains others, which nobody has counted"
+        )
     tokens = parts.places(parts.Options(preset=cfg.preset)) * (
         WINDOW.memory + WINDOW.past + WINDOW.new
     )

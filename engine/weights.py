@@ -77,7 +77,7 @@ def find(path: str | Path) -> Path:
     for found, what in ((models, "models"), (loose, "weight files")):
         if len(found) > 1:
             raise Refusal(
-                f"--weights points at a folder; it holds {len(found)} {what}: "
+                f"{path} is a folder that holds {len(found)} {what}: "
                 f"{', '.join(f.name for f in found)}. Pass one of them."
             )
         if found:

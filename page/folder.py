@@ -122,7 +122,7 @@ def write_line(journal: BinaryIO, record: dict) -> None:
 
 
 def files_played(args: argparse.Namespace) -> list[Path]:
-    """The weight files that a walk is made with: the model's, and its VAE's, as engine/parts.py finds them."""
+    """The weight files of a walk: the model's, and its VAE's, as engine/parts.py finds them."""
     if args.fake or args.weights in ("", "random"):
         return []
     root = Path(args.weights)

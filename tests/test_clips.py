@@ -10,6 +10,7 @@ import torch
 from helpers import make_studio
 
 import data
+import dit
 import vae
 from dataset import episode
 from engine import clips, flags, run
@@ -94,6 +95,12 @@ def test_clips_that_are_written_again_under_their_names_are_encoded_again(
     new = clips.load_clips(here, encoder, tmp_path, "train").latents[:]
     right = clips.encode(encoder, episode.read_episode(tmp_path / "train/1"), here)["latents"]
     assert torch.equal(new[1], right) and not torch.equal(new, old)
+
+    # another network has other words
+    size = dataclasses.replace(dit.PRESETS["micro"], text_dim=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.PRESETS, "micro", size)
+        assert clips.load_clips(here, encoder, tmp_path, "train").text.shape[2] == 4
 
     # another precision makes other latents
     half = dataclasses.replace(here, dtype=torch.bfloat16)

@@ -142,6 +142,22 @@ def test_a_device_in_the_place_of_a_file_is_not_read(clip: Path) -> None:
     assert "not a regular file" in wrong[0]
 
 
+@pytest.mark.parametrize("name", ["meta.json", "prompt"])
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(name: str, clip: Path) -> None:
+    """A file, or a folder of files: the words of somebody else's secret would be printed and trained on."""
+    outside = clip.with_name(f"outside-{name}")
+    (clip / name).rename(outside)
+    (clip / name).symlink_to(outside)
+    episode, (problem,) = inspect(clip)
+    assert episode is None and "is a link that leads out of the folder" in problem
+
+    # who keeps a whole clip elsewhere may point at it
+    (clip / name).unlink()
+    outside.rename(clip / name)
+    clip.with_name("pointer").symlink_to(clip)
+    assert inspect(clip.with_name("pointer"))[1] == []
+
+
 def test_a_clip_of_one_frame_is_filtered(clip: Path, tmp_path: Path) -> None:
     e = read_episode(clip)
     names = ("video", "c2w", "K", "keyboard", "mouse", "valid", "contact", "player")

@@ -4,6 +4,7 @@ import queue
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import world
 from dataset import recorder
@@ -72,6 +73,17 @@ def test_recorded_frames_get_the_pose_of_their_time(tmp_path: Path) -> None:
     late = np.abs(recorder.frame_times(segment) - drawn).max()
     assert late < 0.5 / 16
     assert late < 0.008
+
+
+def test_a_segment_that_is_not_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(segment: dict, scene: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(recorder, "align", full)
+    with pytest.raises(ValueError, match="0 of 1 segments are in .*: output_layer: no space left"):
+        recorder.record(tmp_path, 7, count=1, frames=17)
 
 
 class Faulty(world.World):

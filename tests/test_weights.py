@@ -328,7 +328,7 @@ def test_a_folder_of_two_models_asks_for_one(tmp_path):
     torch.save({}, tmp_path / "Wan2.2_VAE.pth")
     with pytest.raises(
         ValueError,
-        match="--weights points at a folder; it holds 2 models: "
+        match=" is a folder that holds 2 models: "
         "base_distilled_model, base_model. Pass one of them.",
     ):
         weights.load(tmp_path)
