@@ -361,9 +361,9 @@ def explore(count: int) -> None:
     }
     for name, weights in explorers.items():
         share = world.shares_explored(weights, count)
-        interval = 1.96 * np.std(share) / len(share) ** 0.5
-        scenes = "of unseen scenes in 120 steps"
-        print(f"{name:18} cover {np.mean(share):.3f} ± {interval:.3f} {scenes}")
+        error = np.std(share, ddof=1) / len(share) ** 0.5 if count > 1 else math.inf
+        scenes = "of unseen scenes in 120 steps (± 1.96 standard errors)"
+        print(f"{name:18} cover {np.mean(share):.3f} ± {1.96 * error:.3f} {scenes}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -200,6 +200,7 @@ def parse(argv: list[str]) -> Namespace:
             raise ValueError(f"--{one} and --{other} contradict each other: choose one of them")
     if args.worlds < 0:
         raise ValueError(f"--worlds must not be negative, got {args.worlds}")
+    args.weights = str(cli.find(args.weights))
     args.out = args.out or str(OUTSIDE if args.model else RESULTS)
     return args
 

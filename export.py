@@ -414,10 +414,11 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--weights", default="", help=f"of {PRESET}; default: the shipped ones")
     parser.add_argument("--steps", type=int, default=3, help="network calls per segment")
     args = parser.parse_args(argv)
-    page = Path(args.web)
+    page = cli.find(args.web)
     if not (page / "index.html").is_file():
         raise ValueError(f"{page} has no index.html; the page of this repository is: --web web")
     check_extra()
+    args.weights = str(cli.find(args.weights)) if args.weights else ""
     check_weights(args.weights)
 
     options = Options(PRESET, args.weights, DECODER, args.steps, device="cpu", dtype="float32")

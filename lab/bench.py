@@ -447,6 +447,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
+    args.weights = str(cli.find(args.weights))
     return args
 
 

@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 import camera
+from context import LENGTHS
 from dataset.film import psnr, write_png
 from engine import cli
 from lab import metrics, players, revisits, stats, worlds
@@ -26,7 +27,6 @@ ROUTES = {"in place": worlds.patrol, "exploring": worlds.journey}
 LONG = 24  # segments of 40 frames: a minute at 16 frames/s
 SEEN_AT = (0, 64, 160, 320, 640, 960)  # frames that the strip shows: 0, 4, 10, 20, 40 and 60 s
 SCORED_AT = (56, 256, 640, 976)  # frames of which the last forty before are scored
-LENGTHS = (10, 5, 2)  # new latents at once that weights can be trained for
 OBEYED = (11, 19, 31, 39)  # frames of an errand that are registered
 
 # held keys of two arms; the axes of (x, y, z, pitch, yaw) that move; a dead zone in metres or degrees

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import realtime
 import world
+from context import LENGTHS
 from dataset.episode import problems_of_scene
 from engine import weights
 from page.controls import LATENT
@@ -28,7 +29,7 @@ Pose = tuple[float, ...]  # x, y, z, pitch, yaw
 class FakeSession:
     """reset, step, undo, save, restore: a Session whose world is drawn by the game's own renderer."""
 
-    lengths = (10, 5, 2)  # that a link may name; a game acts at once, whatever it says
+    lengths = LENGTHS  # that a link may name; a game acts at once, whatever it says
 
     def __init__(self, size: tuple[int, int], view: str = "first") -> None:
         self.size = size

@@ -109,9 +109,11 @@ def test_a_walk_is_played_again_from_its_link(
     player.seed = 8
     player.reset(player.begun)
     opening.walk_link(player, text)
-    for _ in range(2):
-        assert player.due() or player.screen.left()
-        player.chunk(*player.decide(player.session.frames_needed))
+    for key in "lj":
+        assert player.script
+        keyboard, mouse, about = player.decide(player.session.frames_needed)
+        assert about["keys"] == [key]
+        player.chunk(keyboard, mouse, about)
     assert player.poses == poses
     assert np.array_equal(player.newest, newest), "the same noise"
     assert not player.script, "from here on the keys are the player's"

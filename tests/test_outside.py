@@ -187,6 +187,7 @@ def test_a_model_has_a_file_of_its_own_in_which_commands_keep_their_places(
     assert stored["explore"]["command"].endswith(f"--worlds 1 --model {COPYCAT}")
     assert 0 < raw["explored/sharpness after 256"][0] < 2
     assert raw["explored/ms per 40 frames"][0] > 0
+    assert f"{outside.WHOLE}/sharpness after 256" not in raw, "it would be after 272"
     assert all(len(values) == 1 for values in raw.values())
 
 
