@@ -21,7 +21,7 @@ prompts, umT5, is written anew (dataset/prompt.py).
 
     python data.py make --preset tiny               render the default dataset; run again to continue
     python data.py record --out DIR                 an agent plays the game, four layers record it
-    python data.py ingest --format re10k FILES      read a public dataset
+    python data.py ingest --format re10k FILES --out DIR/train      read a public dataset
     python data.py explore                          compare the explorers on held-out scenes
     python data.py check DIR                        name every bad clip; exit code 2 if there is one
     python data.py view DIR                         view.mp4: frames, keys, map, depth

@@ -84,7 +84,10 @@ class DMDConfig:
 
 
 def draw_segments(
-    cfg: DMDConfig, generator: torch.Generator | None = None, new: int = Window.new
+    cfg: DMDConfig,
+    generator: torch.Generator | None = None,
+    new: int = Window.new,
+    frames: int = 10_000,  # of the clip: a rollout ends where its actions end
 ) -> int:
     """How many segments a rollout has: uniform in 1 .. longest, or 1 if past and memory are masked.
 
@@ -93,6 +96,8 @@ def draw_segments(
     masked = float(torch.rand((), generator=generator)) < cfg.p_mask
     as_far = 1 + (cfg.segments - 1) * Window.new // new
     longest = min(as_far, max(cfg.segments, cfg.most))
+    while longest > 1 and Window(new=new).frames(longest) > frames:
+        longest -= 1
     k = int(torch.randint(1, longest + 1, (), generator=generator))
     return 1 if masked else k
 

@@ -209,7 +209,9 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
     if args.command == "report":
-        report.report(out, cli.beside("README.md"), cli.beside("assets", "figures"))
+        ours = out.resolve() == RESULTS.resolve()  # others get pages and pictures of their own
+        home = cli.beside() if ours else out
+        report.report(out, home / "README.md", home / ("assets/figures" if ours else "figures"))
         return
     stats.scipy_stats()  # or a line that says what to install, before anything is measured
     if args.command == "compare":

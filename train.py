@@ -448,7 +448,7 @@ def students_work(
     # segment after segment on its own outputs
     new, _ = draw_length(run, run.step)
     clip = scene(clips, run, run.step)
-    k = dmd.draw_segments(how, g, new)
+    k = dmd.draw_segments(how, g, new, clip.c2w.shape[1])
     x0, context = dmd.rollout(student, clip, k, exit_step, how, draws, new)
     return x0, context, clip.latents[:, :, context.times[0, -x0.shape[2] :]]
 

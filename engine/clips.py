@@ -89,7 +89,8 @@ def read_videos(root: Path) -> list[np.ndarray]:
     """Every training episode of both views, as (F, H, W, 3) grey levels."""
     videos = []
     longest = max(frames for frames, _ in LENGTHS_OF_FILM)
-    for split in ("train", "third"):
+    views = [split for split in ("train", "third") if split == "train" or (root / split).exists()]
+    for split in views:
         for path in list_episodes(root, split):
             video = np.array(read_episode(path).video)
             size = (videos or [video])[0].shape[1:3]

@@ -9,6 +9,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+import torch
+
 import context
 import dit
 from engine import cli
@@ -41,7 +43,7 @@ class TrainConfig:
     # the run: what is trained, where it is kept, how often something is written
     stage: str = opt("base", "what to train", choices=STAGES)
     preset: str = opt("tiny", "size of everything", choices=PRESETS)
-    run: str = opt("", "name under runs/; one that exists is resumed (default: STAGE-PRESET)")
+    run: str = opt("", "its name under runs/: one that exists is resumed (default: STAGE-PRESET)")
     fresh: bool = opt(False, "delete the run of this name first")
     seed: int = opt(0, "of every draw")
     device: str = opt("auto", "auto | cpu | cuda")
@@ -207,7 +209,10 @@ def parser() -> cli.Parser:
             kind |= {"choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(flag_of(f.name), help=help_of(f), default=None, **kind)
+        names = [flag_of(f.name)]
+        if f.name == "run":  # torchrun takes --run for a flag of its own
+            names.append("--name")
+        group.add_argument(*names, help=help_of(f), default=None, **kind)
     return found
 
 
@@ -258,6 +263,8 @@ def check(cfg: TrainConfig, world: int) -> None:
             raise ValueError(f"{flag_of(name)} must be {lowest} or more, got {value}")
     if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {cfg.device!r}")
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"no device {cfg.device}: this machine has none; try --device cpu")
     if cfg.decoder_only and not (cfg.init and cfg.stage == "vae"):
         raise ValueError(
             "--decoder-only keeps the encoder of a VAE: "
@@ -302,8 +309,17 @@ def network(cfg: TrainConfig) -> dit.DiTConfig:
     try:
         words = [word.split("=") for word in cfg.net.split()]
         changes = {name: json.loads(value) for name, value in words}
-        return dataclasses.replace(dit.PRESETS[cfg.preset], **changes)
+        changed = dataclasses.replace(dit.PRESETS[cfg.preset], **changes)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}"
         ) from error
+
+    # RoPE turns the numbers of every head in pairs (attention.py)
+    for width, heads in (("dim", "heads"), ("action_width", "action_heads")):
+        if getattr(changed, width) % (2 * getattr(changed, heads)):
+            raise ValueError(
+                f"--net {cfg.net}: {width} must be a multiple of twice {heads}, "
+                f"got {getattr(changed, width)} and {getattr(changed, heads)}"
+            )
+    return changed

@@ -487,3 +487,10 @@ def test_short_rollouts_go_as_far_in_time_as_long_ones_up_to_a_number_of_segment
     assert longest == {10: 5, 5: 9, 2: 12}
     for new, k in longest.items():
         assert Window(new=new).frames(k) <= 241  # they fit into an episode
+
+
+@pytest.mark.parametrize("new", (10, 5, 2))
+def test_a_rollout_ends_where_its_clip_ends(new: int):
+    cfg = DMDConfig(segments=5, p_mask=0.0)
+    k = max(dmd.draw_segments(cfg, seeded(i), new, frames=81) for i in range(300))
+    assert Window(new=new).frames(k) <= 81 < Window(new=new).frames(k + 1)

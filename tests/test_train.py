@@ -268,6 +268,16 @@ def test_activation_checkpointing_changes_nothing(reference):
     assert same(state("runs/base-micro"), state(reference))
 
 
+def test_torchrun_has_a_run_of_its_own_so_ours_has_another_name():
+    assert parse(["--name", "mine"]) == parse(["--run", "mine"])
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no device cuda: this machine has none"):
+        flags.check(TrainConfig(device="cuda"), 1)
+
+
 def test_a_compiled_training_learns_the_same_weights(reference, monkeypatch):
     compiled = []
     traced = functools.partial(
@@ -1011,6 +1021,10 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
         ),
         (["--net", "dim"], "got 'dim'"),
+        (
+            ["--net", "dim=100 heads=3"],
+            "dim must be a multiple of twice heads, got 100 and 3",
+        ),
         (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--accum", "0"], "--accum must be 1 or more, got 0"),
         (["--accum", "0", "--dry-run"], "--accum must be 1 or more, got 0"),
