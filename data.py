@@ -302,6 +302,8 @@ def clips_below(root: Path) -> list[Path]:
 
 def check(root: Path) -> int:
     """One line per clip; returns the number of bad ones."""
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}; make one with: python data.py make")
     bad = 0
     clips = clips_below(root)
     for path in clips:

@@ -201,6 +201,8 @@ def parse(argv: list[str]) -> Namespace:
     if args.worlds < 0:
         raise ValueError(f"--worlds must not be negative, got {args.worlds}")
     args.weights = str(cli.find(args.weights))
+    if not Path(args.weights).exists():
+        raise ValueError(f"--weights {args.weights} does not exist; runs lie in runs/NAME")
     args.out = args.out or str(OUTSIDE if args.model else RESULTS)
     return args
 

@@ -261,6 +261,8 @@ def check(cfg: TrainConfig, world: int) -> None:
         value = getattr(cfg, name)
         if value < lowest:
             raise ValueError(f"{flag_of(name)} must be {lowest} or more, got {value}")
+    if not 0 < cfg.rate < 1:
+        raise ValueError(f"--rate is a share between 0 and 1, got {cfg.rate}")
     if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {cfg.device!r}")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():

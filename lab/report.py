@@ -171,6 +171,8 @@ def contrast(
             if claim["value"] is not None:
                 name = f"{claim['name']}, {claim['unit']}".rstrip(", ")
                 found.setdefault((name, arm), {})[seed] = claim["value"]
+    if not found:
+        raise ValueError(f"no measured arms below {folder}: it should hold ARM-SEED/*.json")
     command = f"`python evaluate.py compare --out {folder} --against {against}`"
     source = f"{command} · each seed: {'; '.join(last.values())}"
     return {"table": [*arms(found, against), "", source]}

@@ -599,6 +599,7 @@ def test_clips_of_one_name_are_told_apart_or_refused(
         ("ingest --format vipe nowhere/pose/a.npz", ("nowhere/intrinsics/a_camera.txt",)),
         ("ingest --format dl3dv nowhere", ("nowhere/transforms.json",)),
         ("view nowhere", ("python data.py make",)),
+        ("check nowhere", ("no folder nowhere", "python data.py make")),
     ],
 )
 def test_a_mistake_is_one_line_and_2(words: str, parts: tuple[str, ...], tmp_path: Path) -> None:

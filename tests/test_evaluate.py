@@ -117,10 +117,16 @@ def test_the_last_worlds_have_a_folder_of_their_own(tmp_path: Path) -> None:
 
 def test_arms_are_compared_and_stored_beside_their_folder(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="intervals need scipy; pip install scipy")
-    (tmp_path / "buffer").mkdir()
+    for arm, value in (("none-0", 1.0), ("real-0", 3.0)):
+        (tmp_path / "buffer" / arm).mkdir(parents=True)
+        measured = evaluate.measure("moe", arguments(tmp_path / "buffer" / arm))
+        measured["claims"][0] |= {"value": value}
+        (tmp_path / "buffer" / arm / "moe.json").write_text(json.dumps(measured))
     evaluate.main(["compare", "--out", str(tmp_path / "buffer")])
     stored = json.loads((tmp_path / "compare-buffer.json").read_text())
     assert "--against none" in stored["table"][-1]
+    row = next(line for line in stored["table"] if "| real |" in line)
+    assert "+2" in row
 
 
 def test_a_missing_scipy_is_told_before_anything_is_measured(
@@ -139,6 +145,7 @@ def test_a_missing_scipy_is_told_before_anything_is_measured(
     "flags, says",
     [
         ("--worlds -1", "--worlds must not be negative, got -1"),
+        ("--weights nowhere", "--weights nowhere does not exist"),
         ("--final --tune", "--final and --tune contradict each other"),
         ("--quick --full", "--full and --quick contradict each other"),
     ],
@@ -150,6 +157,12 @@ def test_what_contradicts_itself_is_refused_before_anything_is_measured(
     with pytest.raises(ValueError, match=says):
         evaluate.main(["moe", "--out", str(tmp_path / "out"), *flags.split()])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_arms_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no measured arms below"):
+        evaluate.main(["compare", "--out", str(tmp_path / "nothing")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_misspelt_command_is_guessed() -> None:

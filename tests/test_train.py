@@ -1021,6 +1021,7 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
         ),
         (["--net", "dim"], "got 'dim'"),
+        (["--rate", "1.5"], "--rate is a share between 0 and 1, got 1.5"),
         (
             ["--net", "dim=100 heads=3"],
             "dim must be a multiple of twice heads, got 100 and 3",
