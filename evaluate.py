@@ -211,6 +211,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
     if args.command == "report":
+        if not out.is_dir():
+            raise ValueError(f"no folder {out}; first: python evaluate.py all --quick --out {out}")
         ours = out.resolve() == RESULTS.resolve()  # others get pages and pictures of their own
         home = cli.beside() if ours else out
         report.report(out, home / "README.md", home / ("assets/figures" if ours else "figures"))

@@ -124,7 +124,7 @@ def mean(result: dict, key: str) -> str:
 
 def table(found: dict[str, dict]) -> str:
     """The README's table, from the results of the commands that its rows name."""
-    lines = ["| what is measured | compared with | here | worlds |", "|---|---|---|---|"]
+    lines = ["| what is measured | compared with | here | n |", "|---|---|---|---|"]
     for row in ROWS:
         result = found[row.source]
         if row.needs:

@@ -159,6 +159,15 @@ def test_what_contradicts_itself_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+def test_results_elsewhere_change_no_page_of_ours(tmp_path: Path) -> None:
+    ours = (evaluate.cli.beside("README.md"), evaluate.cli.beside("results", "README.md"))
+    before = [page.read_bytes() for page in ours]
+    with pytest.raises(ValueError, match="no folder"):
+        evaluate.main(["report", "--out", str(tmp_path / "nothing")])
+    evaluate.main(["report", "--out", str(tmp_path)])
+    assert [page.read_bytes() for page in ours] == before
+
+
 def test_a_folder_without_arms_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no measured arms below"):
         evaluate.main(["compare", "--out", str(tmp_path / "nothing")])

@@ -123,14 +123,6 @@ def test_a_run_too_short_for_the_table_of_the_readme_is_named(
         summary.table({"drift": said})
 
 
-def test_a_folder_without_results_changes_no_page(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("<!-- table:summary -->\nas it was\n<!-- /table -->\n")
-    with pytest.raises(ValueError, match="no results in"):
-        report.report(tmp_path / "nothing", page, tmp_path)
-    assert "as it was" in page.read_text()
-
-
 def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     facts = {
