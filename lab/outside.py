@@ -164,10 +164,8 @@ def explore(run: Run, guest: Guest) -> None:
         walks.score_walk(run, "explored", film, true[1:])
         run.put("explored", {"ms per 40 frames": 40e3 * spent / n})
         walks.summarise(run, WHOLE, Film(film[16:], true[17:]))
-    for n in (
-        256,
-        640,
-    ):  # "explored" says it; a film that lacks its first 16 frames would say another
+    # "explored" says it; of a film that lacks its first 16 frames it would be another number
+    for n in (256, 640):
         run.raw.pop(f"{WHOLE}/sharpness after {n}", None)
 
 
