@@ -186,23 +186,28 @@ def random_part(part: str, options: Options) -> nn.Module:
 
 
 def load_dit(options: Options) -> tuple[nn.Module, dict]:
-    """The student of a folder, else its base; or the one model that the path is."""
-    path = Path(options.weights)
-    for name in ("base", "student"):
-        file = Path(options.weights) / f"{name}.safetensors"
-        if file.exists():
-            path = file
+    path = model_of(Path(options.weights))
     return weights.load(path, device=options.device, dtype=getattr(torch, options.dtype))
 
 
+def model_of(root: Path) -> Path:
+    """The student of a folder, else its base; or the one model that the path is."""
+    named = [root / f"{name}.safetensors" for name in ("student", "base")]
+    return next(filter(Path.exists, named), root)
+
+
 def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
+    return weights.load_vae(vae_of(root, preset, name))
+
+
+def vae_of(root: Path, preset: str, name: str) -> Path:
     """The full, light50 or light75 VAE: beside the weights, one folder up, or the shipped one."""
     folders = (root, root.parent, ROOT / "assets" / preset)
     names = DECODERS[name][1:]
     for folder in folders:
         for file in names:
             if (folder / file).is_file():
-                return weights.load_vae(folder / file)
+                return folder / file
     stage = "vae" if name == "full" else "lightvae"
     raise ValueError(
         f"no {name} decoder: looked for {' or '.join(names)} in {', '.join(map(str, folders))}; "

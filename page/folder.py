@@ -31,8 +31,7 @@ import torch
 import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
-from engine import cli, configs, weights
-from engine.parts import DECODERS
+from engine import cli, configs, parts, weights
 from engine.weights import write_text
 from memory import POLICIES
 from page.film import settle
@@ -122,17 +121,12 @@ def write_line(journal: BinaryIO, record: dict) -> None:
 
 
 def files_played(args: argparse.Namespace) -> list[Path]:
-    """The weight files of a walk: the model's, and its VAE's, as engine/parts.py finds them."""
+    """The weight files of a walk: the model's, and its encoder's and decoder's."""
     if args.fake or args.weights in ("", "random"):
         return []
     root = Path(args.weights)
-    models = [root / f"{name}.safetensors" for name in ("student", "base")]
-    found = [next(filter(Path.is_file, models), None) or weights.find(root)]
-    folders = (root, root.parent, cli.beside("assets", args.preset))
-    for decoder in ("full", args.vae):
-        places = [folder / name for folder in folders for name in DECODERS[decoder][1:]]
-        found += [*filter(Path.is_file, places)][:1]
-    return found
+    vaes = {parts.vae_of(root, args.preset, name) for name in ("full", args.vae)}
+    return [weights.find(parts.model_of(root)), *sorted(vaes)]
 
 
 def about(args: argparse.Namespace) -> dict:
