@@ -65,10 +65,10 @@ from page.start import open_start
 BENCH = 10 * SHOW_FPS  # frames, ten seconds: the first half warms up, the second is timed
 SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
 LARGEST = 2048  # pixels of a side of the fake world
-NO_MODEL = """No model for preset {} yet, so you walk in the game itself (--fake). Three ways to a model:
-  python train.py --stage base                                    train tiny on this machine, minutes
-  python play.py --preset 5b --weights weights/matrix-game-3      the released one; this command says how
-  python play.py --fake                                           none: learn the keys"""
+NO_MODEL = """No model for preset {} yet: walk in the game itself (python play.py --fake), or:
+  python train.py --stage base         train tiny on this machine, minutes
+  hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3     the released one; then
+    python play.py --preset 5b --weights weights/matrix-game-3              on a GPU"""
 HUB = """get the files first:  hf download {0} --local-dir weights/{1}
 then: python play.py --preset {2} --weights weights/{1}"""
 STAGES = {  # the stages of training, or the expert, whose model can draw this view without another

@@ -184,6 +184,13 @@ CHANGES = {
 }
 
 
+# which stages a flag saves memory in; elsewhere it would be taken and change nothing, so it is refused
+SAVES_MEMORY = {
+    "accum": ("base", "moe"),
+    "checkpoint_activations": ("base", "moe", "distill"),
+}
+
+
 def changes_of(stage: str, preset: str, init: str = "") -> dict[str, object]:
     """What a stage of a preset changes; the more special one wins."""
     begins = "first base" if stage == "base" and not init else stage
@@ -249,6 +256,12 @@ def parse(argv: list[str]) -> TrainConfig:
     for name in ("steps", "batch", "accum", "log_every", "keep"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
+    for name, stages in SAVES_MEMORY.items():
+        if typed.get(name) and stage not in stages:
+            raise ValueError(
+                f"{flag_of(name)} is for --stage {', '.join(stages)}; "
+                f"{stage} needs less memory with a smaller --batch"
+            )
     return cfg
 
 

@@ -41,6 +41,7 @@ MAY_CHANGE = {  # on resume: how long and how often, but nothing that changes a 
     "keep",
     "device",
     "tensorboard",
+    "checkpoint_activations",
 }
 # streams of draws, so far apart that no two of one run share a seed
 STREAMS = {
@@ -141,7 +142,8 @@ def refuse_other_settings(folder: Path, old: dict, new: dict) -> None:
         table = "\n".join([f"  {'key':<24}{'old':<16}new", *rows])
         raise ValueError(
             f"{cli.shown(folder)} was made with another configuration:\n{table}\n"
-            "add --fresh to start over, or choose another --run NAME"
+            "add --fresh to start over, or choose another --run NAME "
+            f"(under torchrun --name NAME; --init {cli.shown(folder)} goes on from its weights)"
         )
 
 

@@ -109,6 +109,7 @@ class Guest:
 def load(name: str) -> Guest:
     """MODULE:CLASS, found where python finds modules, or in the current folder."""
     module, _, wanted = name.partition(":")
+    module = module.removesuffix(".py")
     if not all(part.isidentifier() for part in [*module.split("."), wanted]):
         raise ValueError(f"--model takes MODULE:CLASS, such as lab.guests:Copycat; got {name!r}")
     if os.getcwd() not in sys.path:

@@ -215,6 +215,8 @@ class Player(threading.Thread):
         if recording:
             with self.unless_full(ending=True):
                 chunks = recording.close(self.session)
+        if chunks and not self.args.film:  # which keeps its pictures, not its walks
+            print(f"saved {recording.folder}", flush=True)
         return chunks
 
     @contextlib.contextmanager

@@ -176,8 +176,6 @@ class Recording:
             chunks = complete(self.folder)
         finally:
             self.abandon()
-        if chunks:
-            print(f"saved {self.folder}", flush=True)
         return chunks
 
     def last_state(self, session: realtime.Session | FakeSession) -> None:

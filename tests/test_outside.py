@@ -52,6 +52,7 @@ class Notes:
         ("foo:", "takes MODULE:CLASS"),
         (":Foo", "takes MODULE:CLASS"),
         ("no_such_module:Foo", "No module named 'no_such_module'"),
+        ("no_such_module.py:Foo", "No module named 'no_such_module'"),
         ("lab.guests:Copycta", "has no class Copycta; did you mean Copycat"),
         ("lab.worlds:Script", "the class must take no arguments"),
         ("pathlib:PurePath", r"no method reset\(image, prompt\)"),

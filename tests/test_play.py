@@ -192,6 +192,7 @@ def test_a_film_is_one_walk_in_three_panels(tmp_path: Path) -> None:
     assert (
         code == 0
         and "figures/walk.gif: 9 pictures" in said
+        and "saved" not in said
         and sorted(path.name for path in tmp_path.iterdir()) == ["figures"]
     )
     gif = Image.open(tmp_path / "figures/walk.gif")
@@ -359,7 +360,7 @@ def test_ctrl_c_leaves_a_playable_film_and_a_session_that_goes_on(tmp_path: Path
     assert code == 0 and f"cut goes on at frame {frames - 1}" in said
 
 
-def test_without_a_model_it_says_so_and_names_three_ways(
+def test_without_a_model_it_says_so_and_names_the_ways_to_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -369,10 +370,12 @@ def test_without_a_model_it_says_so_and_names_three_ways(
     said = capsys.readouterr().out
     assert (
         args.fake
-        and "No model for preset tiny yet, so you walk in the game itself (--fake)." in said
+        and "No model for preset tiny yet: walk in the game itself (python play.py --fake), or:"
+        in said
     )
     assert (
         "python train.py --stage base" in said
+        and "hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3" in said
         and "--weights weights/matrix-game-3" in said
         and "python play.py --fake" in said
     )

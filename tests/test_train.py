@@ -204,6 +204,13 @@ def test_resuming_continues_exactly(reference):
     assert same(state("runs/base-micro"), state(reference))
 
 
+def test_a_run_that_needs_too_much_memory_goes_on_with_less_to_the_same_bits(reference):
+    start("--steps", "6")
+    start("--steps", "8", "--save-every", "4", "--checkpoint-activations")
+    assert log("runs/base-micro") == log(reference)
+    assert same(state("runs/base-micro"), state(reference))
+
+
 def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
     assert launch("--steps", "8", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
         -signal.SIGKILL
@@ -1029,6 +1036,14 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
         (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
         (["--accum", "0"], "--accum must be 1 or more, got 0"),
         (["--accum", "0", "--dry-run"], "--accum must be 1 or more, got 0"),
+        (
+            ["--stage", "vae", "--accum", "4"],
+            "--accum is for --stage base, moe; vae needs less memory with a smaller --batch",
+        ),
+        (
+            ["--stage", "vae", "--checkpoint-activations"],
+            "--checkpoint-activations is for --stage base, moe, distill; vae needs less memory",
+        ),
         (["--steps", "-3"], "--steps must be 1 or more, got -3"),
         (["--segments", "0"], "--segments must be 1 or more, got 0"),
         (["--ratio", "0"], "--ratio must be 1 or more, got 0"),
