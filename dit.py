@@ -244,8 +244,8 @@ class DiT(nn.Module):
     def initialise(self) -> None:
         """As released: the last layers of actions, cameras and head start at zero.
 
-        A fresh network predicts zero; Wan2.2's weights with fresh cameras predict what Wan2.2 does, where
-        rays enter in the blocks alone.
+        A fresh network predicts zero; fresh actions and cameras change nothing at first, where rays
+        enter in the blocks alone.
         """
         zeros = ("head.head", "proj_mouse", "proj_keyboard", "cam_scale_layer", "cam_shift_layer")
         for name, p in self.named_parameters():

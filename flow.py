@@ -52,7 +52,7 @@ Exact so far. If x̂0 were constant in between, the integral would be x̂0 times
 A straight line through the last two x̂0 does better (predict). Once the network has answered at the
 new place, its x̂0 is used to take the step that led there again, better (correct): no extra call.
 
-What differs. The same results as the release. Noise is drawn where its generator lives, so that a
+What differs. The same results as the release in float32. Noise is drawn where its generator lives, so that a
 CPU generator gives the same noise on every device.
 
 Try it: python flow.py      Tests: pytest tests/test_flow.py

@@ -50,7 +50,8 @@ Some pattern of the right kind is then better than none. It is rarely the very o
 lost: how many, and what is won, stands in results/pilots.
 
 What differs. No pretrained perceptual network: where the literature takes LPIPS we take (2), which
-needs no download. Neither weights of the losses nor projections are published; ours.
+needs no download. The weights of the losses are not published, and of the projections one head is
+in the released files; all of them are ours.
 Try it: python lightvae.py      Tests: pytest tests/test_lightvae.py
 """
 

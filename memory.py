@@ -190,8 +190,9 @@ def select_training(
     sink: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, M) latents to remember; the last is the sink, latent 1, if wanted
-    """The released rule for training. Each query has a ball of random points around its camera;
+    """As the release chooses for training. Each query has a ball of random points around its camera;
     wanted are those that ANY new view sees. Its answer is the old latent that sees most of them.
+    (Released: a latent is judged by its first frame, ours by its last; all frames of the clip want.)
 
     No latent is taken twice, unless there are fewer than M; with none but latent 0, that one.
     """

@@ -20,6 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+GET = (
+    "hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 "
+    '--include "models_t5*" "google/*"'
+)
+
 
 def embed_prompt(text: str, dim: int, length: int) -> Tensor:
     """(length, dim): fixed pseudo-random vectors of unit variance, zeros after the last word."""
@@ -101,11 +106,13 @@ def encode_umt5(
     cache: Path,
 ) -> Tensor:  # (512, 4096)
     """A prompt for the released networks, encoded once."""
-    # as the release cleans its prompts
+    # as the release cleans its prompts, but for ftfy, which straightens curly quotes too
     text = " ".join(html.unescape(html.unescape(text)).split())
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     file = Path(cache) / f"umt5-{digest}.safetensors"
     if not file.exists():
+        if not tokenizer.is_dir():
+            raise ValueError(f"prompt {text!r} needs umT5, and {tokenizer} does not exist: {GET}")
         try:
             from transformers import AutoTokenizer
         except ImportError as error:

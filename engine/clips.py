@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,8 @@ import dit
 import memory
 import vae
 from context import Clip, Context, Lens, Window
-from dataset import prompt
 from dataset.episode import Episode, list_episodes, read_episode
-from engine import cli, weights
+from engine import cli, parts, weights
 from engine.flags import TrainConfig, lengths
 from engine.run import Run, generator, share
 
@@ -186,9 +186,13 @@ def in_words(shape: tuple[int, ...]) -> str:
     return f"{frames} frames of {width}x{height}"
 
 
-def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
+def encode(
+    encoder: nn.Module,
+    reader: Callable[[str], Tensor],  # of prompts: parts.text_encoder
+    episode: Episode,
+    run: Run,
+) -> dict[str, Tensor]:
     """One row of Clips."""
-    size = dit.PRESETS[run.cfg.preset]
     video = pixels(episode.video)[None].to(run.device, run.dtype)  # (1, 3, F, H, W)
     c2w = torch.from_numpy(np.array(episode.c2w))
     return {
@@ -197,7 +201,7 @@ def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
         "revisit": revisit_score(c2w),
         "keyboard": torch.from_numpy(np.array(episode.keyboard)),
         "mouse": torch.from_numpy(np.array(episode.mouse)),
-        "text": prompt.embed_prompt(episode.text, size.text_dim, size.text_len).half(),
+        "text": reader(episode.text).half(),
     }
 
 
@@ -205,12 +209,13 @@ def encode(encoder: nn.Module, episode: Episode, run: Run) -> dict[str, Tensor]:
 def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Path]) -> None:
     """Every missing file, SHARD episodes each: what a kill leaves behind is whole, and kept."""
     encoder = copy.deepcopy(vae).to(run.dtype)
+    reader = parts.text_encoder(run.cfg.preset, run.cfg.init)
     name = files[0].parent.name
     bar = tqdm(total=len(paths), desc=f"encoding {name}", disable=not sys.stderr.isatty())
     for number, file in enumerate(files):
         mine = paths[number * SHARD :][:SHARD]
         if not file.exists():
-            rows = [encode(encoder, read_episode(path), run) for path in mine]
+            rows = [encode(encoder, reader, read_episode(path), run) for path in mine]
             tensors = {field: torch.stack([row[field] for row in rows]) for field in rows[0]}
             weights.write_weights(file, tensors, {})
         bar.update(len(mine))

@@ -67,7 +67,9 @@ class TrainConfig:
 
     # optimisation: the learning rates suit a few million parameters, the paper's 5 billion
     steps: int = opt(900, "optimiser steps", "50,000")
-    lr: float = opt(1e-3, "AdamW learning rate", "2e-5, §5.1")
+    lr: float = opt(
+        1e-3, "AdamW learning rate", "2e-5, §5.1; student 5e-7, 1e-7 after its cold start"
+    )
     muon: float = opt(1e-2, "Muon learning rate of the blocks' matrices; 0 = AdamW everywhere")
     warmup: int = opt(50, "steps of linear warm-up, and before errors are injected")
     batch: int = opt(16, "clips per step, all ranks together")
@@ -153,6 +155,7 @@ BIG = dict(
     batch=64,
     steps=50_000,
     encoding="released",
+    p_memory_off=0.0,
     shift=5.0,
     new="10",
     checkpoint_activations=True,

@@ -10,6 +10,7 @@ shift of noise levels, its lengths of segments, and whether it is a few-step stu
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ DECODERS = {  # channels removed, our file, the released one
     "light50": (0.5, "vae50.safetensors", "MG-LightVAE.pth"),
     "light75": (0.75, "vae75.safetensors", "MG-LightVAE_v2.pth"),
 }
+RELEASED = ROOT / "weights" / "matrix-game-3"  # where README puts the release
 PIECE = 4_000_000  # pixels decoded per call: one latent at 720p, a whole segment at 64x64
 VIEWS = ("first", "third")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -157,6 +159,8 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
         else:
             name = options.decoder if part == "decoder" else "full"
             nets[part] = load_vae(Path(options.weights), options.preset, name)
+        if part == "encoder":
+            nets[part].decoder = None  # one that decodes is loaded as such, and may be thinner
         dtype = getattr(torch, options.dtype)
         nets[part].to(options.device, dtype).eval().requires_grad_(False)
 
@@ -191,9 +195,9 @@ def load_dit(options: Options) -> tuple[nn.Module, dict]:
 
 
 def model_of(root: Path) -> Path:
-    """The student of a folder, else its base; or the one model that the path is."""
-    named = [root / f"{name}.safetensors" for name in ("student", "base")]
-    return next(filter(Path.exists, named), root)
+    """The student of a folder, ours or the released one, else its base; or the one model that it is."""
+    named = [root / name for name in ("student.safetensors", "base.safetensors")]
+    return next(filter(Path.exists, [*named, root / "base_distilled_model"]), root)
 
 
 def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
@@ -266,21 +270,30 @@ def how_trained(options: Options, meta: dict) -> dict:
     return known
 
 
-def embed(options: Options, prompt: str) -> Tensor:
-    """(n, text_dim): word hashes; for released weights umT5, cached beside them."""
-    config = dit.PRESETS[options.preset]
-    if config.text_dim < 4096 or options.weights == "random":
-        return embed_prompt(prompt, config.text_dim, config.text_len)
+def text_encoder(preset: str, path: str) -> Callable[[str], Tensor]:  # prompt -> (n, text_dim)
+    """Word hashes; for networks of the released size umT5, whose answers are cached beside it.
 
-    # the released folder has the text encoder beside its models, one folder up from each
-    root = Path(options.weights)
-    if not (root / "google").is_dir():
-        root = root.parent
+    A player and a training ask here, so that a model hears in play what it heard in training.
+    """
+    config = dit.PRESETS[preset]
+    if config.text_dim < 4096 or path == "random":
+        return lambda prompt: embed_prompt(prompt, config.text_dim, config.text_len)
 
+    # the released folder has it beside its models, one folder up from each
+    root = Path(path)
+    folders = (root, root.parent, RELEASED)
+    home = next((folder for folder in folders if (folder / "google").is_dir()), root.parent)
+
+    @functools.cache
     def encoder() -> dict[str, Tensor]:
-        return weights.read_weights(root / "models_t5_umt5-xxl-enc-bf16.pth")[0]
+        return weights.read_weights(home / "models_t5_umt5-xxl-enc-bf16.pth")[0]
 
-    return encode_umt5(prompt, root / "google/umt5-xxl", encoder, root)
+    return lambda prompt: encode_umt5(prompt, home / "google/umt5-xxl", encoder, home)
+
+
+def embed(options: Options, prompt: str) -> Tensor:
+    """(n, text_dim)"""
+    return text_encoder(options.preset, options.weights)(prompt)
 
 
 def null_text(options: Options) -> Tensor | None:
@@ -317,6 +330,7 @@ def estimate(options: Options) -> float:
         network = moe.build(preset, "meta")
         decoder = vae.VAE(vae_config(preset, options.decoder))
         encoder = vae.VAE(vae_config(preset))
+    encoder.decoder = None
     networks = [net.to(dtype) for net in (network, decoder, encoder)]
     if options.quantize:
         quant.quantize_(network, options.quantize)

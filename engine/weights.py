@@ -35,9 +35,9 @@ MAIN = tuple(
 )
 ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt")
 AGAIN = "download was cut. Re-run the same hf download; it resumes."
-RELEASE = """No weights at {path} (looked for base_distilled_model/config.json). Get them (~30 GB):
+RELEASE = """No weights at {path} (looked for base_distilled_model/config.json). Get them (~41 GB):
   hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 \\
-    --include "base_distilled_model/*" "MG-LightVAE_v2.pth" "Wan2.2_VAE.pth"
+    --include "base_distilled_model/*" "MG-LightVAE_v2.pth" "Wan2.2_VAE.pth" "models_t5*" "google/*"
 or play without weights: python play.py --fake"""
 
 

@@ -13,7 +13,7 @@ import data
 import dit
 import vae
 from dataset import episode
-from engine import clips, flags, run
+from engine import clips, flags, parts, run
 from engine.clips import Column
 
 ROOT = Path(clips.__file__).parents[1]
@@ -40,6 +40,8 @@ def test_a_kill_while_encoding_loses_one_file_at_most(
     torch.manual_seed(0)
     encoder = vae.VAE(vae.PRESETS["micro"]).eval()
 
+    reader = parts.text_encoder("micro", "")
+
     # killed in the second file
     encode, seen = clips.encode, []
 
@@ -60,7 +62,7 @@ def test_a_kill_while_encoding_loses_one_file_at_most(
     found = clips.load_clips(here, encoder, root, "train")
     assert len(seen) == 2 and len(found.latents) == 4
     for row, path in enumerate(clips.list_episodes(root, "train")):
-        alone = encode(encoder, clips.read_episode(path), here)
+        alone = encode(encoder, reader, clips.read_episode(path), here)
         assert torch.equal(found.latents[row], alone["latents"])
         assert torch.equal(found.revisit[row], alone["revisit"])
 
@@ -75,6 +77,24 @@ def here(tmp_path: Path) -> run.Run:
 def encoder() -> vae.VAE:
     torch.manual_seed(0)
     return vae.VAE(vae.PRESETS["micro"]).eval()
+
+
+def test_the_words_of_a_clip_are_read_as_a_player_reads_them(
+    tmp_path: Path, here: run.Run, encoder: vae.VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def text_encoder(preset: str, path: str) -> object:
+        asked.append((preset, path))
+        return lambda words: torch.full((4, 8), float(len(words)))
+
+    monkeypatch.setattr(parts, "text_encoder", text_encoder)
+    write_clips(tmp_path, [57])
+    here.cfg = dataclasses.replace(here.cfg, init="somewhere")
+    text = clips.load_clips(here, encoder, tmp_path, "train").text[:]
+    words = episode.read_episode(tmp_path / "train/0").text
+    assert asked == [("micro", "somewhere")]
+    assert torch.equal(text, torch.full((1, 4, 8), float(len(words))).half())
 
 
 def write_clips(root: Path, frames: list[int], first: int = 0) -> None:
@@ -93,8 +113,9 @@ def test_clips_that_are_written_again_under_their_names_are_encoded_again(
     assert len(list(tmp_path.glob("latents-train-*"))) == 1, "the same clips are encoded once"
     write_clips(tmp_path, [57, 57], first=5)
     new = clips.load_clips(here, encoder, tmp_path, "train").latents[:]
-    right = clips.encode(encoder, episode.read_episode(tmp_path / "train/1"), here)["latents"]
-    assert torch.equal(new[1], right) and not torch.equal(new, old)
+    reader = parts.text_encoder("micro", "")
+    right = clips.encode(encoder, reader, episode.read_episode(tmp_path / "train/1"), here)
+    assert torch.equal(new[1], right["latents"]) and not torch.equal(new, old)
 
     # another network has other words
     size = dataclasses.replace(dit.PRESETS["micro"], text_dim=4)

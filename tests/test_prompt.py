@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import world
 from dataset import prompt
+from engine import parts
 from game.scene import make_scene, scene_caption
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,26 @@ def test_a_cached_prompt_needs_neither_weights_nor_tokeniser(tmp_path: Path) -> 
     assert prompt.encode_umt5(
         "  a \n street", tmp_path, lambda: pytest.fail("weights were loaded"), tmp_path
     ).shape == (512, 8)
+
+
+def test_a_released_size_hears_in_training_what_it_hears_in_play(tmp_path: Path) -> None:
+    """umT5's vectors, whichever model of the released folder is named."""
+    (tmp_path / "google/umt5-xxl").mkdir(parents=True)
+    name = hashlib.sha256(b"a street").hexdigest()[:16]
+    vectors = torch.randn(512, 4096)
+    save_file({"embedding": vectors}, tmp_path / f"umt5-{name}.safetensors")
+    for path in (tmp_path, tmp_path / "base_model"):
+        played = parts.embed(parts.Options(preset="5b", weights=str(path)), "a street")
+        assert torch.equal(played, vectors)
+        assert torch.equal(parts.text_encoder("5b", str(path))("a street"), vectors)
+
+
+def test_without_its_text_encoder_a_released_size_is_not_trained_on_other_words(
+    tmp_path: Path,
+) -> None:
+    read = parts.text_encoder("5b", str(tmp_path / "nowhere" / "base_model"))
+    with pytest.raises(ValueError, match="needs umT5, and .* does not exist: hf download Skywork"):
+        read("a street")
 
 
 def test_words_have_fixed_vectors() -> None:

@@ -17,7 +17,7 @@ import flow
 import moe
 import vae
 from context import Memory, Window, released_windows, segment_cameras
-from engine import configs, weights
+from engine import configs, parts, weights
 from vae import PRESETS, VAE, pruned
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -315,9 +315,10 @@ def test_missing_weights_name_the_command_that_gets_them(tmp_path):
         with pytest.raises(ValueError) as error:
             weights.load(path)
         assert str(error.value) == (
-            f"No weights at {path} (looked for base_distilled_model/config.json). Get them (~30 GB):\n"
+            f"No weights at {path} (looked for base_distilled_model/config.json). Get them (~41 GB):\n"
             "  hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 \\\n"
-            '    --include "base_distilled_model/*" "MG-LightVAE_v2.pth" "Wan2.2_VAE.pth"\n'
+            '    --include "base_distilled_model/*" "MG-LightVAE_v2.pth" "Wan2.2_VAE.pth"'
+            ' "models_t5*" "google/*"\n'
             "or play without weights: python play.py --fake"
         )
 
@@ -334,6 +335,13 @@ def test_a_folder_of_two_models_asks_for_one(tmp_path):
         weights.load(tmp_path)
     shutil.rmtree(tmp_path / "base_model")
     assert weights.load(tmp_path)[0].cfg.layers == 2  # one model beside a VAE file is no question
+
+
+def test_of_the_released_folder_the_student_plays(tmp_path):
+    for name in ("base_model", "base_distilled_model"):
+        released_folder(tmp_path / name)
+    assert parts.model_of(tmp_path) == tmp_path / "base_distilled_model"
+    assert parts.model_of(tmp_path / "base_model") == tmp_path / "base_model"
 
 
 def test_a_file_that_is_no_weight_file_is_refused(tmp_path):
