@@ -129,7 +129,8 @@ def test_a_restored_session_continues_exactly(
 
 
 def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
-    nets, _ = parts.load_parts(OPTIONS, "dit", "encoder", "decoder")
+    nets, _ = parts.load_parts(OPTIONS, "dit")
+    full = parts.random_part("encoder", OPTIONS)
     model = {
         "preset": "micro",
         "stage": "distill",
@@ -140,8 +141,8 @@ def test_a_session_can_start_on_weights_of_a_folder(tmp_path: Path) -> None:
     weights.write_weights(tmp_path / "student.safetensors", nets["dit"].state_dict(), model)
     weights.write_weights(
         tmp_path / "vae.safetensors",
-        nets["encoder"].state_dict(),
-        weights.vae_metadata(nets["encoder"]),
+        full.state_dict(),
+        weights.vae_metadata(full),
     )
     session = realtime.Session(replace(OPTIONS, weights=str(tmp_path)))
     assert session.denoiser.meta == {
@@ -223,7 +224,7 @@ def experts_file(tmp_path: Path, **config: object) -> parts.Options:
     options = replace(OPTIONS, weights=str(tmp_path / "model.safetensors"))
     about = {"preset": "micro", "stage": "moe", "model": asdict(experts.moe_config)}
     weights.write_weights(options.weights, experts.state_dict(), about)
-    full = parts.load_parts(OPTIONS, "encoder")[0]["encoder"]
+    full = parts.random_part("encoder", OPTIONS)
     vae = tmp_path / "vae.safetensors"
     weights.write_weights(vae, full.state_dict(), weights.vae_metadata(full))
     return options
@@ -606,6 +607,12 @@ def test_guidance_subtracts_the_negative_prompt_of_the_preset(
     context = guided.plan(torch.zeros(56, 6), torch.zeros(56, 2), "none").context
     assert torch.equal(context.null().text[0], parts.embed(options, "blurred, still image"))
     assert not torch.equal(context.null().text[0], context.text[0])
+
+
+def test_an_encoder_keeps_no_decoder_that_nobody_asks() -> None:
+    """A gigabyte, at the released size."""
+    encoder = parts.load_parts(OPTIONS, "encoder")[0]["encoder"]
+    assert encoder.decoder is None and encoder.encoder is not None
 
 
 def test_a_start_picture_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
