@@ -13,9 +13,9 @@ mixes both, and each place attends to itself at all times:
     hidden = MLP([x ; mouse])                                                                  (1)
     x      = x + W₁·attention over time(hidden)                                                (2)
 
-A held key is one fact for the whole picture, but what it changes differs from place to place: a step
-forward makes a near wall larger and leaves the sky as it is. So all places share the keyboard. The
-twelve states of a latent's keyboard become one key k and one value v of attention (3), and each
+A held key is one fact for the whole picture, but what it changes differs from place to place: a
+step forward makes a near wall larger and leaves the sky as it is. So all places share the keyboard.
+The twelve states of a latent's keyboard become one key k and one value v of attention (3), and each
 token, by a query of its own, reads those of all latents (4):
 
     k, v = W₂·[embed(keyboard in frame 1), ..., embed(keyboard in frame 12)]                   (3)
@@ -23,8 +23,8 @@ token, by a query of its own, reads those of all latents (4):
 
 Queries and keys of both branches are rotated by time, as in attention.py, but by a clock of their
 own. It counts the latents of a segment, past and new, from 0, and memory latents, whose actions are
-null, from 0 as well. Only some numbers of a head are rotated, 4 of 16 in `tiny` and 8 of 64 in `5b`:
-n = 2 or 4 pairs, of which pair j turns per latent by
+null, from 0 as well. Only some numbers of a head are rotated, 4 of 16 in `tiny` and 8 of 64 in
+`5b`: n = 2 or 4 pairs, of which pair j turns per latent by
 
     ω_j = 256^(−j/n)                                                                           (5)
 

@@ -19,8 +19,8 @@ from what the tokens contain. The frequencies fall from 1 radian per latent to a
     ω_j = θ^(−j/n),    j = 0 .. n − 1                                                          (1)
 
 With one θ for all heads there are far lags at which many of the turns ω_j·lag are near a multiple
-of 360 degrees, in all heads at once: a latent of long ago looks like a recent one. Eq. 7 gives every
-head h a θ of its own, so that such lags differ from head to head:
+of 360 degrees, in all heads at once: a latent of long ago looks like a recent one. Eq. 7 gives
+every head h a θ of its own, so that such lags differ from head to head:
 
     θ_h = 10000·(1 + σ_θ·ε_h),   ε_h = linspace(−1, 1, heads)[h]   Eq. 7                       (2)
 
@@ -42,8 +42,8 @@ at a time; for self-attention the ranks trade places for heads, and back:
     all heads, own places  --exchange-->  own heads, all places  --attend, exchange-->  as before
 
 What differs. Angles are computed when they are needed, so there is no last latent. The product is
-flash-attn's on a GPU where that is installed, torch's everywhere else, but for a training in bfloat16
-on a CPU.
+flash-attn's on a GPU where that is installed, torch's everywhere else, but for a training in
+bfloat16 on a CPU.
 
 Try it: python attention.py      Tests: pytest tests/test_attention.py
 """

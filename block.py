@@ -40,12 +40,12 @@ norm3. Usually a norm is applied to what enters a branch, while x itself is pass
 Here, as in the release, norm3(x) REPLACES x. So x has the same size at this point of every block.
 Otherwise it would grow from block to block, and what later blocks add would count less and less.
 
-Less work for the same result. prepare() computes what does not change between the steps of sampling.
-And of the last block only the last latents are wanted: then all latents are keys and values of its
-self-attention, but only these are queries.
+Less work for the same result. prepare() computes what does not change between the steps of
+sampling. And of the last block only the last latents are wanted: then all latents are keys and
+values of its self-attention, but only these are queries.
 
-What differs. The release computes the projections of self-attention in float32, whatever the weights
-are; here they are computed in the weights' dtype.
+What differs. The release computes the projections of self-attention in float32, whatever the
+weights are; here they are computed in the weights' dtype.
 
 Try it: python dit.py      Tests: pytest tests/test_dit.py
 """

@@ -6,9 +6,9 @@ when they read.
 Paper: §3.2 (relative Plücker encoding).  Released: its own axes and channels, kept below.
 
 Conventions. A camera is c2w = [R | p], 4x4, from camera to world, in metres. R = Ry(yaw)·Rx(pitch)
-turns, p is the camera's position. Axes as in OpenCV: x right, y DOWN, z forward; the floor is y = 0.
-yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels, pixel centres at +0.5.
-A pose is five numbers: x, y, z, pitch°, yaw°. action[f] leads from frame f to f + 1.
+turns, p is the camera's position. Axes as in OpenCV: x right, y DOWN, z forward; the floor is
+y = 0. yaw > 0 turns right, pitch > 0 looks up. K = (fx, fy, cx, cy) in pixels, pixel centres at +0.5. A
+pose is five numbers: x, y, z, pitch°, yaw°. action[f] leads from frame f to f + 1.
 
 Why it works. A pixel sees along a line, from the camera's position o in the direction d. The pair
 (o, d) changes when o moves along that line, although the line is the same. Plücker's six numbers
@@ -304,8 +304,8 @@ def from_released(extrinsics: Tensor) -> Tensor:
 def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:
     """(F, 6), (F, 2) -> (F, 5) float32, in centimetres: the released integrator, bit for bit.
 
-    Its angles are float32, and a step goes along the mean of two WRAPPED yaws. Where yaw passes from
-    179° to −179° that mean is 0°, and the step goes backwards.
+    Its angles are float32, and a step goes along the mean of two WRAPPED yaws. Where yaw passes
+    from 179° to −179° that mean is 0°, and the step goes backwards.
     """
     pose = torch.zeros(5)
     poses = []

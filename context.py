@@ -28,9 +28,9 @@ from new ones by that level (block.py), by their time (attention.py) and their c
 
 Memory. A memory slot holds the answer to one query. The query is the camera of a new latent, the
 answer an old latent that saw much of the same (memory.py). Queries are spread over the segment, so
-that what comes into view late is asked for too. (Where the last slot is kept for the oldest latent, its
-query goes unanswered.) Of 10 new latents, the newest asks and those 2, 4, 6 and 8 before it; of N new
-latents, with M slots:
+that what comes into view late is asked for too. (Where the last slot is kept for the oldest latent,
+its query goes unanswered.) Of 10 new latents, the newest asks and those 2, 4, 6 and 8 before it; of
+N new latents, with M slots:
 
     the query of slot j lies ⌊j·N/M⌋ latents before the newest,    j = 0 .. M − 1              (2)
 
@@ -134,8 +134,8 @@ def take_frames(x: Tensor, first_latent: int | Tensor, n: int, steps: Tensor) ->
 def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
     """(B, F, 4, 4) from frame 0 -> (B, n, 4, 4, 4): the cameras of each latent's four frames.
 
-    first_latent is an int or (B,). The last of the four, [:, :, -1], is the latent's own pose. Latent 0
-    has frame 0 four times.
+    first_latent is an int or (B,). The last of the four, [:, :, -1], is the latent's own pose.
+    Latent 0 has frame 0 four times.
     """
     return take_frames(c2w, first_latent, n, torch.arange(1 - Window.stride, 1))  # (1)
 

@@ -10,13 +10,13 @@ arranged as by ViPE, a program that estimates poses from films (dataset/episode.
     keyboard[t], mouse[t]   what was done between frame t and t + 1; known where valid[t]
     prompt       four levels of words, from short to long; the model reads `text`
 
-The episodes of a dataset do not depend on each other. What is in one follows from its split and number
-alone, so any process can draw it, in any order; and it is written whole or not at all. So a run that
-was killed goes on where it was, and ends with the same bits. No scene is in two splits: what a model
-is tested in, it has never seen.
+The episodes of a dataset do not depend on each other. What is in one follows from its split and
+number alone, so any process can draw it, in any order; and it is written whole or not at all. So a
+run that was killed goes on where it was, and ends with the same bits. No scene is in two splits:
+what a model is tested in, it has never seen.
 
-Depth is not stored: `world.true_views` renders it for any camera. Ours where the paper is silent: the
-levels of captions, what is filtered out, and the clocks of the recorder. The network that reads
+Depth is not stored: `world.true_views` renders it for any camera. Ours where the paper is silent:
+the levels of captions, what is filtered out, and the clocks of the recorder. The network that reads
 prompts, umT5, is written anew (dataset/prompt.py).
 
     python data.py make --preset tiny               render the default dataset; run again to continue
@@ -194,7 +194,8 @@ def make_dataset(
 def render_all(root: Path, cfg: DataConfig, jobs: list, workers: int) -> list[tuple]:
     """Split, number and error of every episode that failed.
 
-    A file that cannot be written, on a full disk for instance, ends it at once: so would all others.
+    A file that cannot be written, on a full disk for instance, ends it at once: so would all
+    others.
     """
     pool = futures.ThreadPoolExecutor(1)
     if workers > 1:

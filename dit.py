@@ -38,7 +38,8 @@ The head turns tokens back into cells. Only the velocity of the new latents is r
 
 Cheaper, for the same result: prepare(context) computes what does not change between the steps of
 sampling, to the same bits. Equal up to rounding: the last block computes only the latents that are
-read; ranks share the places of a picture and exchange in self-attention and at the end (attention.py).
+read; ranks share the places of a picture and exchange in self-attention and at the end
+(attention.py).
 
 What differs. No padding among the tokens of the video, and batches of any size; in the release rays
 enter in the blocks alone.
@@ -351,7 +352,8 @@ class DiT(nn.Module):
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) -> e (B, 2, D), and W·silu(e) of block.py (1), (B, 2, 6, D).
 
-        Row 0 is for t = 0, row 1 for t = 1000·σ. In float32, because bf16 would confuse near levels.
+        Row 0 is for t = 0, row 1 for t = 1000·σ. In float32, because bf16 would confuse near
+        levels.
         """
         t = timestep(sigma, self.cfg.timestep)
         omega = attention.frequencies(t.new_full((1,), 1e4), self.cfg.freq_dim // 2)

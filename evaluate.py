@@ -13,12 +13,12 @@ old frame saw, where a generated frame was taken (registration).
     TWFD  = Fréchet distance of drawn and true thumbnails of walks, by up to 64 principal components
 
 An arm is one way to play or to train, as with and without memory. All arms share worlds, walks and
-noise, and intervals are over held-out worlds. What is claimed stands in lab/claims.py; predictions are
-stored before a run begins. Every table and figure comes from results/*.json alone. To compare arms that
-need training, measure each run: `ablation --weights RUN --out DIR/ARM-SEED`; then `compare --out DIR`
-sets them side by side. LPIPS, FID and FVD need downloaded networks and are not computed. A model of
-somebody else is scored by its frames alone, in a file of its own: --model MODULE:CLASS, see
-lab/outside.py.
+noise, and intervals are over held-out worlds. What is claimed stands in lab/claims.py; predictions
+are stored before a run begins. Every table and figure comes from results/*.json alone. To compare
+arms that need training, measure each run: `ablation --weights RUN --out DIR/ARM-SEED`; then
+`compare --out DIR` sets them side by side. LPIPS, FID and FVD need downloaded networks and are not
+computed. A model of somebody else is scored by its frames alone, in a file of its own: --model
+MODULE:CLASS, see lab/outside.py.
 
 Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evaluate.py
 """

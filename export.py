@@ -74,10 +74,10 @@ GREY = 1  # of 256 grey levels: so much a pixel of the page may differ
 class VelocityGraph(nn.Module):
     """The velocity that the network predicts at (x, σ) in a context, as one function of tensors.
 
-    Latents come first, (n, C, h, w) and not (C, n, h, w), so that the page can put arrays one behind
-    the other. The graph does not know how many clean latents are memory, and need not: the network
-    treats memory and past alike, but for the clock of the actions (actions.py), which starts again
-    after the memory. So that clock is an input.
+    Latents come first, (n, C, h, w) and not (C, n, h, w), so that the page can put arrays one
+    behind the other. The graph does not know how many clean latents are memory, and need not: the
+    network treats memory and past alike, but for the clock of the actions (actions.py), which
+    starts again after the memory. So that clock is an input.
     """
 
     def __init__(self, network: dit.DiT) -> None:

@@ -26,8 +26,8 @@ The error buffer stores x̂0 − x0, distillation compares two x̂0, and the few
 and adds fresh noise of the next level (renoise). Only a trained student may jump like that: for
 others x̂0 is a mean of what is possible, with less spread than data (the demo shows it).
 
-Shift. A large picture survives more noise than a small one, so more steps are spent at high σ, where
-its layout is decided. The odds σ/(1 − σ) of an even level are multiplied by s:
+Shift. A large picture survives more noise than a small one, so more steps are spent at high σ,
+where its layout is decided. The odds σ/(1 − σ) of an even level are multiplied by s:
 
     shifted/(1 − shifted) = s·σ/(1 − σ)      ⇔      shifted = s·σ / (1 + (s − 1)·σ)            (5)
 
@@ -52,8 +52,8 @@ Exact so far. If x̂0 were constant in between, the integral would be x̂0 times
 A straight line through the last two x̂0 does better (predict). Once the network has answered at the
 new place, its x̂0 is used to take the step that led there again, better (correct): no extra call.
 
-What differs. The same results as the release in float32. Noise is drawn where its generator lives, so that a
-CPU generator gives the same noise on every device.
+What differs. The same results as the release in float32. Noise is drawn where its generator lives,
+so that a CPU generator gives the same noise on every device.
 
 Try it: python flow.py      Tests: pytest tests/test_flow.py
 """

@@ -329,11 +329,11 @@ class MemoryBank:
     def nearest(self, query: Tensor, first: int, stop: int) -> Tensor:
         """(Q, 4, 4) -> (Q, SURVIVORS) the rows with the nearest keys: an exact top-k, made cheap.
 
-        |k_q − k_c|² = |k_q|² − 2 k_q·k_c + |k_c|². The first term is the same for every candidate, so
-        the order of the rest is that of the distances: one matrix product over the whole bank. A
-        top-k over it would cost more than the product. So rows are dealt into `width` groups of
-        24, and the k smallest are sought in the k groups with the smallest minima. No other group
-        holds one: the k minima of those groups would all be smaller.
+        |k_q − k_c|² = |k_q|² − 2 k_q·k_c + |k_c|². The first term is the same for every candidate,
+        so the order of the rest is that of the distances: one matrix product over the whole bank. A
+        top-k over it would cost more than the product. So rows are dealt into `width` groups of 24,
+        and the k smallest are sought in the k groups with the smallest minima. No other group holds
+        one: the k minima of those groups would all be smaller.
         """
         key = frustum_key(query)
         width = -(-stop // GROUP)

@@ -22,8 +22,8 @@ signal. How much of the component can be known at this level is therefore
 The mean power of latents is 1, but large and slow components have much more than fine ones. So on
 the way from σ = 1 to 0 the layout and the motion are decided first, details last. At the boundary,
 σ = 0.9, SNR is 1/81: a component with 81 times the mean power is decided by half, one with the mean
-power by 1 %. Above it layout is the task, below it detail; with a network for each, all weights of a
-network serve one task.
+power by 1 %. Above it layout is the task, below it detail; with a network for each, all weights of
+a network serve one task.
 
 On the way down the expert changes once. So a step costs no more than with one network, and only one
 has to be on the device (offload).

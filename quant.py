@@ -12,8 +12,8 @@ once, a row of inputs (a token) at every call:
     s = max_k |row[k]| / 127                                                                   (1)
     row_int8 = round(row / s)                                                                  (2)
 
-The scale s_x[m] of token m and the scale s_w[n] of output n do not depend on k, so they can be taken
-out of the sum over the K inputs:
+The scale s_x[m] of token m and the scale s_w[n] of output n do not depend on k, so they can be
+taken out of the sum over the K inputs:
 
     y[m,n] = Σ_k x[m,k]·w[n,k] + b[n] ≈ (Σ_k x_int8[m,k]·w_int8[n,k])·s_x[m]·s_w[n] + b[n]     (3)
 
@@ -35,9 +35,9 @@ its own scale, no other row is. By default only self_attn.{q,k,v,o} are converte
 
 What differs, and is as released with kind="released": the released kernel truncates activations
 toward zero (it casts its ±0.5 to int8 before adding it, which makes it 0), its weight scales end up
-in bf16 with the rest of the model, and the product is rounded to bf16 before the bias is added. Here
-a token of zeros gives the bias, not NaN. What torch._int_mm does not take (few rows, odd widths,
-other devices) is padded, or computed in float64, which is exact too.
+in bf16 with the rest of the model, and the product is rounded to bf16 before the bias is added.
+Here a token of zeros gives the bias, not NaN. What torch._int_mm does not take (few rows, odd
+widths, other devices) is padded, or computed in float64, which is exact too.
 
 A CPU has no use for it but to show that the numbers are right: bfloat16 is faster there.
 

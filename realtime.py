@@ -16,9 +16,9 @@ the latents of segment k, not its pixels, so it can be denoised while k is being
 
     P_serial = D + V                                                                  (1)
 
-Side by side, let s_k be when the latents of segment k are ready and e_k when its frames are:
-s_k = s_(k−1) + D. Decoding begins when these latents are there and the segment before is decoded:
-e_k = max(s_k, e_(k−1)) + V. If V <= D, the decoder waits for latents, e_k = s_k + V, and frames come
+Side by side, let s_k be when the latents of segment k are ready and e_k when its frames are: s_k =
+s_(k−1) + D. Decoding begins when these latents are there and the segment before is decoded: e_k =
+max(s_k, e_(k−1)) + V. If V <= D, the decoder waits for latents, e_k = s_k + V, and frames come
 every D seconds. If V > D, latents soon wait for the decoder, e_k = e_(k−1) + V. In both cases
 
     P = max(D, V)                   seconds between two segments                      (2)
@@ -27,9 +27,9 @@ every D seconds. If V > D, latents soon wait for the decoder, e_k = e_(k−1) + 
 The gain is at most twofold, at D = V. Where V > D, ever more segments would wait to be decoded;
 only two may (QUEUE), then the denoiser waits as well.
 
-A key does not act sooner for it. Keys are read when a segment is submitted, at 40 FPS once in
-R = n / 40 seconds. A key waits for that, R/2 on average; then its segment is denoised, then decoded,
-and its frames are handed over together. From the key to the picture it takes
+A key does not act sooner for it. Keys are read when a segment is submitted, at 40 FPS once in R = n
+/ 40 seconds. A key waits for that, R/2 on average; then its segment is denoised, then decoded, and
+its frames are handed over together. From the key to the picture it takes
 
     mean  = R/2 + D + V             pressed at a random moment                        (4)
     worst = R + D + V               pressed just after the keys were read             (5)
@@ -44,9 +44,9 @@ N + 1 processes, three channels (engine/ranks.py; what each process does is in e
            ◄─ answers: frames, sent back ──────────── rank N
     and inside every block ranks 0 .. N−1 exchange heads for places (attention.py)
 
-All denoisers hold the same memory, as they get the same calls and the noise of a segment depends on the
-seed and its number alone. For the same reason undo, restore and replay give the same frames again. If a
-rank dies, fails or stalls, rank 0 raises one ConnectionError, and all processes end.
+All denoisers hold the same memory, as they get the same calls and the noise of a segment depends on
+the seed and its number alone. For the same reason undo, restore and replay give the same frames
+again. If a rank dies, fails or stalls, rank 0 raises one ConnectionError, and all processes end.
 
 On one host rank 0 starts the others. On several, torchrun starts all (engine/meeting.py):
 
@@ -412,8 +412,8 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
 def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> int:
     """The fewest new latents that this machine makes `margin` times faster than they are shown.
 
-    Measured on a grey picture, just before play. If no length is fast enough, the longest is taken: it
-    costs least per frame.
+    Measured on a grey picture, just before play. If no length is fast enough, the longest is taken:
+    it costs least per frame.
     """
     grey = torch.full((*SIZES[session.options.preset], 3), 128, dtype=torch.uint8)
     session.reset(grey)

@@ -9,17 +9,17 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
     distill     base    the same in three steps, on its own outputs     train_distill    Eq. 8
     moe         base    one expert per noise range and view             train_base on a part of the σ axis
 
-One step of `base`: the new latents alone become noisy, x_σ = (1 − σ)·x0 + σ·ε, and the network says the
-velocity there. Past and memory are told noise level 0, but they are not perfect: residuals that the model
-itself made earlier are added (error_buffer.py). A fifth of the batches has no memory, and of the past only
-the first latent, an image; 15 % of the others have their past, but no memory.
+One step of `base`: the new latents alone become noisy, x_σ = (1 − σ)·x0 + σ·ε, and the network says
+the velocity there. Past and memory are told noise level 0, but they are not perfect: residuals that
+the model itself made earlier are added (error_buffer.py). A fifth of the batches has no memory, and
+of the past only the first latent, an image; 15 % of the others have their past, but no memory.
 
 Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
-(flow.py), but for a base that begins from nothing. Muon on the matrices of blocks. Latents are encoded once
-and cached. Revisits are drawn more often than they occur, and memories made older than they are. All that
-is drawn in a step is a function of (seed, step) alone: resuming is exact, and N ranks compute the losses of
-one process (vae: one rank only; distill: every rank draws noise of its own). Experts see the base's density
-of σ, cut at the boundary; the paper does not say which.
+(flow.py), but for a base that begins from nothing. Muon on the matrices of blocks. Latents are
+encoded once and cached. Revisits are drawn more often than they occur, and memories made older than
+they are. All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N
+ranks compute the losses of one process (vae: one rank only; distill: every rank draws noise of its
+own). Experts see the base's density of σ, cut at the boundary; the paper does not say which.
 
 The machinery is in engine/: flags.py (every setting), run.py (folder, ranks, log), clips.py (the batch of a
 step), mistakes.py (what is injected), optim.py (precision, shards, averages), checkpoint.py, pictures.py.
@@ -278,8 +278,8 @@ def start_model(run: Run, init: str = "") -> nn.Module:
 def draw_sigma(cfg: TrainConfig, g: torch.Generator) -> Tensor:  # (B,)
     """Noise levels; an expert's are those of the base that fall into its part of the axis.
 
-    σ = shift(u) with u uniform. So its density between two levels is the shift of a u that is uniform
-    between their inverse images, and shift(·, 1/s) is the inverse of shift(·, s).
+    σ = shift(u) with u uniform. So its density between two levels is the shift of a u that is
+    uniform between their inverse images, and shift(·, 1/s) is the inverse of shift(·, s).
     """
     sigma = flow.sample_sigma(cfg.batch, cfg.shift, g)
     if cfg.stage != "moe" or cfg.expert == "dense":

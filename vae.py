@@ -5,15 +5,15 @@ files work; `decode` turns latents into frames; `decode_stream` does so chunk by
 same frames, in float32 to the bit. The layers are in vae_blocks.py, the losses in lightvae.py.
 Paper: §3.4 (MG-LightVAE), Table 2.  Released: Wan2.2_VAE.pth and MG-LightVAE.pth, no training.
 
-Why it works. A latent holds four frames. Only the first latent holds a single one, so that a picture
-is a video, too, namely of one frame:
+Why it works. A latent holds four frames. Only the first latent holds a single one, so that a
+picture is a video, too, namely of one frame:
 
     latent    0    1          2          3                 F = 1 + 4·(T − 1)                     (1)
     frame     0    1 2 3 4    5 6 7 8    9 10 11 12
 
 In play, the frames of a chunk are shown before the latents of the next one exist. So no layer may
-look ahead. Looking back is allowed: a layer that mixes frames reads one or two frames from before the
-chunk (vae_blocks.py), and these have to be remembered. Call D the decoder, and s_k all that its
+look ahead. Looking back is allowed: a layer that mixes frames reads one or two frames from before
+the chunk (vae_blocks.py), and these have to be remembered. Call D the decoder, and s_k all that its
 layers remember when chunk k begins:
 
     frames_k, s_k+1 = D(latents_k, s_k),      s_0 = nothing                                      (2)
@@ -304,9 +304,10 @@ class VAE(nn.Module):
         state None starts a video: T latents give 1 + 4·(T−1) frames; later ones give 4·T. `state`
         is not changed.
 
-        In float32 without gradient, the latents go one by one: a kernel adds in an order that depends
-        on the shape of its input, so bits are equal only where shapes are, and one latent is a shape
-        that every way to cut a video has. Otherwise all latents go at once, which is faster.
+        In float32 without gradient, the latents go one by one: a kernel adds in an order that
+        depends on the shape of its input, so bits are equal only where shapes are, and one latent
+        is a shape that every way to cut a video has. Otherwise all latents go at once, which is
+        faster.
         """
         self.check_latents(z, state)
         exact = z.dtype == torch.float32 and not torch.is_grad_enabled()

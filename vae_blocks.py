@@ -181,8 +181,8 @@ class Stream:
 class NormSiLU(torch.autograd.Function):
     """[past | silu(γ·x / rms)]: (B, C, T, H, W) -> (B, C, 2+T, H, W).
 
-    The same as three lines of PyTorch (export.plain_norm_silu), with fewer copies and the gradient (4).
-    SiLU is x·sigmoid(x).
+    The same as three lines of PyTorch (export.plain_norm_silu), with fewer copies and the gradient
+    (4). SiLU is x·sigmoid(x).
     """
 
     @staticmethod

@@ -4,8 +4,8 @@
     keys    := "_" | key ("+" key)*         key   := w a s d (move) | i j k l (look), l2.5: 2.5 times as far
     count   := frames | seconds "s"         a look key turns 1.5 degrees a frame; "-" is "_", too
 
-`w:40, w+l:2s, @revisit` walks forward for 40 frames, on in a curve for two seconds, then away and back.
-One frame's keys are a chord, which camera.parse_keys understands. Errors point at the column.
+`w:40, w+l:2s, @revisit` walks forward for 40 frames, on in a curve for two seconds, then away and
+back. One frame's keys are a chord, which camera.parse_keys understands. Errors point at the column.
 """
 
 import re

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# how a message says where the text encoder and its tokeniser are to be had
 GET = (
     "hf download Skywork/Matrix-Game-3.0 --local-dir weights/matrix-game-3 "
     '--include "models_t5*" "google/*"'

@@ -190,7 +190,8 @@ def supervise(screen: queue.Queue, layer: Callable[..., None], *args: object) ->
 def record(root: Path, seed: int, count: int = 2, frames: int = 241) -> list[Path]:
     """Let the agent play the game and record `count` segments of it.
 
-    A segment that the output layer crashes on is lost: that is said at the end, for nobody captures it.
+    A segment that the output layer crashes on is lost: that is said at the end, for nobody captures
+    it.
     """
     scene = world.scene_of(seed)
     mesh = world.NavMesh(scene)

@@ -1,8 +1,8 @@
 """Who denoises and who decodes: the two actors of a session, in one process or as ranks.
 
-A Denoiser holds one walk: the last latents, the memory, and where the player stands. A Decoder holds
-one video. Neither knows of the other. In one process the session (realtime.py) calls both. With N + 1
-processes, called ranks, the session is rank 0, and the others run serve():
+A Denoiser holds one walk: the last latents, the memory, and where the player stands. A Decoder
+holds one video. Neither knows of the other. In one process the session (realtime.py) calls both.
+With N + 1 processes, called ranks, the session is rank 0, and the others run serve():
 
     rank 0            denoises, and tells the others what to do
     ranks 1 .. N−1    get the same calls and so have the same walk; each computes its share of the places
@@ -82,8 +82,8 @@ class Plan(NamedTuple):
 class Denoiser:
     """The network, a walk and its memory.
 
-    `camera` turns poses (n, 5) float64 into cameras (n, 4, 4). Whoever replaces it must do so on all
-    ranks: they agree because the same calls lead to the same state.
+    `camera` turns poses (n, 5) float64 into cameras (n, 4, 4). Whoever replaces it must do so on
+    all ranks: they agree because the same calls lead to the same state.
     """
 
     def __init__(
@@ -345,7 +345,8 @@ BROKEN = ("connection", "gloo", "died")  # an error with such a word says that a
 def serve(place: Place, options: Options | None = None) -> int:
     """What every rank but 0 runs: load its network, then do what rank 0 says until that closes.
 
-    A rank that rank 0 has started is given its options; on another host they are read from the store.
+    A rank that rank 0 has started is given its options; on another host they are read from the
+    store.
     """
     store = place.join()
     rank = place.rank

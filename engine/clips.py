@@ -1,10 +1,10 @@
 """Episodes as cached latents, and the batch of a step.
 
-A training never sees a video twice: load_clips encodes every episode once and keeps the latents beside
-the dataset, in a folder whose name is a digest of the episodes and of the encoder. Its files are mapped,
-not read: a dataset may be larger than memory, and every rank reads its own rows alone. What a step takes out
-of them is a Cut (which episodes, from where, what to remember), drawn by draw_cut from (seed, step)
-alone; windows() turns it into what the network is told and asked.
+A training never sees a video twice: load_clips encodes every episode once and keeps the latents
+beside the dataset, in a folder whose name is a digest of the episodes and of the encoder. Its files
+are mapped, not read: a dataset may be larger than memory, and every rank reads its own rows alone.
+What a step takes out of them is a Cut (which episodes, from where, what to remember), drawn by
+draw_cut from (seed, step) alone; windows() turns it into what the network is told and asked.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """What a training is asked to do: every flag of train.py, its default, and what the paper used.
 
-A default is the field's, unless the stage, then the preset, then both together say otherwise (CHANGES).
-Where --help names no value of the paper, the paper states none.
+A default is the field's, unless the stage, then the preset, then both together say otherwise
+(CHANGES). Where --help names no value of the paper, the paper states none.
 """
 
 import argparse
@@ -187,7 +187,8 @@ CHANGES = {
 }
 
 
-# which stages a flag saves memory in; elsewhere it would be taken and change nothing, so it is refused
+# which stages a flag saves memory in. Elsewhere it would be taken and change nothing, so whoever has
+# too little memory would believe that it does not help
 SAVES_MEMORY = {
     "accum": ("base", "moe"),
     "checkpoint_activations": ("base", "moe", "distill"),

@@ -6,10 +6,10 @@
     the key          drawn, handed to whoever is spawned  made of a secret that the operator shares
     a death is seen  the system tells rank 0              no beat for LOST seconds, or a closed line
 
-torchrun starts all ranks at one moment, so whoever has come may expect the others soon: who needs more
-than twice as long (to_come) has died before it was heard of. Nothing listens on an address that nobody
-named. Under torchrun on one host rank 0 still spawns the others: a key that never leaves a family of
-processes needs nobody's care.
+torchrun starts all ranks at one moment, so whoever has come may expect the others soon: who needs
+more than twice as long (to_come) has died before it was heard of. Nothing listens on an address
+that nobody named. Under torchrun on one host rank 0 still spawns the others: a key that never
+leaves a family of processes needs nobody's care.
 """
 
 import hashlib

@@ -94,11 +94,11 @@ def copy_gradients_up(low: nn.Module, model: nn.Module) -> None:
 class Muon(torch.optim.Optimizer):
     """Steps of equal size in every direction of a matrix (Jordan 2024).
 
-    A gradient's momentum G = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ, the nearest
-    orthogonal matrix, found without a decomposition: the odd polynomial a·X + b·XXᵀX + c·(XXᵀ)²X drives
-    every singular value towards 1, five times over.
-    torch.optim.Muon computes the same, always in bfloat16: forty times slower where a processor has no
-    such instructions, and then most of a training step. This one computes in the precision of the run.
+    A gradient's momentum G = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ, the
+    nearest orthogonal matrix, found without a decomposition: the odd polynomial a·X + b·XXᵀX +
+    c·(XXᵀ)²X drives every singular value towards 1, five times over. torch.optim.Muon computes the
+    same, always in bfloat16: forty times slower where a processor has no such instructions, and
+    then most of a training step. This one computes in the precision of the run.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; ends between 0.7 and 1.2

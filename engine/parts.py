@@ -1,11 +1,11 @@
 """The networks of a session: which ones, out of which files, and what they cost on a device.
 
-    Options ──resolve──► Options without 'auto' ──load_parts──► dit, encoder, decoder + their training
+    Options ─resolve─► Options without 'auto' ─load_parts─► dit, encoder, decoder + their training
 
-resolve() refuses what cannot work before anything is allocated. load_parts() is the only place where
-options become networks: random or from a file, in which precision, with INT8 or not, compiled or not.
-How a model was trained decides how it must be played. Its file says so: its encoding of cameras, its
-shift of noise levels, its lengths of segments, and whether it is a few-step student.
+resolve() refuses what cannot work before anything is allocated. load_parts() is the only place
+where options become networks: random or from a file, in which precision, with INT8 or not, compiled
+or not. How a model was trained decides how it must be played. Its file says so: its encoding of
+cameras, its shift of noise levels, its lengths of segments, and whether it is a few-step student.
 """
 
 import functools

@@ -27,8 +27,8 @@ def look(
 ) -> None:
     """Held-out revisits, as a picture, a film and numbers.
 
-    From left to right: reconstruction | model | without memory | with another clip's actions. A model
-    that uses what it is told comes closest to the reconstruction when it is told the truth.
+    From left to right: reconstruction | model | without memory | with another clip's actions. A
+    model that uses what it is told comes closest to the reconstruction when it is told the truth.
     """
     # eight windows that return to an old place, nothing left out
     shares = {"revisit": 1.0, "p_i2v": 0.0, "p_memory_off": 0.0, "p_null": 0.0}

@@ -6,10 +6,12 @@ They meet as engine/meeting.py says. Three channels, none of which can carry cod
     tensors    rank 0  ->  whoever got the order  send, in the order they are named  send_all
     answers    rank N  ->  rank 0                 send of a JSON text, then tensors  answer, ask
 
-    box "denoise" is read by ranks 1 .. N−1, box "decode" by rank N. Rank 0 does what it posts itself.
+    box "denoise" is read by ranks 1 .. N−1, box "decode" by rank N. Rank 0 does what it posts
+    itself.
 
-Whoever else can reach the store cannot sign, and what is not signed is not read. A rank that dies ends all
-within seconds: rank 0 watches, tells the others, and its next call, or the one that it waits in, raises.
+Whoever else can reach the store cannot sign, and what is not signed is not read. A rank that dies
+ends all within seconds: rank 0 watches, tells the others, and its next call, or the one that it
+waits in, raises.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """What a training needs in memory, from shapes alone.
 
 The network is built without numbers, so a model of any size is counted on any machine. Weights,
-gradients, optimiser and average are float32, the computing copy and what waits for the backward pass
-have two bytes; a block keeps about 34 rows as wide as a token, or two where it is computed again.
-train.py --dry-run prints it, for the stages that train one such network.
+gradients, optimiser and average are float32, the computing copy and what waits for the backward
+pass have two bytes; a block keeps about 34 rows as wide as a token, or two where it is computed
+again. train.py --dry-run prints it, for the stages that train one such network.
 """
 
 import moe

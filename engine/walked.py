@@ -1,9 +1,9 @@
 """What a session needs in memory on a device, without that device.
 
-A segment is denoised and decoded by the very code that plays, on tensors of torch's meta device: they
-have a shape and no numbers. A Ledger stands by, adds up the storages that are made and are still held,
-and its peak is the answer. So a network of any size is measured in seconds on any machine, and whatever
-the code keeps too long is counted.
+A segment is denoised and decoded by the very code that plays, on tensors of torch's meta device:
+they have a shape and no numbers. A Ledger stands by, adds up the storages that are made and are
+still held, and its peak is the answer. So a network of any size is measured in seconds on any
+machine, and whatever the code keeps too long is counted.
 
     watched("cuda")  what is computed inside goes the way it goes there, and is written down
     denoising, decoding    bytes of the two halves of a segment; engine/parts.py adds the weights

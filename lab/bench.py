@@ -1,7 +1,8 @@
 """What a segment costs: counted, then timed.
 
-Counted: FLOPs of every part by formula, and what they would take on eight H200s. Timed: variants of a
-segment in turns, so that a busy moment of the machine hits all alike. Every quantity is of one suite:
+Counted: FLOPs of every part by formula, and what they would take on eight H200s. Timed: variants of
+a segment in turns, so that a busy moment of the machine hits all alike. Every quantity is of one
+suite:
 
     model      FLOPs of every part, frames per second on n GPUs by arithmetic
     ladder     from the released order of work to ours, and fewer latents at once

@@ -5,10 +5,10 @@ One line, one claim:
     where the paper speaks of it | predicted before the run, and the unit | claim | column: row
 
 Column and row are those of a run, with a value for each world; `row - other` and `row / other` are
-paired by world. "Table 2 says 31.84" is the paper's own number; "says exactly": nothing but its digits
-will do. M0 to M11 are the measures of our own suite.
-"needs ..." names hardware that was not there: such a claim is not measured. Any other row or column
-that a run did not write is an error, unless the run itself said why it left it out.
+paired by world. "Table 2 says 31.84" is the paper's own number; "says exactly": nothing but its
+digits will do. M0 to M11 are the measures of our own suite. "needs ..." names hardware that was not
+there: such a claim is not measured. Any other row or column that a run did not write is an error,
+unless the run itself said why it left it out.
 """
 
 import difflib

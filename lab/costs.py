@@ -1,7 +1,7 @@
 """What speed costs, and how long a key takes to be seen.
 
-Speed is bought with INT8, thinner decoders, and fewer latents at once. Whatever is timed is timed in
-turns, so that a busy moment of the machine hits all alike.
+Speed is bought with INT8, thinner decoders, and fewer latents at once. Whatever is timed is timed
+in turns, so that a busy moment of the machine hits all alike.
 
 E = S/2F + T_gen + T_dec        from a key to the light it changes: half a segment of S frames,
                                 shown at F per second, then denoising, then decoding

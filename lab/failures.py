@@ -63,8 +63,8 @@ class Arm(NamedTuple):
 class Study(NamedTuple):
     """Arms that differ from the first one, the healthy one, in one thing each; and how they are played.
 
-    Small batches and few steps: enough for a fault to show, not for a good model. The average of the
-    weights is a short one (--ema), because few updates have to show in it.
+    Small batches and few steps: enough for a fault to show, not for a good model. The average of
+    the weights is a short one (--ema), because few updates have to show in it.
     """
 
     flags: str  # of every training

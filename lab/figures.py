@@ -1,8 +1,8 @@
 """Figures from what is stored, and from nothing else.
 
 Revisits by arm, ways to remember by place, drift by segment, what is looked back at from above, and
-where the time of a segment goes. They need matplotlib, as nothing else does; without it the tables are
-still written.
+where the time of a segment goes. They need matplotlib, as nothing else does; without it the tables
+are still written.
 """
 
 import re

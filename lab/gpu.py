@@ -9,9 +9,9 @@
     python lab/gpu.py --device cpu --preset micro      the same way, to see that it can be walked;
                                                        writes results/gpu-PART-micro-cpu.json
 
-A part that fails is reported in one line, and the next one is tried: half an hour on a rented machine is
-not lost to one of them. The report fills its rows that "need a GPU" from these files, and leaves
-those of a part that failed as they are.
+A part that fails is reported in one line, and the next one is tried: half an hour on a rented
+machine is not lost to one of them. The report fills its rows that "need a GPU" from these files,
+and leaves those of a part that failed as they are.
 """
 
 import sys

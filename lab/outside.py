@@ -9,16 +9,17 @@ A model is a class that is built without arguments and has two methods:
     step(keyboard, mouse)     Go on: (n, 6) and (n, 2) float32. Returns (n, 64, 64, 3) uint8, what is
                               seen after each of the n actions, as numpy or torch.
 
-keyboard holds W S A D, jump and attack, 1 where a key is down: a step is 0.1235 m. mouse holds pitch
-and yaw in units of 15 degrees, to the right positive. n is a multiple of 4: 56 in the first call
-after a reset, 40 in every later one, as our own model makes them. Frames of another size are the
-model's to resize. lab/guests.py has two examples.
+keyboard holds W S A D, jump and attack, 1 where a key is down: a step is 0.1235 m. mouse holds
+pitch and yaw in units of 15 degrees, to the right positive. n is a multiple of 4: 56 in the first
+call after a reset, 40 in every later one, as our own model makes them. Frames of another size are
+the model's to resize. lab/guests.py has two examples.
 
 It is asked for nothing else: no latents, no cameras, no bank. That has a price. Our own models are
 measured behind 177 true frames, which lie in their bank. An outside model can be told one picture:
 it walks every script from there by itself, and its own mistakes go with it. So compare outside
 models with each other, and with our own behind the same door (lab.guests:Shipped), not with
-results/*.json. Its numbers go into a file of their own, OUT/outside-CLASS.json, which no table reads.
+results/*.json. Its numbers go into a file of their own, OUT/outside-CLASS.json, which no table
+reads.
 """
 
 import importlib
@@ -173,9 +174,10 @@ def explore(run: Run, guest: Guest) -> None:
 def memory(run: Run, guest: Guest) -> None:
     """Walk away from the first picture and come back, near it or to the very place.
 
-    Forgetting is the same model that was reset on the way: it goes on from the last frame that it drew
-    itself, and all that it saw before is gone. What memory is worth is the difference. The pixels
-    that count most are those which the first picture showed: nothing else of the room was ever told.
+    Forgetting is the same model that was reset on the way: it goes on from the last frame that it
+    drew itself, and all that it saw before is gone. What memory is worth is the difference. The
+    pixels that count most are those which the first picture showed: nothing else of the room was
+    ever told.
     """
     donors = {place: revisit(run.worlds[-1], place)[1] for place in revisits.PLACES}
     for seed in run.worlds:

@@ -1,8 +1,8 @@
 """The same network as one would first write it down: nothing kept, nothing skipped.
 
-Every step embeds all latents, cameras and words anew; every token is told its noise level by rows of
-its own; every block, and the head, answers for all tokens, though only the new ones are read. So do
-the released modules. The weights are those of a dit.DiT, which must give the same velocities.
+Every step embeds all latents, cameras and words anew; every token is told its noise level by rows
+of its own; every block, and the head, answers for all tokens, though only the new ones are read. So
+do the released modules. The weights are those of a dit.DiT, which must give the same velocities.
 """
 
 import torch

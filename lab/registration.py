@@ -1,9 +1,9 @@
 """Where in a known world was a picture taken, to a hundredth of a metre and a quarter of a degree.
 
-A pose has three unknowns here, x, z and yaw; height and pitch are as given. The score of a pose is the
-ZNCC of the picture with the true view from there. A coarse grid of small views finds five places to
-start from. From each, Levenberg-Marquardt walks uphill, first on blurred pictures, which have few
-summits, then on sharp ones, whose summits are narrow:
+A pose has three unknowns here, x, z and yaw; height and pitch are as given. The score of a pose is
+the ZNCC of the picture with the true view from there. A coarse grid of small views finds five
+places to start from. From each, Levenberg-Marquardt walks uphill, first on blurred pictures, which
+have few summits, then on sharp ones, whose summits are narrow:
 
     (JᵀJ + λ diag JᵀJ) Δ = −Jᵀe        e: the view minus the picture, J: how the view changes with the pose
 """

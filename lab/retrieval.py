@@ -1,8 +1,8 @@
 """Which old frames does a rule choose, of those that saw what comes next.
 
-The truth needs no model: exact depth says which pixels of the next views an old frame has seen. A rule
-chooses five frames; coverage@5 is what they show together, as a share of what five chosen greedily
-show: near the most that any five can, and no bound, so a share may exceed 1.
+The truth needs no model: exact depth says which pixels of the next views an old frame has seen. A
+rule chooses five frames; coverage@5 is what they show together, as a share of what five chosen
+greedily show: near the most that any five can, and no bound, so a share may exceed 1.
 """
 
 import time

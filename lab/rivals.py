@@ -18,7 +18,8 @@ learned to read single latents of old frames, so the averages, and the edges tha
 strange to it: this compares what one can put before these weights, not the ideas at their best.
 
 Milliseconds are of a later segment, 40 frames, without decoding. Numbers kept are what must be
-stored of the walk's 177 known frames, beside their cameras: latents, and depths where they are used.
+stored of the walk's 177 known frames, beside their cameras: latents, and depths where they are
+used.
 """
 
 import time

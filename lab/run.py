@@ -1,7 +1,7 @@
 """One measurement: its worlds and weights, and what it found.
 
-What is found is rows and columns of numbers, one number for each world: raw["row/column"]. Claims ask
-for them by these names. What a run leaves out, and why, stands in `absent`.
+What is found is rows and columns of numbers, one number for each world: raw["row/column"]. Claims
+ask for them by these names. What a run leaves out, and why, stands in `absent`.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """May the measures be trusted.
 
-Every one must put the truth before a turn of 2 degrees, and that before a frozen film, another world
-and noise. Where one does not, nothing is reported.
+Every one must put the truth before a turn of 2 degrees, and that before a frozen film, another
+world and noise. Where one does not, nothing is reported.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """How sure one can be: the unit is the world.
 
-A model is measured on some worlds and judged for all of them, so every interval is over worlds: 95 %,
-by bootstrap with the corrections for bias and acceleration (BCa), or Student's where there are fewer
-than 16 of them and a bootstrap is too narrow. scipy has the statistics; what it lacks stands below.
+A model is measured on some worlds and judged for all of them, so every interval is over worlds:
+95 %, by bootstrap with the corrections for bias and acceleration (BCa), or Student's where there are
+fewer than 16 of them and a bootstrap is too narrow. scipy has the statistics; what it lacks stands
+below.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Does a rollout keep to the world, and do what it is told.
 
 In place the player looks round a room that the bank knows; exploring leads where nobody has been,
-and there truth is one of many answers: sharpness and TWFD say more than PSNR. What a key did is read
-off the picture by registration, so a film that stands still earns nothing.
+and there truth is one of many answers: sharpness and TWFD say more than PSNR. What a key did is
+read off the picture by registration, so a film that stands still earns nothing.
 """
 
 from collections.abc import Callable, Iterable

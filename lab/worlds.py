@@ -1,7 +1,8 @@
 """Walks through held-out worlds of which everything is known: frames, depth, cameras, actions.
 
 We own the renderer, so there is a true frame at any pose. A script is a walk that touches nothing:
-integrated actions are then the engine's poses, frame by frame. Its first KNOWN frames fill the bank.
+integrated actions are then the engine's poses, frame by frame. Its first KNOWN frames fill the
+bank.
 
 A plan is a text such as "j:10 w:4 l2.5:3 -:6" in the language of dataset/chords.py: j and l turn by
 1.5 degrees a frame, or so many times that; "-" stands still.

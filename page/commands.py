@@ -1,7 +1,7 @@
 """What the page can ask for: one function for every command, and what a POST means.
 
-A request is heard by a thread of the server, which only touches the controls, or queues a command. The
-player obeys between two chunks. What a client sends is data: never a path, never code.
+A request is heard by a thread of the server, which only touches the controls, or queues a command.
+The player obeys between two chunks. What a client sends is data: never a path, never code.
 """
 
 import base64

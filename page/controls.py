@@ -1,7 +1,8 @@
 """What is held, tapped and turned becomes the next actions, within what training has seen.
 
-A page posts the keys that are down, not the events: a lost post is mended by the next one. Between two
-decisions a key may go down and up again; it is remembered as a tap, and acts for as long as it lasted.
+A page posts the keys that are down, not the events: a lost post is mended by the next one. Between
+two decisions a key may go down and up again; it is remembered as a tap, and acts for as long as it
+lasted.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Films for people: enlarged without smoothing, and under one of them what was looked back at.
 
-A film grows in fragments, each with an index of its own, so that it can be seen whatever ends it; when
-all is well, or at the next start, settle() makes an ordinary mp4 of them.
+A film grows in fragments, each with an index of its own, so that it can be seen whatever ends it;
+when all is well, or at the next start, settle() makes an ordinary mp4 of them.
 """
 
 import base64

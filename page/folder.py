@@ -7,8 +7,8 @@
                        session.json and state.safetensors
 
 Completing needs nothing but the folder, so a recording that was killed, or whose disk was full, is
-completed at the next start exactly as a recording that ended well. Its journal is locked while somebody
-writes; what nobody holds is what somebody lost. _DONE comes last: who sees it sees all.
+completed at the next start exactly as a recording that ended well. Its journal is locked while
+somebody writes; what nobody holds is what somebody lost. _DONE comes last: who sees it sees all.
 """
 
 import argparse

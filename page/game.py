@@ -1,8 +1,8 @@
 """The game itself behind the methods of a Session: nothing is imagined, so nothing is forgotten.
 
-play.py --fake walks in it: to learn the keys without a model, and to test everything around one. Its
-chunks are as short as an action can be. It has no memory and needs none, but shows which old frames a
-memory would have picked: those that looked the same way.
+play.py --fake walks in it: to learn the keys without a model, and to test everything around one.
+Its chunks are as short as an action can be. It has no memory and needs none, but shows which old
+frames a memory would have picked: those that looked the same way.
 """
 
 import time

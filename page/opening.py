@@ -1,7 +1,7 @@
 """Where a walk begins: the model, and then a picture, or a session that goes on.
 
-A session that ended well says its whole state. One that was cut off says it as of a moment before, and
-what was played since: the same actions are walked again, and lead to the same place.
+A session that ended well says its whole state. One that was cut off says it as of a moment before,
+and what was played since: the same actions are walked again, and lead to the same place.
 """
 
 import argparse

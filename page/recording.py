@@ -1,9 +1,9 @@
 """What is played becomes a session folder: frames, films and the journal, a chunk at a time.
 
-A chunk waits in memory while an undo may still take it back. Then a thread writes it: its raw frames,
-its part of the two films, and at last the line of the journal that says it is certain. Whatever ends
-this process, all chunks with a line are kept (page/folder.py). A full disk ends the recording, never the
-walk: add() raises OSError, and the folder waits for the next start.
+A chunk waits in memory while an undo may still take it back. Then a thread writes it: its raw
+frames, its part of the two films, and at last the line of the journal that says it is certain.
+Whatever ends this process, all chunks with a line are kept (page/folder.py). A full disk ends the
+recording, never the walk: add() raises OSError, and the folder waits for the next start.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """Frames out, keys in: the page over plain HTTP.
 
 Five routes (play.py lists them). One stream per viewer, a thread per connection; HTTP threads touch
-the controls, the screen and a queue of commands, never the model. Only this machine is served; another
-host demands a token. The page is sent as one text, so its policy (HEADERS) can forbid the browser to
-load anything else.
+the controls, the screen and a queue of commands, never the model. Only this machine is served;
+another host demands a token. The page is sent as one text, so its policy (HEADERS) can forbid the
+browser to load anything else.
 """
 
 import base64

@@ -1,8 +1,9 @@
 """Any picture becomes the first frame of a walk; one that names its world brings the truth along.
 
 The start pictures of assets/ are PNG files with a few words of text: the seed and the kind of their
-world, and the pose they were drawn from. Such a world is known everywhere: every frame of the model can
-be compared with the true one, walls can stop the player, and a camera behind him keeps out of them.
+world, and the pose they were drawn from. Such a world is known everywhere: every frame of the model
+can be compared with the true one, walls can stop the player, and a camera behind him keeps out of
+them.
 """
 
 import io

@@ -2,10 +2,10 @@
 
     out ── 30 s, or 60 s at most ──► home ── at the start again ──► replay ──► over: the score
 
-The walk home is the player's own, or the way out backwards ("lead me home"), which ends exactly where it
-began. Then the same steps are imagined once more without memory, as fast as they can be. Score: how
-close, in decibels, the picture on return is to the first one; ten more mean a tenth of the squared error.
-The rules are those of web/game.js, and a test plays both.
+The walk home is the player's own, or the way out backwards ("lead me home"), which ends exactly
+where it began. Then the same steps are imagined once more without memory, as fast as they can be.
+Score: how close, in decibels, the picture on return is to the first one; ten more mean a tenth of
+the squared error. The rules are those of web/game.js, and a test plays both.
 """
 
 import base64
