@@ -124,7 +124,7 @@ def plot(runs: list[str]) -> None:
     plt.yscale("log")
     plt.legend()
     picture = logs[0].with_name("loss.png")
-    plt.savefig(picture, dpi=120)
+    plt.savefig(picture, dpi=120, bbox_inches="tight")
     print(f"wrote {picture}")
 
 
