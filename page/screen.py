@@ -117,33 +117,40 @@ class Screen:
 
     def take(self, viewer: str) -> list[tuple[dict, bytes]]:
         """Notes this viewer has not had, and the newest frame unless WINDOW are on their way."""
+        records, entry = self.news(viewer)
+        if entry:
+            # nobody waits for this: of two who ask at once, both may encode
+            began = time.monotonic()
+            entry["jpeg"] = entry["jpeg"] or jpeg_of(entry["frame"])
+            self.encode = 1000 * (time.monotonic() - began)
+            records.append((entry["header"] | self.sent(entry, viewer), entry["jpeg"]))
+        return records
+
+    def news(self, viewer: str) -> tuple[list[tuple[dict, bytes]], dict | None]:
+        """The notes, and the frame that may be sent; soon, or a sign of life."""
         with self.changed:
             mine = self.viewers[viewer]
             until = time.monotonic() + WAIT
             while time.monotonic() < until:
-                records = [(note, b"") for serial, note in self.notes if serial > mine["noted"]]
+                notes = [(note, b"") for serial, note in self.notes if serial > mine["noted"]]
                 entry = self.now()
-                if entry and entry["n"] > mine["sent"] and len(mine["unacked"]) < WINDOW:
-                    records.append(self.send(entry, viewer))
-                if records:
+                free = len(mine["unacked"]) < WINDOW
+                fresh = entry if entry and entry["n"] > mine["sent"] and free else None
+                if notes or fresh:
                     mine["noted"] = self.serial
-                    return records
+                    return notes, fresh
                 now = time.monotonic()
                 coming = [entry["due"] for entry in self.frames if entry["due"] > now]
                 self.changed.wait(max(0.001, min([until, *coming]) - now))
-        return [({"ping": 1}, b"")]  # a closed tab is noticed by writing to it
+        return [({"ping": 1}, b"")], None  # a closed tab is noticed by writing to it
 
-    def send(self, entry: dict, viewer: str) -> tuple[dict, bytes]:
-        """A frame on its way; it becomes a JPEG when the first viewer asks for it."""
-        began = time.monotonic()
-        entry["jpeg"] = entry["jpeg"] or jpeg_of(entry["frame"])
-        self.encode = 1000 * (time.monotonic() - began)
-
-        self.viewers[viewer]["sent"] = entry["n"]
-        self.viewers[viewer]["unacked"].append(entry["n"])
-        told = {
-            "n": entry["n"],
-            "left": self.left(),
-            "role": "play" if self.plays(viewer) else "watch",
-        }
-        return entry["header"] | told, entry["jpeg"]
+    def sent(self, entry: dict, viewer: str) -> dict:
+        """A frame on its way, and what is told with it."""
+        with self.changed:
+            self.viewers[viewer]["sent"] = entry["n"]
+            self.viewers[viewer]["unacked"].append(entry["n"])
+            return {
+                "n": entry["n"],
+                "left": self.left(),
+                "role": "play" if self.plays(viewer) else "watch",
+            }

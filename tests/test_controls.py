@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
+import pytest
 
 from page.controls import MAX_LOOK, Controls
 from page.screen import Screen
@@ -103,3 +104,21 @@ def test_what_other_threads_change_is_read_under_its_lock() -> None:
     with screen.seat() as viewer:
         assert screen.plays(viewer) and not screen.plays("another")
         assert waits_for(screen.changed, lambda: screen.plays(viewer))
+
+
+def test_nobody_waits_while_a_frame_becomes_a_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    free = []
+
+    def encode(frame: np.ndarray) -> bytes:
+        player = threading.Thread(target=screen.note, kwargs={"stage": "drawing"}, daemon=True)
+        player.start()
+        player.join(5)
+        free.append(not player.is_alive())
+        return b"a picture"
+
+    monkeypatch.setattr("page.screen.jpeg_of", encode)
+    with screen.seat() as viewer:
+        screen.put(np.zeros((1, 8, 8, 3), np.uint8), [{"frame": 1}], 0.01)
+        records = screen.take(viewer)
+    assert records[-1][1] == b"a picture" and free == [True]
