@@ -144,13 +144,11 @@ function compareRevisit({ psnr, view, pose, policy, i }) {
 
 // ---- panels -------------------------------------------------------------------------------------
 
-const SLOW = 8; // frames per second, as in player.py
-
 /** A picture that was made before the last command says what was set then: facts are newer. */
 function drawPanels(made) {
   const now = made.n > play.facts.n ? made : { ...made, ...play.facts };
   if (now.pace === "turn" && play.pace !== "turn") {
-    const slow = now.gen < SLOW ? "Too slow to play live. " : "";
+    const slow = now.slow ? "Too slow to play live. " : "";
     say(`${slow}Plan a chunk with the keys, then press Enter. T: live again.`, 8000);
   }
   if (now.pace !== play.pace || now.slots !== play.slots) {

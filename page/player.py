@@ -244,6 +244,7 @@ class Player(threading.Thread):
         return {
             **self.set,
             "pace": self.tempo(),
+            "slow": self.set["pace"] == "auto" and self.tempo() == "turn",
             "policy": self.session.policy,
             "seed": self.seed,
             "gen": self.speed(),
@@ -305,7 +306,9 @@ class Player(threading.Thread):
         """live, or turn: plan a chunk, press Enter. Where nobody chose, a slow model is played in turns."""
         if self.set["pace"] != "auto":
             return self.set["pace"]
-        return "turn" if len(self.times) > 1 and self.speed() < SLOW else "live"
+        # a machine that was busy for a moment is not slow: most of the last chunks have to be
+        recent = [n < SLOW * seconds for n, seconds in self.times[1:][-5:]]
+        return "turn" if len(recent) > 1 and 2 * sum(recent) > len(recent) else "live"
 
     def due(self) -> bool:
         """Is it time to decide?"""

@@ -1012,6 +1012,7 @@ def test_the_shipped_model_turns_away_and_back_in_the_page(chromium, tmp_path: P
         tab.wait_for_function(
             "$('when').textContent === 'paused' && plan.hidden && play.frame.i === 136"
         )
+        tab.wait_for_function("$('banner').textContent === ''")  # how to plan was said long enough
         tab.screenshot(path=str(tmp_path / "page.png"))
         tab.set_viewport_size({"width": 480, "height": 900})
         tab.screenshot(path=str(tmp_path / "narrow.png"), full_page=True)

@@ -93,8 +93,8 @@ def test_an_undone_chunk_is_not_in_the_recording(
 
 def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     player = dreaming(tmp_path, monkeypatch)
-    player.times = [(56, 20.0), (40, 11.0)]
-    assert player.tempo() == "turn" and not player.due()
+    player.times = [(56, 20.0), (40, 11.0), (40, 11.0)]
+    assert player.tempo() == "turn" and not player.due() and player.facts()["slow"]
     commands.obey(player, {"cmd": "run", "plan": [["w"], ["w", "l"], [], ["no key", "d"]]})
     assert player.due()
     keyboard, mouse, said = player.decide(40)
@@ -105,8 +105,11 @@ def test_a_slow_model_is_played_in_turns(tmp_path: Path, monkeypatch: pytest.Mon
         and keyboard[12:16, 3].all()  # then a wall of the known world ends the walk
     )
     assert player.plan is None and said["keys"] == ["w", "l+w", "_", "d"]
-    player.times = [(56, 20.0), (40, 1.0)]
-    assert player.tempo() == "live"
+    for recent in ([], [(40, 11.0)], [(40, 1.0), (8, 3.0)], [(8, 3.0), (8, 0.1), (8, 0.1)]):
+        player.times = [(56, 20.0), *recent]
+        assert player.tempo() == "live", "busy for a moment is not slow"
+    player.set["pace"] = "turn"
+    assert player.tempo() == "turn" and not player.facts()["slow"], "chosen is not slow"
 
 
 def test_one_chunk_more_is_refused_in_turns(
