@@ -29,6 +29,7 @@ def test_a_column_over_several_files_is_one_tensor():
     assert torch.equal(again[:], whole[[4, 4, 0]])
 
 
+@pytest.mark.long
 def test_a_kill_while_encoding_loses_one_file_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -202,6 +203,7 @@ for episodes in (clips.SHARD, 10 * clips.SHARD):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own numbers")
 def test_ten_times_as_many_episodes_hold_the_same_memory(tmp_path: Path):
     command = [sys.executable, "-c", MEASURE.format(root=str(ROOT)), tmp_path]

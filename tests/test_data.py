@@ -134,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_dataset(dataset: Path, tmp_path: Path) -> None:
     file = tmp_path / "go.py"
     file.write_text(PROGRAM)
@@ -533,6 +534,7 @@ def program(folder: Path, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_the_command_line_reads_foreign_clips_and_says_what_is_bad(
     tmp_path: Path, known: dict
 ) -> None:

@@ -639,6 +639,7 @@ def test_bf16_weights_stay_near_float32(fp32_stream: bool):
     assert low.dtype == torch.float32 and relative_error(low, v) < 0.05
 
 
+@pytest.mark.long
 def test_a_block_compiles_into_one_graph():
     model = loud(MICRO)
     x, sigma, c = inputs(MICRO)

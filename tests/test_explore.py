@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from game import explore
 from game.explore import NavMesh
@@ -79,6 +80,7 @@ def interval_covered(weights, places=40):
     return np.mean(shares) - half, np.mean(shares) + half
 
 
+@pytest.mark.long
 def test_learned_explorer_covers_more_than_waypoints_than_random():
     places = [make_scene(seed) for seed in SPLITS["train"][:64]]
     low_learned, _ = interval_covered(explore.train_explorer(places))

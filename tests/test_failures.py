@@ -82,6 +82,7 @@ def test_what_is_expected_is_written_in_the_language_of_claims(stage: str) -> No
         assert claim.where in study.arms
 
 
+@pytest.mark.long
 def test_a_base_is_trained_played_judged_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_base_is_trained_played_judged_and_shown(
     assert page.read_text() == written
 
 
+@pytest.mark.long
 def test_a_student_starts_from_a_base_and_is_played_with_both_samplers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

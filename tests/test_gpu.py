@@ -40,6 +40,7 @@ def apart() -> Iterator[Callable]:
         yield lambda walk, *arguments: pool.submit(walk, *arguments).result()
 
 
+@pytest.mark.long
 def test_the_fake_device_tells_two_devices_apart_and_keeps_the_numbers(apart: Callable):
     apart(two_devices)
 
@@ -70,6 +71,7 @@ def segment(session: Session) -> torch.Tensor:
     return session.step(*realtime.walk_actions(session.frames_needed)).frames
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change",
     [{"decoder": "light75"}, {"quantize": "qkvo"}, {"new": 10, "steps": 2, "guidance": 2.0}],
@@ -108,6 +110,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] if "loss" in row else row["critic"] for row in rows if "it_s" in row]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["vae", "lightvae", "base", "moe", "distill"])
 def test_every_stage_trains_and_resumes_on_a_gpu_with_the_losses_of_the_cpu(
     stage: str, studio: Path, tmp_path: Path, apart: Callable

@@ -21,6 +21,7 @@ def test_without_a_gpu_the_script_ends_in_one_line() -> None:
     assert done.stdout.startswith("no CUDA device here") and done.stdout.count("\n") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["parity", "decoders", "segment"])
 def test_every_part_can_be_walked(part: str, tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--preset", "micro", "--out", str(tmp_path), "--parts", part]

@@ -122,6 +122,7 @@ def test_a_walk_is_played_again_from_its_link(
     assert opening.link_of(player) == "#seed=7&start=0&do=l1.25:56"
 
 
+@pytest.mark.long
 def test_a_link_is_played_in_the_page_and_a_foreign_one_is_told(tmp_path: Path) -> None:
     with page(tmp_path) as (player, server):
         viewer = Viewer(server)

@@ -460,6 +460,7 @@ def test_the_gate_keeps_new_places_and_skips_what_is_known() -> None:
     assert len(filled_bank(lap)) == 300
 
 
+@pytest.mark.long
 def test_a_bank_of_1e5_latents_answers_as_brute_force_would_and_thirty_times_as_fast() -> None:
     n = 100_000
     recall = []

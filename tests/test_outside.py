@@ -170,6 +170,7 @@ def test_coming_back_is_worth_more_to_who_remembers(tmp_path: Path) -> None:
     assert away["forgetting"] > 10
 
 
+@pytest.mark.long
 def test_a_model_has_a_file_of_its_own_in_which_commands_keep_their_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

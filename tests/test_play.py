@@ -337,6 +337,7 @@ def test_a_session_goes_on_where_it_ended_and_goes_on_again(short: Path) -> None
     )
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_playable_film_and_a_session_that_goes_on(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--fake", "--size", "64x64", "--actions", "w:4000", "--out", "cut"]

@@ -135,6 +135,7 @@ def test_eight_denoisers_and_a_decoder_make_the_frames_of_one_process(
     assert all(process.poll() is not None for process in ranks.team.crew)
 
 
+@pytest.mark.long
 def test_a_killed_decoder_ends_all_ranks_within_seconds(three: list[realtime.Chunk]) -> None:
     ranks = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
     ranks.reset(IMAGE)
@@ -223,6 +224,7 @@ def listening(pids: set[int]) -> set[str]:
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
 def test_ranks_meet_on_this_machine_alone_and_obey_nobody_but_rank_0(tmp_path: Path) -> None:
     team = realtime.open_session(replace(OPTIONS, threads=1, patience=200.0), 1)
@@ -329,6 +331,7 @@ def in_hexadecimal(address: str) -> set[str]:
     return {backwards, f"0000000000000000FFFF0000{backwards}"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
 @pytest.mark.skipif(not other_address(), reason="this machine has no address but 127.0.0.1")
 def test_ranks_of_several_hosts_make_the_frames_of_one_process(tmp_path: Path) -> None:

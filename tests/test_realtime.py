@@ -551,6 +551,7 @@ def test_trained_short_segments_act_after_eight_frames(tmp_path, capsys) -> None
     assert session.step(*realtime.walk_actions(8)).frames.shape == (8, 64, 64, 3)
 
 
+@pytest.mark.long
 def test_a_live_player_gets_the_shortest_segments_that_are_made_fast_enough(tmp_path) -> None:
     session = realtime.Session(with_lengths(tmp_path, "10 5 2"))
     assert realtime.shortest_sustained(session, 1e-3) == 2  # anything keeps up with this

@@ -114,6 +114,7 @@ def frames_of(film: Path) -> int:
     return imageio.improps(film, plugin="pyav").shape[0]
 
 
+@pytest.mark.long
 def test_a_killed_recording_is_completed_replayed_and_goes_on(tmp_path: Path) -> None:
     process = started(tmp_path, "--actions", "w:8, l:4000")
     reach(process, "frame 240")
@@ -140,6 +141,7 @@ def test_a_killed_recording_is_completed_replayed_and_goes_on(tmp_path: Path) ->
     assert code == 0 and f"{frames // 4} of {frames // 4} chunks are identical" in said
 
 
+@pytest.mark.long
 def test_a_dropped_line_ends_a_recording_in_good_order(tmp_path: Path) -> None:
     process = started(tmp_path, "--actions", "w:4000")
     reach(process, "frame 80")

@@ -306,6 +306,7 @@ def test_every_demo_runs(
     assert not list(tmp_path.iterdir()), "a demo writes no file"
 
 
+@pytest.mark.long
 def test_the_bench_runs_from_any_folder(tmp_path: Path) -> None:
     words = ["--suite", "model", "--preset", "micro", "--out", tmp_path]
     done = run(ROOT / "lab/bench.py", *words, cwd=tmp_path)

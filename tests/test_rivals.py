@@ -100,6 +100,7 @@ def test_another_memory_makes_another_film(dreamer: Player, back: Return) -> Non
     assert torch.equal(films["ours"][:, :, :4], films["pooled"][:, :, :4])
 
 
+@pytest.mark.long
 def test_a_run_scores_every_arm_at_every_place_and_no_claim_asks_for_more(
     dreamer: Player, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

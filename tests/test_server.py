@@ -98,6 +98,7 @@ def test_keys_posted_are_keys_played(tmp_path: Path) -> None:
         viewer.close()
 
 
+@pytest.mark.long
 def test_at_most_three_frames_are_on_their_way_and_a_late_viewer_skips(tmp_path: Path) -> None:
     with page(tmp_path) as (player, server):
         viewer = Viewer(server)

@@ -211,6 +211,7 @@ def test_a_run_that_needs_too_much_memory_goes_on_with_less_to_the_same_bits(ref
     assert same(state("runs/base-micro"), state(reference))
 
 
+@pytest.mark.long
 def test_resuming_after_kill_9_between_saves_continues_exactly(reference):
     assert launch("--steps", "8", "--save-every", "4", stop=f"6 {signal.SIGKILL}") == [
         -signal.SIGKILL
@@ -241,6 +242,7 @@ def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
 DISTILL = ["--segments", "1", "--cold-start", "1", "--ratio", "1"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["vae", "vae with a judge", "distill"])
 def test_the_other_stages_resume_exactly_too(stage, reference, capsys):
     stage, _, judge = stage.partition(" ")
@@ -285,6 +287,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
         flags.check(TrainConfig(device="cuda"), 1)
 
 
+@pytest.mark.long
 def test_a_compiled_training_learns_the_same_weights(reference, monkeypatch):
     compiled = []
     traced = functools.partial(
@@ -322,6 +325,7 @@ def test_micro_batches_add_up_to_the_batch():
     torch.testing.assert_close(parts["entries"], whole["entries"], atol=2e-2, rtol=0)
 
 
+@pytest.mark.long
 def test_two_ranks_compute_the_losses_of_one_process():
     how = ["--steps", "3", "--muon", "0", "--run"]
     start(*how, "one")
@@ -411,6 +415,7 @@ def test_the_vae_stages_leave_vaes_that_encode_and_decode():
     assert list(Path("runs/lightvae-micro/samples").glob("*.png"))
 
 
+@pytest.mark.long
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_are():
     video = torch.rand(1, 3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     start("--stage", "vae", "--steps", "4", "--batch", "1", "--run", "whole")
@@ -570,6 +575,7 @@ def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clip
         load_clips(high, decoder, root, "train")
 
 
+@pytest.mark.long
 def test_samples_and_held_out_scores_appear_while_training():
     start("--steps", "2", "--sample-every", "2")
     assert {file.suffix for file in Path("runs/base-micro/samples").iterdir()} == {".png", ".mp4"}
@@ -678,6 +684,7 @@ def test_errors_of_the_same_scene_are_what_the_network_makes_of_these_latents(cl
     torch.testing.assert_close(dirty.memory, clean.memory + own["memory"])
 
 
+@pytest.mark.long
 def test_errors_of_the_same_scene_train_and_resume_exactly():
     start("--steps", "12", "--p-own", "0.5", "--save-every", "6", "--run", "whole")
     start("--steps", "6", "--p-own", "0.5", "--save-every", "6", "--run", "part")

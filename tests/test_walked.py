@@ -88,6 +88,7 @@ def formula(options: parts.Options) -> float:
     return 2 * (parameters + denoising + decoding + memory) / 1e9
 
 
+@pytest.mark.long
 def test_the_released_size_needs_what_one_would_expect() -> None:
     full = parts.estimate(GPU)
     assert 1 < full / formula(GPU) < 1.25

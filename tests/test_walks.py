@@ -59,6 +59,7 @@ def fresh_run(out: Path) -> Run:
     return Run([TEST], False, "none", out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("out, gaps", [("", SHORT), ("over 8 W ", revisits.GAPS)])
 def test_there_and_back_rewards_a_return_and_not_a_standstill(
     out: str, gaps: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +87,7 @@ def test_there_and_back_rewards_a_return_and_not_a_standstill(
     assert abs(still["travelled / commanded"]) < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen", [False, True])
 def test_opposite_keys_count_only_if_both_act(
     frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -145,6 +145,7 @@ def test_what_is_new_after_a_turn_lies_on_its_side(walk: tuple[Script, Views]) -
     assert columns.min() > 32
 
 
+@pytest.mark.long
 def test_registration_finds_where_clean_frames_were_taken() -> None:
     errors = []
     for seed in (TEST, TEST + 1, TEST + 2):
