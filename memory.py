@@ -192,7 +192,8 @@ def select_training(
 ) -> Tensor:  # (B, M) latents to remember; the last is the sink, latent 1, if wanted
     """As the release chooses for training. Each query has a ball of random points around its camera;
     wanted are those that ANY new view sees. Its answer is the old latent that sees most of them.
-    (Released: a latent is judged by its first frame, ours by its last; all frames of the clip want.)
+    (The release judges a latent by its first frame, ours is its last, and counts what any frame of
+    the whole window sees, ours what its new latents see.)
 
     No latent is taken twice, unless there are fewer than M; with none but latent 0, that one.
     """

@@ -209,7 +209,7 @@ def encode(
 def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Path]) -> None:
     """Every missing file, SHARD episodes each: what a kill leaves behind is whole, and kept."""
     encoder = copy.deepcopy(vae).to(run.dtype)
-    reader = parts.text_encoder(run.cfg.preset, run.cfg.init)
+    reader = parts.text_encoder(run.cfg.preset, str(cli.find(run.cfg.init)))
     name = files[0].parent.name
     bar = tqdm(total=len(paths), desc=f"encoding {name}", disable=not sys.stderr.isatty())
     for number, file in enumerate(files):

@@ -261,7 +261,7 @@ def parse(argv: list[str]) -> TrainConfig:
         if getattr(cfg, name) < 1:
             raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
     for name, stages in SAVES_MEMORY.items():
-        if typed.get(name) and stage not in stages:
+        if typed.get(name, 0) > getattr(TrainConfig, name) and stage not in stages:
             raise ValueError(
                 f"{flag_of(name)} is for --stage {', '.join(stages)}; "
                 f"{stage} needs less memory with a smaller --batch"

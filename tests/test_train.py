@@ -239,6 +239,10 @@ def test_ctrl_c_while_a_sample_is_drawn_loses_nothing(monkeypatch):
     assert newest("runs/base-micro").name in ("000003", "000004")
 
 
+def test_a_flag_that_says_the_default_is_no_mistake():
+    assert parse(["--stage", "vae", "--accum", "1", "--no-checkpoint-activations"]).accum == 1
+
+
 DISTILL = ["--segments", "1", "--cold-start", "1", "--ratio", "1"]
 
 
