@@ -162,6 +162,8 @@ def digest_of(vae: nn.Module, root: Path, paths: list[Path], run: Run) -> str:
         digest.update((path / "_DONE").read_bytes())  # a hash of all that is in the episode
     size = dit.PRESETS[run.cfg.preset]
     digest.update(f"{run.dtype} {size.text_dim} {size.text_len}".encode())
+    if parts.reads_umt5(run.cfg.preset):
+        digest.update(b"umt5")  # older caches have word hashes in its place
     encoder = [*vae.encoder.parameters(), *vae.conv1.parameters()]
     for tensor in (*encoder, vae.latent_mean, vae.latent_std):
         digest.update(f"{tensor.double().sum().item():.6g}".encode())

@@ -270,13 +270,17 @@ def how_trained(options: Options, meta: dict) -> dict:
     return known
 
 
+def reads_umt5(preset: str) -> bool:
+    return dit.PRESETS[preset].text_dim >= 4096
+
+
 def text_encoder(preset: str, path: str) -> Callable[[str], Tensor]:  # prompt -> (n, text_dim)
     """Word hashes; for networks of the released size umT5, whose answers are cached beside it.
 
     A player and a training ask here, so that a model hears in play what it heard in training.
     """
     config = dit.PRESETS[preset]
-    if config.text_dim < 4096 or path == "random":
+    if not reads_umt5(preset) or path == "random":
         return lambda prompt: embed_prompt(prompt, config.text_dim, config.text_len)
 
     # the released folder has it beside its models, one folder up from each

@@ -98,6 +98,16 @@ def test_the_words_of_a_clip_are_read_as_a_player_reads_them(
     assert torch.equal(text, torch.full((1, 4, 8), float(len(words))).half())
 
 
+def test_latents_with_words_that_no_player_reads_are_not_used_again(
+    tmp_path: Path, here: run.Run, encoder: vae.VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clips(tmp_path, [57])
+    paths = clips.list_episodes(tmp_path, "train")
+    hashed = clips.digest_of(encoder, tmp_path, paths, here)
+    monkeypatch.setattr(parts, "reads_umt5", lambda preset: True)
+    assert clips.digest_of(encoder, tmp_path, paths, here) != hashed
+
+
 def write_clips(root: Path, frames: list[int], first: int = 0) -> None:
     """The same names whatever is in them."""
     for number, count in enumerate(frames):
