@@ -320,7 +320,8 @@ class MemoryBank:
         """One latent more; storage that is full doubles."""
         for name, x in row.items():
             if self.size == len(self.store.get(name, ())):
-                bigger = x.new_zeros(max(BLOCK, 2 * self.size), *x.shape)
+                # not zeros: a page of memory that nothing is written to costs nothing
+                bigger = x.new_empty(max(BLOCK, 2 * self.size), *x.shape)
                 if self.size:
                     bigger[: self.size] = self.store[name]
                 self.store[name] = bigger
@@ -415,7 +416,8 @@ class MemoryBank:
         return Memory(latents[None], times[None], self.store["cameras"][rows][None])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: x[: self.size].clone() for name, x in self.store.items()}
+        """What is stored, not a copy of it: to be written before the next append."""
+        return {name: x[: self.size] for name, x in self.store.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.size = len(state.get("times", ()))
