@@ -207,6 +207,7 @@ def replay(args: argparse.Namespace) -> int:
     again.stop = args.stop
     again.prompt = recorded["prompt"]
     again.image = str(file.parent / "start.png")
+    folder.as_many_threads(recorded)
     keyboard, mouse = (np.array(recorded[key], np.float32) for key in ("keyboard", "mouse"))
     policies = [chunk["policy"] for chunk in recorded["chunks"]]
     new = headless(again, Script(keyboard, mouse, recorded["fps"], policies, again=True))
@@ -302,7 +303,6 @@ def check(args: argparse.Namespace) -> int:
 def make_start() -> None:
     """Draw the start pictures again, after a change of world.py: every file names its world and its pose."""
     assets = cli.beside("assets")
-    # world and pose stand in the old file, so it is read before it is replaced
     for path in (assets / "start.png", *assets.glob("gallery/*.png")):
         open_start(path, (64, 64), path.name).save(path)
 

@@ -481,15 +481,12 @@ def main(argv: list[str]) -> int:
     if cfg.dry_run:
         print(f"{cfg.preset}:", sizes.memory_needed(cfg))
         return 0
-    run = setup(cfg)
-    where = cli.shown(run.folder)
-    if run.rank == 0:
-        about = [f"stage {cfg.stage}", f"preset {cfg.preset}", run.device, run.dtype]
-        print(*about, f"{run.world} rank(s)", where, sep=" · ", flush=True)
-    try:
+    with setup(cfg) as run:
+        where = cli.shown(run.folder)
+        if run.rank == 0:
+            about = [f"stage {cfg.stage}", f"preset {cfg.preset}", run.device, run.dtype]
+            print(*about, f"{run.world} rank(s)", where, sep=" · ", flush=True)
         LOOPS[cfg.stage](run)
-    finally:
-        run.close()
     if run.rank == 0:
         stopped = f"stopped at step {run.step}; the same command resumes it"
         print(stopped if run.stop else f"done: {where} at step {run.step}")

@@ -339,7 +339,6 @@ ORDERS = {  # what rank 0 may ask of whom
     "denoise": ("reset", "run", "load", "undo", "close"),
     "decode": ("decode", "dump", "load", "undo", "close"),
 }
-BROKEN = ("connection", "gloo", "died")  # an error with such a word says that another rank is gone
 
 
 def serve(place: Place, options: Options | None = None) -> int:
@@ -370,10 +369,7 @@ def serve(place: Place, options: Options | None = None) -> int:
         dist.destroy_process_group()
     except Exception as error:
         # rank 0 is told the reason, unless it is only that another rank is gone
-        broken = isinstance(error, RuntimeError) and any(
-            word in str(error).lower() for word in BROKEN
-        )
-        if not broken and not isinstance(error, ConnectionError):
+        if not meeting.says_rank_is_gone(error):
             reason = f"rank {rank} ({box}) failed: {type(error).__name__}: {error}"
             with contextlib.suppress(RuntimeError):  # rank 0 may be gone, too
                 store.set("failed", reason)

@@ -43,7 +43,15 @@ NOT_COME = (
     "{0} within {1:.0f} s: see what torchrun says there; if that host only starts slowly, "
     "let it: MATRIX_GAME_PATIENCE=120 on every host"
 )
+GONE = ("connection", "gloo", "nccl", "died")  # words of torch's errors when another rank is gone
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
+
+
+def says_rank_is_gone(error: BaseException | None) -> bool:
+    """Whether an error only means that another rank has ended."""
+    words = str(error).lower()
+    torn = isinstance(error, RuntimeError) and any(word in words for word in GONE)
+    return torn or isinstance(error, ConnectionError)
 
 
 class Place(NamedTuple):

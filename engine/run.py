@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import checkpoint, cli, flags, optim, weights
+from engine import checkpoint, cli, flags, meeting, optim, weights
 from engine.flags import TrainConfig
 
 MAY_CHANGE = {  # on resume: how long and how often, but nothing that changes a step
@@ -51,6 +51,7 @@ STREAMS = {
     "rank": 800_000_000,
     "length": 900_000_000,
 }
+DTYPES = ("float32", "bfloat16")  # of the computing copy
 BEFORE = {"new": "10"}  # what runs did that are older than a flag with another default
 VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}
 KEPT_WITH_WEIGHTS = (  # what whoever loads the weights must know
@@ -92,12 +93,20 @@ class Run:
         """At the end, and every so many steps."""
         return self.step >= self.cfg.steps or bool(every) and self.step % every == 0
 
-    def close(self) -> None:
-        """Others may train here now."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Others may train here now; and if another rank is gone, what to do."""
         if self.lock:
             self.lock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.world > 1 and meeting.says_rank_is_gone(error):
+            raise ConnectionError(
+                f"rank {self.rank} stops at step {self.step}: another rank is gone. "
+                "The same command goes on from the newest checkpoint"
+            ) from error
 
 
 # ---- the folder --------------------------------------------------------------------------------------------
@@ -202,10 +211,10 @@ def dtype_of(cfg: TrainConfig, old: dict, device: torch.device) -> str:
     name = cfg.dtype
     if name == "auto":
         name = old.get("resolved_dtype") or str(weights.faster_dtype(device)).removeprefix("torch.")
-    names = [name]
+    choice = torch.tensor(DTYPES.index(name), device=device)
     if dist.is_initialized():
-        dist.broadcast_object_list(names)
-    return names[0]
+        dist.broadcast(choice, 0)
+    return DTYPES[choice]
 
 
 def listen(run: Run) -> None:

@@ -82,6 +82,12 @@ def find(path: str | Path) -> Path:
             )
         if found:
             return find(found[0])
+    if path.parent.name == "runs" and not path.exists():
+        made = sorted(latest.parent.name for latest in path.parent.glob("*/latest"))
+        raise Refusal(
+            f"there is no run {path}; runs with weights: {', '.join(made) or 'none yet'}. "
+            f"python train.py --stage base --run {path.name} makes one"
+        )
     raise Refusal(RELEASE.format(path=path))
 
 

@@ -97,6 +97,7 @@ DISTILL = Study(
         "healthy": Arm(),
         "slow critic": Arm("--lr-critic 1e-5"),
         "fast student": Arm("--lr 1.5e-4"),
+        "plain teacher": Arm("--guidance 1"),
         "euler": Arm(weights="healthy", method="euler"),
     },
     patrol,
@@ -104,18 +105,20 @@ DISTILL = Study(
     40,
     3,
     """
-  healthy      | > 0 x     | sharpness won since the start     | sharpness: healthy - start
-  slow critic  | >= 1.05 x | the critic's loss / healthy       | last critic: slow critic / healthy
-  slow critic  | > 0       | spread in training - healthy      | last latent_std: slow critic - healthy
-  slow critic  | > 0       | spread in play - healthy          | spread: slow critic - healthy
-  slow critic  | >= 0.5 dB | PSNR lost against healthy         | psnr: healthy - slow critic
-  fast student | >= 1.1 x  | the critic's loss / healthy       | last critic: fast student / healthy
-  fast student | > 0       | spread in training - healthy      | last latent_std: fast student - healthy
-  fast student | >= 1.2 x  | gradient norm / healthy           | last norm: fast student / healthy
-  fast student | >= 1 dB   | PSNR lost against healthy         | psnr: healthy - fast student
-  euler        | > 0       | sharpness lost, the same weights  | sharpness: healthy - euler
-  euler        | > 0       | spread lost, the same weights     | spread: healthy - euler
-  euler        | dB        | PSNR lost, the same weights       | psnr: healthy - euler
+  healthy       | > 0 x     | sharpness won since the start    | sharpness: healthy - start
+  slow critic   | >= 1.05 x | the critic's loss / healthy      | last critic: slow critic / healthy
+  slow critic   | > 0       | spread in training - healthy     | last latent_std: slow critic - healthy
+  slow critic   | > 0       | spread in play - healthy         | spread: slow critic - healthy
+  slow critic   | >= 0.5 dB | PSNR lost against healthy        | psnr: healthy - slow critic
+  fast student  | >= 1.1 x  | the critic's loss / healthy      | last critic: fast student / healthy
+  fast student  | > 0       | spread in training - healthy     | last latent_std: fast student - healthy
+  fast student  | >= 1.2 x  | gradient norm / healthy          | last norm: fast student / healthy
+  fast student  | >= 1 dB   | PSNR lost against healthy        | psnr: healthy - fast student
+  plain teacher | >= 0.05 x | sharpness lost against healthy   | sharpness: healthy - plain teacher
+  plain teacher | >= 0.2 dB | PSNR won against healthy         | psnr: plain teacher - healthy
+  euler         | > 0       | sharpness lost, the same weights | sharpness: healthy - euler
+  euler         | > 0       | spread lost, the same weights    | spread: healthy - euler
+  euler         | dB        | PSNR lost, the same weights      | psnr: healthy - euler
 """,
 )
 BASE = Study(

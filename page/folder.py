@@ -41,6 +41,7 @@ JOURNAL = "session.jsonl"
 FRAMES = "frames.tmp"
 FILMS = ("play.mp4", "play_memory.mp4")
 FARTHEST = 1e9  # metres, degrees, keys: nothing in a walk is larger
+MOST_THREADS = 1024
 HASHED = 1 << 28  # bytes of the largest weight file whose hash is worth the time
 FLAGS = (  # what a replay needs to be the same again
     "fake",
@@ -145,6 +146,13 @@ def about(args: argparse.Namespace) -> dict:
         "weights_sha": sha,
         "flags": {name: getattr(args, name) for name in FLAGS},
     }
+
+
+def as_many_threads(recorded: dict) -> None:
+    """As it was played: a sum that other threads share is rounded otherwise."""
+    threads = recorded["versions"].get("threads")
+    if isinstance(threads, int) and 1 <= threads <= MOST_THREADS:  # it may come from a stranger
+        torch.set_num_threads(threads)
 
 
 # ---- what a session says -----------------------------------------------------------------------------------

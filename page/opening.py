@@ -46,20 +46,21 @@ def open_walk(player: object, live: bool) -> None:
     recorded = folders.session_of(args.resume) if args.resume else None
     if recorded:
         args.view = recorded["flags"].get("view", "first")  # a session goes on as it began
+
+    # a picture that cannot be read is said before the model is loaded, which takes its time
+    player.size = args.size if args.fake else SIZES[args.preset]
+    image = Path(args.image)
+    start = None if recorded else open_start(image, player.size, image.name, args.view)
+
     if args.fake:
         player.session = FakeSession(args.size, args.view)
-        player.size = args.size
     else:
         player.session = realtime.open_session(options_of(args), args.dit_ranks)
-        player.size = SIZES[args.preset]
         settle(player, live)
     player.session.policy = args.memory
-
     if recorded:
         go_on(player, args.resume, recorded)
     else:
-        image = Path(args.image)
-        start = open_start(image, player.size, image.name, args.view)
         player.reset(numbered(start, image.read_bytes(), player.gallery))
 
 

@@ -248,6 +248,29 @@ def short(tmp_path: Path) -> Path:
     return tmp_path / "walk"
 
 
+@pytest.mark.parametrize(("threads", "taken"), [(3, 3), (0, 2), (10**9, 2), ("3", 2), (None, 2)])
+def test_a_replay_has_the_threads_of_its_session(
+    short: Path, threads: object, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = json.loads((short / "session.json").read_text())
+    said["versions"]["threads"] = threads
+    (short / "session.json").write_text(json.dumps(said))
+    set_to = [2]
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    main(short.parent, "--replay", "walk", "--out", "again")
+    assert set_to[-1] == taken
+
+
+def test_a_wrong_picture_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime, "open_session", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    model = ("--weights", str(ROOT / "assets/tiny"), "--actions", "w:4")
+    with pytest.raises(ValueError, match="no.png"):
+        main(tmp_path, "--image", str(tmp_path / "no.png"), *model)
+
+
 def test_a_replay_that_differs_says_why_not(short: Path) -> None:
     said = json.loads((short / "session.json").read_text())
     said["chunks"][0]["sha"], said["versions"]["torch"] = "0", "0.1"

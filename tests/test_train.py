@@ -62,10 +62,7 @@ def progress(self, **numbers):
     if self.run.step == step and self.run.rank == 0:
         os.kill(os.getpid(), number)
 Progress.__call__ = progress
-try:
-    sys.exit(train.main(sys.argv[1:]))
-except ValueError as error:
-    sys.exit(str(error))
+cli.run(train.main)
 """
 
 
@@ -362,6 +359,20 @@ def test_a_signal_to_one_rank_stops_and_saves_all():
     how = ["--steps", "400", "--muon", "0", "--save-every", "1000"]
     assert launch(*how, ranks=2, stop=f"4 {signal.SIGTERM}") == [130, 130]
     assert newest("runs/base-micro").name in ("000004", "000005", "000006")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_gone_is_one_line_and_the_same_command_goes_on(
+    capfd: pytest.CaptureFixture,
+) -> None:
+    how = ["--steps", "6", "--muon", "0", "--save-every", "2"]
+    assert launch(*how, ranks=2, stop=f"5 {signal.SIGKILL}") == [-signal.SIGKILL, 2]
+    said = capfd.readouterr().err
+    assert "rank 1 stops at step" in said and "another rank is gone. The same command" in said
+    assert "Traceback" not in said
+    assert newest("runs/base-micro").name == "000004"
+    assert launch(*how, ranks=2) == [0, 0]
+    assert newest("runs/base-micro").name == "000006"
 
 
 @pytest.mark.slow

@@ -352,6 +352,13 @@ def test_a_file_that_is_no_weight_file_is_refused(tmp_path):
         weights.load(tmp_path / "start.png")
 
 
+def test_a_mistyped_run_is_answered_with_the_runs_there_are(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "latest").write_text("000001")
+    with pytest.raises(ValueError, match=r"no run .*mien; runs with weights: mine\. .*--run mien"):
+        weights.find(tmp_path / "runs" / "mien")
+
+
 def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
     (tmp_path / "demo" / "ckpt").mkdir(parents=True)
     with pytest.raises(ValueError, match="python train.py --stage base --run demo"):
