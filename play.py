@@ -14,7 +14,7 @@ held, and queues commands.
     GET  /         the page
     GET  /frames   records without end: [n][n bytes of JSON][m][m bytes of JPEG], n and m in four bytes
                    each, the highest first; a record with m = 0 is a note, the first is {hello, id, …}.
-                   No more than 3 pictures are sent that the page has not said it has drawn
+                   No more than 4 pictures are sent that the page has not said it has drawn
     POST /input    {id, keys, dx, dy, shown} → 204: the keys held now, how many pixels the mouse has
                    moved since the last post, the number of the newest picture that was drawn
     POST /cmd      {id, cmd, …} → {ok, error}; cmd is one of commands.COMMANDS

@@ -10,11 +10,14 @@ const ROOM = 1.5; // times the path: so much is shown
 function drawMap(header) {
   const canvas = $("map");
   const ratio = devicePixelRatio || 1; // pixels of the screen per pixel of the page
-  if (canvas.clientWidth) {
-    canvas.width = Math.round(canvas.clientWidth * ratio);
-    canvas.height = Math.round(canvas.clientHeight * ratio);
+  const width = Math.round(canvas.clientWidth * ratio);
+  const height = Math.round(canvas.clientHeight * ratio);
+  if (width && (canvas.width !== width || canvas.height !== height)) {
+    canvas.width = width;
+    canvas.height = height;
   }
   const pen = canvas.getContext("2d");
+  pen.clearRect(0, 0, canvas.width, canvas.height);
   const style = getComputedStyle(document.body);
   const color = (name) => style.getPropertyValue(name).trim();
   const { place, scale } = mapping(play.path, canvas.width, canvas.height);

@@ -4,7 +4,7 @@
 // camera stood, with which keys, whether with memory, how long each step took.
 "use strict";
 
-const PANELS = 100; // milliseconds between two drawings of the panels
+const PANELS = 200; // milliseconds between two drawings of the panels: one costs like a picture
 const LONGEST = 6000; // frames of the path that are kept, and of latencies a third
 const SLOTS = 5; // old frames that the memory gives to a chunk
 
@@ -66,7 +66,7 @@ function takeFrame(header) {
   measureLatency(header.keys, now);
 
   // an undo goes back to an earlier frame: what was walked after it did not happen
-  play.path = play.path.filter(([, , , , , index]) => index < header.i);
+  while (play.path.at(-1)?.[5] >= header.i) play.path.pop();
   play.path.push([...header.pose, header.i]);
   if (play.path.length > LONGEST) play.path.splice(1, LONGEST / 3);
 

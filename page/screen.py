@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-WINDOW = 3  # frames that may be on their way to a viewer without having been drawn
+WINDOW = 4  # frames that may be on their way to a viewer who has not said that they are drawn
 STREAMS = 8  # viewers
 KEPT = 400  # frames, ten seconds
 NOTES = 32

@@ -24,6 +24,7 @@ const play = {
   dx: 0, // pixels that the mouse has moved since the last post, to the right
   dy: 0, // and downwards
   shown: 0, // number of the newest picture that was drawn
+  unsaid: 0, // pictures drawn since the server was told
 
   // the turn pace
   pace: null, // "live", or "turn": see plan.js

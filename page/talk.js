@@ -13,6 +13,8 @@ function address(path) {
   return path + (token ? `?token=${encodeURIComponent(token)}` : "");
 }
 
+const ACKNOWLEDGE = 2; // pictures; fewer than the server lets be on their way (WINDOW in screen.py)
+
 // ---- out ----------------------------------------------------------------------------------------
 
 /** The server's reply, or null where there is none. */
@@ -44,12 +46,19 @@ async function sendInput() {
   const { dx, dy, shown } = play;
   play.dx = 0;
   play.dy = 0;
+  play.unsaid = 0;
   await post("/input", { keys, dx, dy, shown });
   posting = false;
   if (changedMeanwhile) {
     changedMeanwhile = false;
     sendInput();
   }
+}
+
+/** The server sends on when it knows what was drawn; every second time is often enough. */
+function acknowledge() {
+  play.unsaid++;
+  if (play.unsaid >= ACKNOWLEDGE) sendInput();
 }
 
 /** command({cmd: "pause"}): what is refused is told over the picture. */
@@ -104,7 +113,7 @@ async function readRecords() {
     if (jpeg.length) {
       await drawPicture(jpeg);
       play.shown = header.n;
-      sendInput(); // the server sends the next one when it knows that this one was drawn
+      acknowledge();
       takeFrame(header);
     } else {
       takeNote(header);
