@@ -3,7 +3,7 @@
 What it does. Actions become poses, poses become camera matrices, and cameras become rays. The rays
 are what tells the network where it looks. Readers of foreign data convert to these conventions
 when they read.
-Paper: §3.2 (relative Plücker encoding).  Released: its own axes and channels, kept below.
+Paper: §3.2 (relative Plücker encoding).  Released: its own axes and channels (released.py).
 
 Conventions. A camera is c2w = [R | p], 4x4, from camera to world, in metres. R = Ry(yaw)·Rx(pitch)
 turns, p is the camera's position. Axes as in OpenCV: x right, y DOWN, z forward; the floor is
@@ -36,8 +36,7 @@ heading before and after:
 The way back turns by −Δyaw, from yaw + Δyaw, and so has the same mean: a step back undoes a step
 exactly. With the heading before the turn, or the one after it, it would not.
 
-What differs. The released integrator wraps yaw to ±180° before it takes the mean: the one step
-across ±180° goes backwards. Its channels, though called Plücker, are (o, d) without the moment.
+What differs. What released weights expect instead is in released.py.
 
 Try it: python camera.py      Tests: pytest tests/test_camera.py
 """
@@ -57,6 +56,7 @@ DEAD_ZONE = 0.02  # smaller mouse values count as 0
 ARM = 2.8  # metres behind it
 LIFT = 0.15  # metres above it
 TILT = 12.0  # degrees that it looks further down
+NEAR, FAR = 0.1, 30.0  # metres: the part of a view that counts as seen
 KEYS = ("w", "s", "a", "d", "jump", "attack")  # order of the six keyboard entries
 
 
@@ -281,54 +281,6 @@ def anchored_rays(
     return channels.transpose(2, 3).flatten(1, 2).unflatten(-1, (h, w))
 
 
-# ---- the released conventions --------------------------------------------------------------------
-
-
-def to_released(c2w: Tensor) -> Tensor:
-    """Our cameras -> the left-handed ones of the release, whose det R is −1.
-
-    Their world has x forward, y right and z up. Our y (down) becomes their z WITHOUT a change of
-    sign, so what looks up here looks down there, as the release does when its mouse says "up".
-    The image-down column changes its sign, so that it still points down.
-    """
-    rows = [2, 0, 1, 3]
-    return c2w[..., rows, :] * c2w.new_tensor([1, -1, 1, 1])
-
-
-def from_released(extrinsics: Tensor) -> Tensor:
-    """The inverse of to_released, exact: rows move back and a sign changes, nothing is computed."""
-    rows = [1, 2, 0, 3]
-    return extrinsics[..., rows, :] * extrinsics.new_tensor([1, -1, 1, 1])
-
-
-def released_poses(keyboard: Tensor, mouse: Tensor) -> Tensor:
-    """(F, 6), (F, 2) -> (F, 5) float32, in centimetres: the released integrator, bit for bit.
-
-    Its angles are float32, and a step goes along the mean of two WRAPPED yaws. Where yaw passes
-    from 179° to −179° that mean is 0°, and the step goes backwards.
-    """
-    pose = torch.zeros(5)
-    poses = []
-    turns = DEGREES * torch.where(mouse.abs() < DEAD_ZONE, 0.0, mouse.float())
-    for keys, turn in zip(keyboard.tolist(), turns, strict=True):
-        poses.append(pose)
-        angles = pose[3:] + turn
-        angles[1] -= 360 * torch.round(angles[1] / 360)
-
-        forward, right, diagonal = walked(keys)
-        mean_yaw = (pose[4] + angles[1]) / 2
-        heading = math.radians(float(mean_yaw))
-        sin = math.sin(heading)
-        cos = math.cos(heading)
-        x = cos * forward - sin * right
-        y = sin * forward + cos * right
-        step = 8.73 if diagonal else 12.35
-        move = step * torch.tensor([x, y, 0], dtype=torch.float64)
-        here = pose[:3].double() + move
-        pose = torch.cat([here.float(), angles])
-    return torch.stack(poses)
-
-
 # ---- keys by name --------------------------------------------------------------------------------
 
 LOOK = {  # (pitch, yaw) in mouse units; 0.1 is 1.5° per frame
@@ -382,13 +334,9 @@ def keys_from_action(keyboard: Sequence[float], mouse: Sequence[float]) -> str:
 def main() -> None:
     """A full circle ends where it began; and the moment of a line is the same along it."""
     keyboard, mouse = actions_from_keys(["w+l"] * 241)  # 240 times 1.5° is a full circle
-    ours = integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
-    theirs = released_poses(keyboard, mouse)  # the last action moves nothing yet
-    gap = 100 * (ours[-1, :3] - ours[0, :3]).norm()
-    released_gap = (theirs[-1, :3] - theirs[0, :3]).norm()
-    print(
-        f"a full circle ends {gap:.1f} cm from its start; the released integrator's {released_gap:.1f} cm"
-    )
+    poses = integrate((0, 0, 0, 0, 0), keyboard[:240], mouse[:240])
+    gap = 100 * (poses[-1, :3] - poses[0, :3]).norm()
+    print(f"a full circle ends {gap:.1f} cm from its start")
 
     o = torch.tensor([[1.0], [2.0], [0.0]])
     d = torch.tensor([[0.6], [0.0], [0.8]])

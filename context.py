@@ -45,10 +45,8 @@ memory, null actions (mouse +1, keyboard −1, as released), and the negative pr
 text. Training does the same to the actions and text of some samples (mute), so that the network
 has learned to answer. Memory latents always carry null actions.
 
-What differs. From segment 1 on, a released latent sees the actions 4L − 11 .. 4L, one later than
-(3); the first two of a segment see its first action repeated. The very last one is not known yet,
-so the one before is repeated. released_actions does this for released weights, and for training
-with their encoding.
+What differs. Released weights expect other windows of actions and other rays: released.py has both,
+and a context with the encoding "released" is made of them.
 
 Try it: python context.py      Tests: pytest tests/test_context.py tests/test_memory.py
 """
@@ -59,6 +57,7 @@ import torch
 from torch import Tensor
 
 import camera
+import released
 from camera import choose, expect
 
 NULL_MOUSE = 1.0  # "no action": memory tokens and the branch that guidance subtracts
@@ -143,34 +142,6 @@ def segment_cameras(c2w: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
 def action_windows(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
     """(B, F, A) from frame 0, A = 6 keys or 2 of the mouse -> (B, n, 12, A) what each latent sees."""
     return take_frames(actions, first_latent, n, torch.arange(-ACTIONS_SEEN, 0))  # (3)
-
-
-def released_windows(actions: Tensor) -> Tensor:  # (B, 57 | 56, A) -> (B, 15 | 14, 12, A)
-    """Windows of 12, four apart, over the actions of one segment, one action per frame.
-
-    Its first action is repeated in front: 12 times for segment 0 (4k + 1 frames), else 8 times.
-    """
-    frames = actions.shape[1]
-    copies = ACTIONS_SEEN if frames % Window.stride == 1 else ACTIONS_SEEN - Window.stride
-    before = actions[:, :1].expand(-1, copies, -1)
-    padded = torch.cat([before, actions], 1)
-    latents = (frames + 3) // Window.stride
-    return padded.unfold(1, ACTIONS_SEEN, Window.stride)[:, :latents].mT
-
-
-def released_actions(actions: Tensor, first_latent: int | Tensor, n: int) -> Tensor:
-    """(B, F, A) from frame 0 -> (B, n, 12, A): the release's windows of one segment.
-
-    Every frame of the segment has its action, but the last, which repeats the one before.
-    """
-    first = torch.as_tensor(first_latent, device=actions.device).expand(len(actions))
-    begins = (Window.stride * (first - 1) + 1).clamp(min=0)  # the segment's first frame
-    last = Window.stride * (first + n - 1)  # and its last
-    count = int(last[0] - begins[0]) + 1
-    frames = begins[:, None] + torch.arange(count, device=actions.device)
-    frames = torch.minimum(frames, last[:, None] - 1)
-    rows = torch.arange(len(actions), device=actions.device)[:, None]
-    return released_windows(actions[rows, frames])
 
 
 # ---- what goes into a context --------------------------------------------------------------------
@@ -285,7 +256,7 @@ class Segment:
         encoding: str = "anchored",
     ) -> "Segment":
         """n latents out of whole walks."""
-        windows = released_actions if encoding == "released" else action_windows
+        windows = released.action_windows if encoding == "released" else action_windows
         start = torch.as_tensor(first).expand(len(walk.c2w))
         return cls(
             times=start[:, None] + torch.arange(n, device=start.device),
@@ -352,8 +323,10 @@ class Segment:
             K = lens.K
             if K is None:
                 K = torch.tensor([w, h, w, h]) * lens.stride / 2
-            memories = cameras.shape[1] - T
-            return released_rays(cameras, memories, T - P, K, (h, w, lens.stride))
+            newest = cameras.shape[1] - 1
+            offsets = query_offsets(T - P, newest + 1 - T)
+            queries = [newest - offset for offset in offsets]
+            return released.rays(cameras, queries, K, (h, w, lens.stride))
 
         anchor = self.cameras[:, P - 1, -1]  # (B, 4, 4)
         if lens.encoding == "absolute":
@@ -361,44 +334,6 @@ class Segment:
         K = camera.intrinsics(h, w) if lens.K is None else lens.K / lens.stride
         rays = camera.anchored_rays(cameras, anchor, K, h, w)
         return rays * (lens.encoding != "none")
-
-
-def released_rays(
-    cameras: Tensor,  # (B, M+T, 4, 4, 4): M memory latents first
-    M: int,
-    new: int,  # how many of the T are new: the last ones
-    K: Tensor,  # (4,) pixels
-    size: tuple[int, int, int],  # latent h, w and pixels per cell
-) -> Tensor:  # (B, 6*stride², M+T, h, w) float32
-    """As released, but for shifts below 0.1 mm: every latent relative to the one before, memory to the
-    query it answers."""
-    h, w, stride = size
-    pose = camera.to_released(cameras[:, :, -1].double())
-    T = cameras.shape[1] - M
-
-    # g = c2w_reference⁻¹ c2w; the reference of memory is its query, of others the latent before
-    # (of the first one itself, so that its g is the identity)
-    queries = [M + T - 1 - offset for offset in query_offsets(new, M)]
-    before = [M, *range(M, M + T - 1)]
-    g = camera.relative(pose[:, queries + before], pose)  # (B, M+T, 4, 4)
-
-    # shifts lose their scale: each of memory has length 1, the longest of the segment too; shifts
-    # below 0.1 mm are left alone, their direction would be noise
-    length = g[..., :3, 3].norm(dim=-1)
-    length[:, M:] = length[:, M:].amax(1, keepdim=True)
-    g[..., :3, 3] /= torch.where(length > 1e-4, length, 1.0)[..., None]
-
-    image = camera.rays(g.float(), K, h * stride, w * stride)
-    return fold_cells(image, stride).transpose(1, 2)
-
-
-def fold_cells(x: Tensor, stride: int) -> Tensor:
-    """(B, T, c, h·s, w·s) -> (B, T, c·s², h, w), the pixels of a cell as channels.
-
-    Their order is channel, row in the cell, column in the cell.
-    """
-    cells = x.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))  # (..., c, h, s, w, s)
-    return cells.movedim((-3, -1), (-4, -3)).flatten(2, 4)
 
 
 # ---- windows of whole clips ----------------------------------------------------------------------
@@ -471,9 +406,7 @@ def main() -> None:
 
     actions = torch.arange(200.0)[None, :, None]
     ours = action_windows(actions, 15, 1)[0, 0, :, 0]
-    theirs = released_actions(actions, 11, 14)[0, 4, :, 0]
-    print(f"latent 15 sees actions {ours[0]:.0f} .. {ours[-1]:.0f}", end="")
-    print(f"; in the release, of segment 1, {theirs[0]:.0f} .. {theirs[-1]:.0f}")
+    print(f"latent 15 sees actions {ours[0]:.0f} .. {ours[-1]:.0f}")
 
 
 if __name__ == "__main__":

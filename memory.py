@@ -43,10 +43,10 @@ it shows where the walk began. A bank scores up to 512 candidates one by one. Of
 those near by: the 160 with the most similar position and direction (frustum_key), of these the best
 24 by 64 points.
 
-What differs. The release spaces depths evenly, which counts near points too often (rule
-"released", kept in its own order of arithmetic), and may give one latent to several slots. Here a
-view is 90° wide and high, whatever the camera's K. As in the paper walls are ignored: overlap is
-what could be seen. lab/truth.py has the exact volume, and tests compare.
+What differs. The release spreads its points otherwise (rule "released", see released.py), and may
+give one latent to several slots. Here a view is 90° wide and high, whatever the camera's K. As in
+the paper walls are ignored: overlap is what could be seen. lab/truth.py has the exact volume, and
+tests compare.
 
 Try it: python memory.py      Tests: pytest tests/test_memory.py
 """
@@ -60,10 +60,10 @@ from torch import Tensor
 
 import camera
 import context
-from camera import choose, expect
+import released
+from camera import FAR, NEAR, choose, expect
 from context import Memory, Window
 
-NEAR, FAR = 0.1, 30.0  # metres: the part of a view that counts as seen
 RULES = ("uniform", "released")  # how points are spread over a view
 POLICIES = ("camera", "recent", "random", "none")  # by what to remember; all but one are ablations
 POINTS = 256  # of a view, for its overlap with another
@@ -94,14 +94,6 @@ def uniform_points(n: int) -> Tensor:  # (3, n) points of a view, in a camera's 
     return torch.stack([x * z, y * z, z])
 
 
-@functools.cache
-def released_points() -> Tensor:  # (3, 1000): even in depth, so too many close by; many on edges
-    side = torch.linspace(-1, 1, 10)
-    depth = torch.linspace(NEAR, FAR, 10)
-    z, y, x = torch.meshgrid(depth, side, side, indexing="ij")
-    return torch.stack([x * z, y * z, z]).flatten(1)
-
-
 def inside(points: Tensor, g: Tensor, far: float = FAR) -> Tensor:
     """(3, P), (n, 4, 4) -> (n, P) bool: which points lie in the view of each of n cameras.
 
@@ -128,7 +120,7 @@ def overlap(
         camera.check_rigid("candidates", candidates)
     if rule == "released":
         others = candidates.expand(len(query), *candidates.shape[-3:])
-        return torch.stack([*map(released_overlap, query, others)])
+        return torch.stack([*map(released.overlap, query, others)])
 
     # in double: far from the origin, a difference of two positions in float32 would be coarse
     g = camera.relative(candidates.double(), query.double()[:, None])
@@ -140,30 +132,6 @@ def overlap(
         seen = inside(sample, piece.float())
         shares.append(seen.float().mean(-1))  # (1)
     return torch.cat(shares).view(g.shape[:2])
-
-
-def released_overlap(query: Tensor, candidates: Tensor) -> Tensor:  # (4, 4), (N, 4, 4) -> (N,)
-    """What the release computes: in float32, in its axes and in its order.
-
-    Many of its points lie exactly on the sides of a view that looks the same way. Whether they
-    count is a matter of rounding, so another way to the same formula gives other scores.
-    """
-    view = camera.to_released(query).float()
-    sample = released_points().to(view)
-    world = view[:3, :3] @ sample + view[:3, 3:]  # (3, 1000)
-    shares = []
-    for piece in camera.to_released(candidates).float().split(32):  # a piece stays in cache
-        back = torch.linalg.inv(piece)
-        moved = (back[:, :3, :3] @ world).add_(back[:, :3, 3:])
-        x, y, z = moved.unbind(1)  # (32, 1000) each
-        depth = z.clamp(min=1e-6)
-        u = x.mul_(640).div_(depth).add_(640)  # pixels of a picture of 1280 x 720
-        v = y.mul_(360).div_(depth).add_(360)
-        seen = (z > NEAR).logical_and_(z < FAR)
-        seen.logical_and_(u >= 0).logical_and_(u <= 1280)
-        seen.logical_and_(v >= 0).logical_and_(v <= 720)
-        shares.append(seen.float().mean(-1))
-    return torch.cat(shares)
 
 
 def pick(scores: Tensor, index: Tensor, sink: int | None, penalty: float) -> Tensor:

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, float64
 from torch.testing import assert_close
 
+import released
 from camera import (
     ANCHORED_SCALE,
     STEP,
     anchored_rays,
     c2w_to_pose,
-    from_released,
     integrate,
     intrinsics,
     is_rigid,
@@ -24,10 +24,8 @@ from camera import (
     pose_to_c2w,
     rays,
     relative,
-    released_poses,
     rotation,
     step_pose,
-    to_released,
 )
 
 HOME = (0, 0, 0, 0, 0)
@@ -53,7 +51,7 @@ def test_a_circle_closes_across_the_yaw_seam_and_the_released_one_does_not() -> 
         return (poses[-1, :3] - poses[0, :3]).norm()
 
     ours = integrate(HOME, keyboard[:240], mouse[:240])
-    theirs = released_poses(keyboard, mouse)
+    theirs = released.poses(keyboard, mouse)
     assert gap(ours) < 1e-9
     assert 24 < gap(theirs) < 25.5
 
@@ -79,12 +77,12 @@ def test_relative_undoes_itself_and_keeps_precision_far_from_home() -> None:
 
 def test_the_released_convention_is_left_handed_and_comes_back_exactly() -> None:
     c2w = random_cameras(20)
-    released = to_released(c2w)
-    handedness = torch.linalg.det(rotation(released))
+    theirs = released.to_released(c2w)
+    handedness = torch.linalg.det(rotation(theirs))
     assert (handedness < 0).all()
     assert is_rigid(c2w).all()
-    assert torch.equal(from_released(released), c2w)
-    assert not is_rigid(released).any()
+    assert torch.equal(released.from_released(theirs), c2w)
+    assert not is_rigid(theirs).any()
 
 
 def test_w_moves_along_the_view_and_d_to_its_right() -> None:
@@ -130,10 +128,10 @@ def test_rays_are_unit_and_the_centre_looks_forward() -> None:
 def test_released_poses_and_cameras_match_bit_for_bit(golden: dict) -> None:
     keyboard = golden["keyboard"]
     mouse = golden["mouse"]
-    assert torch.equal(released_poses(keyboard, mouse), golden["poses"])
+    assert torch.equal(released.poses(keyboard, mouse), golden["poses"])
 
     pose = released_pose5(golden["poses"])
-    extrinsics = to_released(pose_to_c2w(pose))
+    extrinsics = released.to_released(pose_to_c2w(pose))
     assert_close(extrinsics, golden["extrinsics"], atol=1e-12, rtol=0)
 
     until_last = keyboard[:-1], mouse[:-1]

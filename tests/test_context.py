@@ -10,14 +10,13 @@ from torch.testing import assert_close
 
 import camera
 import dit
+import released
 from camera import relative
 from context import (
     Clip,
     Window,
     action_windows,
     query_offsets,
-    released_rays,
-    released_windows,
     segment_cameras,
 )
 
@@ -64,9 +63,9 @@ def test_relative_poses_and_rays_match_official() -> None:
         assert_close(g, golden, atol=1e-12, rtol=0)
 
     extrinsics = CAMERA["extrinsics"][None, 0:9:4, None]
-    cameras = camera.from_released(extrinsics.expand(-1, -1, 4, -1, -1))
+    cameras = released.from_released(extrinsics.expand(-1, -1, 4, -1, -1))
     K = torch.tensor([24.0, 16, 24, 16])
-    image = released_rays(cameras, 0, 2, K, (32, 48, 1))
+    image = released.rays(cameras, [], K, (32, 48, 1))
     image = image[0].permute(1, 2, 3, 0)
     assert_close(image, CAMERA["plucker_rel"], atol=1e-6, rtol=0)
 
@@ -74,7 +73,7 @@ def test_relative_poses_and_rays_match_official() -> None:
 def test_released_windows_have_the_official_frames() -> None:
     def windows(first: float, end: float) -> Tensor:
         actions = torch.arange(first, end)[None, :, None]
-        return released_windows(actions)[0, :, :, 0]
+        return released.windows(actions)[0, :, :, 0]
 
     first = windows(0.0, 57.0)
     assert first.shape == (15, 12)
@@ -97,8 +96,8 @@ def test_a_latent_sees_the_actions_that_made_it_in_every_segment() -> None:
             latent = first + i
             wanted = range(4 * latent - 12, 4 * latent)
             assert seen[b, i].tolist() == [max(0, action) for action in wanted]
-    released = released_windows(actions[:1, :57])
-    assert torch.equal(seen[0], released[0, :14, :, 0])
+    theirs = released.windows(actions[:1, :57])
+    assert torch.equal(seen[0], theirs[0, :14, :, 0])
 
 
 def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
@@ -106,7 +105,7 @@ def test_released_rays_of_a_still_or_turning_camera_have_no_origin() -> None:
     pose[0, :, 4] = torch.linspace(0, 80, 57)
     cameras = segment_cameras(camera.pose_to_c2w(pose), 0, 15)
     K = torch.full((4,), 16.0)
-    image = released_rays(cameras, 0, 14, K, (4, 4, 8))
+    image = released.rays(cameras, [], K, (4, 4, 8))
     image = image.unflatten(1, (6, 64))
     origins = image[:, :3]
     lengths = image[:, 3:].norm(dim=1)

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import attention as attention_file
-import camera
 import dit
 import flow
 import memory
+import released
 from actions import ActionModule
 from attention import attention
 from block import Block
-from context import Context, Memory, Window, released_windows, segment_cameras
+from context import Context, Memory, Window, segment_cameras
 from dit import DiT, DiTConfig, random_context
 from flow import sample, sigma_grid
 
@@ -535,7 +535,7 @@ def golden_case(case: str) -> tuple[Tensor, Tensor, SimpleNamespace, Tensor]:
     times = torch.cat([remembered, torch.arange(*g["latent_range"].tolist())])
     no_turn = torch.ones(1, M, 12, 2)
     no_key = -torch.ones(1, M, 12, 6)
-    mouse, keyboard = (released_windows(g[name]) for name in ("mouse", "keyboard"))
+    mouse, keyboard = (released.windows(g[name]) for name in ("mouse", "keyboard"))
     context = SimpleNamespace(
         past=g["x"][:, :, :P],
         memory=bank,
@@ -579,7 +579,7 @@ def rollout_context(g: dict, k: int, history: Tensor) -> Context:
     window = Window()
     first, end, P = window.segment(k)
     frames = slice(0, 57) if k == 0 else slice(40 * k + 1, 40 * k + 57)
-    c2w = camera.from_released(g["extrinsics"])[None]
+    c2w = released.from_released(g["extrinsics"])[None]
     past = history[:, :, -P:]
     bank = None
     if k > 0:
@@ -601,7 +601,7 @@ def rollout_context(g: dict, k: int, history: Tensor) -> Context:
         past,
         torch.arange(first, end)[None],
         segment_cameras(c2w, first, end - first),
-        *(released_windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
+        *(released.windows(g[name][None, frames]) for name in ("mouse", "keyboard")),
         g["context"][None],
         bank,
         encoding="released",

@@ -11,12 +11,12 @@ import torch
 from helpers import GOLDEN_CONFIG, make_context, shaken
 from safetensors.torch import load_file, save_file
 
-import camera
 import dit
 import flow
 import moe
+import released
 import vae
-from context import Memory, Window, released_windows, segment_cameras
+from context import Memory, Window, segment_cameras
 from engine import configs, parts, weights
 from vae import PRESETS, VAE, pruned
 
@@ -265,13 +265,13 @@ def test_a_released_folder_reproduces_the_golden_rollout(tmp_path):
     released_folder(tmp_path / "weights" / "base_distilled_model", timestep="integer")
     model, _ = weights.load(tmp_path / "weights", dtype=torch.float32)
     golden = load_file(GOLDEN / "rollout.safetensors")
-    c2w = camera.from_released(golden["extrinsics"])[None]
+    c2w = released.from_released(golden["extrinsics"])[None]
     history = golden["image_latent"]
     for k in range(4):
         first, last, n_past = Window().segment(k)
         frames = slice(4 * first - 3 if k else 0, 4 * last - 3)
         mouse, keyboard = (
-            released_windows(golden[name][None, frames]) for name in ("mouse", "keyboard")
+            released.windows(golden[name][None, frames]) for name in ("mouse", "keyboard")
         )
         remembered = None
         if k:
