@@ -8,18 +8,18 @@ same names.
 
 Why it works. The mouse turns the camera, so every place of the picture changes, each from what it
 showed before. The twelve movements, 24 numbers, are put beside every token ([x ; mouse]). An MLP
-mixes both, and each place attends to itself at all times:
+mixes both, and each place attends to itself at all times. What is added to x is
 
     hidden = MLP([x ; mouse])                                                                  (1)
-    x      = x + W₁·attention over time(hidden)                                                (2)
+    moved  = W₁·attention over time(hidden)                                                    (2)
 
 A held key is one fact for the whole picture, but what it changes differs from place to place: a
 step forward makes a near wall larger and leaves the sky as it is. So all places share the keyboard.
 The twelve states of a latent's keyboard become one key k and one value v of attention (3), and each
-token, by a query of its own, reads those of all latents (4):
+token, by a query of its own, reads those of all latents (4), which is added next:
 
     k, v = W₂·[embed(keyboard in frame 1), ..., embed(keyboard in frame 12)]                   (3)
-    x    = x + W₃·attention(query(x), k, v)                                                    (4)
+    held = W₃·attention(query(x), k, v)                                                        (4)
 
 Queries and keys of both branches are rotated by time, as in attention.py, but by a clock of their
 own. It counts the latents of a segment, past and new, from 0, and memory latents, whose actions are

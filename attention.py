@@ -18,9 +18,10 @@ from what the tokens contain. The frequencies fall from 1 radian per latent to a
 
     ω_j = θ^(−j/n),    j = 0 .. n − 1                                                          (1)
 
-With one θ for all heads there are far lags at which many of the turns ω_j·lag are near a multiple
-of 360 degrees, in all heads at once: a latent of long ago looks like a recent one. Eq. 7 gives
-every head h a θ of its own, so that such lags differ from head to head:
+The frequencies of a head are called its clock. With one θ for all heads there are far lags at which
+many of the turns ω_j·lag are near a multiple of 360 degrees, in all heads at once: a latent of long
+ago looks like a recent one. Eq. 7 gives every head h a θ of its own, so that such lags differ from
+head to head:
 
     θ_h = 10000·(1 + σ_θ·ε_h),   ε_h = linspace(−1, 1, heads)[h]   Eq. 7                       (2)
 
@@ -29,8 +30,8 @@ whatever the tokens contain? Take every a_j as 1, every φ_j as 0, and the mean 
 
     likeness(lag) = mean of cos(ω·lag)                                                         (3)
 
-The demo prints it for a lag of 10, which (2) hardly changes, and the largest one of all lags from
-200 on, which it lowers: in a network of the size `tiny` from 0.68, more than lag 10 has, to 0.44.
+The demo prints it for a lag of 10, which (2) hardly changes, and the largest one of the lags from 200
+to 1,999, which it lowers: in a network of the size `tiny` from 0.68, more than lag 10 has, to 0.44.
 
 The row and the column of a token are told in the same way, by pairs of their own: a third of all
 pairs for each. The rest are for time.
@@ -42,8 +43,8 @@ at a time; for self-attention the ranks trade places for heads, and back:
     all heads, own places  --exchange-->  own heads, all places  --attend, exchange-->  as before
 
 What differs. Angles are computed when they are needed, so there is no last latent. The product is
-flash-attn's on a GPU where that is installed, torch's everywhere else, but for a training in
-bfloat16 on a CPU.
+flash-attn's for 16-bit numbers on a GPU where that is installed, a plain formula for a training in
+bfloat16 on a CPU, and torch's everywhere else.
 
 Try it: python attention.py      Tests: pytest tests/test_attention.py
 """

@@ -69,7 +69,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass
 class Prepared:
-    """What DiT.share computes from the context alone: the same in all steps of a segment."""
+    """What DiT.encode_context makes of a context: the same in all steps of a segment."""
 
     clean: Tensor  # (B, M+P, S, D) embedded memory and past
     rays: Tensor  # (B, T, S, D) ray tokens
@@ -135,7 +135,7 @@ class Block(nn.Module):
         factor, shift = camera
         x = torch.addcmul(shift[:, last], x, factor[:, last])  # (4)
 
-        # 3. text; from here on x is normalised
+        # 3. text; norm3(x) replaces x before it
         x = self.replace_stream(x)
         q = self.cross_attn.query(x.to(dtype))
         y = attention.attention(q, *text)

@@ -75,7 +75,7 @@ def rotation(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 3, 3)
     return c2w[..., :3, :3]
 
 
-def place(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 3)
+def position(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 3)
     return c2w[..., :3, 3]
 
 
@@ -190,16 +190,16 @@ def c2w_to_pose(c2w: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 5)
     yaw = torch.atan2(x, z)
     pitch = torch.asin((-y).clamp(-1, 1))
     angles = torch.stack([pitch, yaw], -1)
-    return torch.cat([place(c2w), torch.rad2deg(angles)], -1)
+    return torch.cat([position(c2w), torch.rad2deg(angles)], -1)
 
 
 def relative(base: Tensor, other: Tensor) -> Tensor:  # (..., 4, 4) twice -> base⁻¹ · other
     inverse = rotation(base).mT
     turn = inverse @ rotation(other)
     # the positions are subtracted before they are turned: exact even far from the origin
-    away = place(other) - place(base)
-    shift = inverse @ away[..., None]  # (2)
-    top = torch.cat([turn, shift], -1)
+    away = position(other) - position(base)
+    shift = inverse @ away[..., None]
+    top = torch.cat([turn, shift], -1)  # (2)
     bottom = other.new_tensor([0, 0, 0, 1])
     return torch.cat([top, bottom.expand_as(top[..., :1, :])], -2)
 
@@ -227,7 +227,7 @@ def directions(K: Tensor, H: int, W: int) -> Tensor:  # (..., 4) -> (..., 3, H*W
 def rays(c2w: Tensor, K: Tensor, H: int, W: int) -> Tensor:  # (..., 4, 4), (4,) -> (..., 6, H, W)
     """Origin and direction of the ray of every pixel, in the axes that c2w leads to."""
     d = rotation(c2w) @ directions(K.to(c2w), H, W)
-    o = place(c2w)[..., None].expand_as(d)
+    o = position(c2w)[..., None].expand_as(d)
     return torch.cat([o, d], -2).unflatten(-1, (H, W))
 
 
@@ -275,7 +275,7 @@ def anchored_rays(
 
     in_camera = directions(K.to(g), h, w).view(-1, 1, 1, 3, h * w)
     d = rotation(g) @ in_camera  # (B, 4, L, 3, h*w)
-    o = place(g) / ANCHORED_SCALE
+    o = position(g) / ANCHORED_SCALE
     o = o[..., None].expand_as(d)
     channels = torch.cat([o, d, moment(o, d), azimuth_waves(d)], -2)  # (B, 4, L, 15, h*w)
     return channels.transpose(2, 3).flatten(1, 2).unflatten(-1, (h, w))

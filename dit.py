@@ -273,7 +273,7 @@ class DiT(nn.Module):
         self.check(context, x_sigma=(x_sigma, (B, C, new, h, w)), sigma=(sigma, (B,)))
 
         # one sequence: memory and past, which no step changes, and the new latents as they are now
-        shared = prepared or self.share(context)
+        shared = prepared or self.encode_context(context)
         x = torch.cat([shared.clean, self.embed(x_sigma, shared.here)], 1)  # (B, T, S, D)
         if self.cfg.rays_at_input:
             x = x + shared.rays
@@ -306,10 +306,10 @@ class DiT(nn.Module):
         With a group each rank works on its share of the places; all call forward with the same
         inputs. Not under FSDP, whose blocks gather their weights in forward only.
         """
-        shared = self.share(context, group)
+        shared = self.encode_context(context, group)
         return replace(shared, blocks=[block.prepare(shared) for block in self.blocks])
 
-    def share(self, context, group: dist.ProcessGroup | None = None) -> Prepared:
+    def encode_context(self, context, group: dist.ProcessGroup | None = None) -> Prepared:
         """What all blocks need of the context, in their dtype, for the places of this rank."""
         self.check(context)
         cfg = self.cfg

@@ -22,7 +22,8 @@ A network that predicts velocities knows the score. If x has the density p, x_τ
 ∫ p(x)·N(x_τ; (1 − τ)·x, τ²) dx. The gradient of its logarithm is −(x_τ − (1 − τ)·x)/τ², averaged
 over all x that may lie behind x_τ, which puts the mean x̂ in the place of x (Tweedie):
 
-    s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²,    x̂ = E[x | x_τ] = x_τ − τ·v            v: predicted     (2)
+    x̂ = E[x | x_τ] = x_τ − τ·v                                 v: the predicted velocity       (2)
+    s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²
     s_fake − s_real = (1 − τ)/τ²·(x̂_fake − x̂_real)
 
 With the 1 − τ of Eq. 8 that is a weight of (1 − τ)²/τ², which explodes for small τ. It only weighs
@@ -47,8 +48,7 @@ clean estimate is x, and only this one forward pass is differentiated.
 What differs. Open in the paper, chosen here: 3 steps of flow.py's grid with fresh noise in
 between; τ drawn like the σ of training, then clamped to [.02, .98] (with a shift of 5, one draw in
 eleven becomes .98); "n updates" as n critic updates per student update (turns has the other reading
-too); past and memory masked in a share 0.2 of the rollouts, which are then one segment that starts
-from an image.
+too); past and memory masked with chance 0.2: the rollout is then one segment that starts from an image.
 Ours, off by default: a judge that pulls towards true latents (Judge).
 
 Try it: python dmd.py      Tests: pytest tests/test_dmd.py
@@ -74,10 +74,10 @@ class DMDConfig:
     tau_max: float = 0.98  # above, x_τ shows nothing of x
     guidance: float = 1.0  # w of (6), as in flow.sample; other code calls w − 1 the guidance
     segments: int = 6  # the longest rollout, in segments of 10 new latents
-    most: int = 12  # with shorter segments: enough to reach as far in time, but at most so many
+    most: int = 12  # of shorter segments; more of them are drawn, to reach as far in time
     lens: Lens = Lens()  # how cameras are told
     sink: bool = True  # the last memory is always latent 1
-    p_mask: float = 0.2  # share of rollouts that are one segment from an image, without memory
+    p_mask: float = 0.2  # chance that a rollout is cut to one segment from an image, without memory
 
 
 # ---- what an iteration draws -------------------------------------------------------------------

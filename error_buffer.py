@@ -114,7 +114,7 @@ class ErrorBuffer:
         if self.entries is None:
             self._allocate(chosen)
         for latent in chosen:
-            self.entries[self._slot(generator)] = latent
+            self.entries[self._claim_slot(generator)] = latent
         self.pushes += 1
 
     def ready(self) -> bool:
@@ -177,18 +177,18 @@ class ErrorBuffer:
     def _allocate(self, like: Tensor) -> None:
         self.entries = torch.empty(self.cfg.capacity, *like.shape[1:], dtype=like.dtype)
 
-    def _slot(self, generator: torch.Generator | None) -> int:
-        """Where the next frame goes: a free slot, else in the place of a random old one."""
+    def _claim_slot(self, generator: torch.Generator | None) -> int:
+        """Where the next latent goes: a free slot, else in the place of a random old one."""
         if self.size == self.cfg.capacity:
             return int(torch.randint(self.cfg.capacity, (), generator=generator))
         self.size += 1
         return self.size - 1
 
-    def _check(self, *frame: int) -> None:
-        if self.entries is not None and tuple(self.entries.shape[1:]) != frame:
+    def _check(self, *shape: int) -> None:
+        if self.entries is not None and tuple(self.entries.shape[1:]) != shape:
             held = tuple(self.entries.shape[1:])
             raise ValueError(
-                f"got latent frames (C, h, w) = {frame}, the buffer holds {held}: "
+                f"got latents (C, h, w) = {shape}, the buffer holds {held}: "
                 "one buffer serves one preset; start a new run with --fresh"
             )
 
@@ -196,7 +196,7 @@ class ErrorBuffer:
 def main() -> None:
     """A pushed error comes back in other latents; the Gaussian control has its size, not its shape.
 
-    The errors here are easy to recognise: alike in all cells of a frame.
+    The errors here are easy to recognise: alike in all cells of a latent.
     """
     g = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.95, 0.7, 0.4, 0.1]).view(-1, 1, 1, 1, 1)
@@ -217,7 +217,7 @@ def main() -> None:
         likeness = after.mean((3, 4)).square().mean() / after.square().mean()
         print(
             f"{kind:8s}: rms of x̃ − x  empty {before.square().mean().sqrt():.3f}, "
-            f"with {len(buffer)} stored frames {after.square().mean().sqrt():.3f}; "
+            f"with {len(buffer)} stored errors {after.square().mean().sqrt():.3f}; "
             f"share of it that is alike in all cells {likeness:.2f}"
         )
 

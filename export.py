@@ -106,7 +106,7 @@ class VelocityGraph(nn.Module):
             times=times[None],
             text=torch.zeros(1, cfg.text_len, cfg.text_dim),
         )
-        prepared = self.network.share(context)
+        prepared = self.network.encode_context(context)
         action_rope = attention.cos_sin(actions.angles(clock, cfg))
         prepared = replace(prepared, action_rope=action_rope)
         x = noisy.transpose(0, 1)[None]

@@ -11,13 +11,14 @@ input is the latent, and its last, whose output is pixels, shrink by one:
 
     (1 − rate)²  <=  cost(rate) / cost(0)  <=  1 − rate                                          (1)
 
-with the lower end nearly reached: half as wide is four times cheaper, a quarter is sixteen times.
+with the lower end nearly reached: half as wide multiplies a quarter as much, a quarter a sixteenth
+(the demo counts). Its time falls less: see README.
 
 Pictures are compared twice. L1 alone is kind to blur: where an edge may lie here or there, grey
-in between costs no more than either. But slopes differ then: ∇, the change of grey from pixel to
-pixel, is compared too, at three sizes:
+in between costs no more than either. But slopes differ then: ∂ₓ and ∂ᵧ, the changes of a colour to
+the next pixel at the right and below, are compared too, at full, half and quarter size:
 
-    structure = mean |∇x̂ − ∇x|  at full, half and quarter size                                   (2)
+    structure = mean over three sizes of (mean |∂ₓx̂ − ∂ₓx| + mean |∂ᵧx̂ − ∂ᵧx|)                   (2)
     picture   = mean |x̂ − x| + w_s·structure                                                     (3)
 
 A student that sees pictures alone must find the way from latents to pixels again. The teacher's
@@ -26,8 +27,9 @@ thrown away afterwards, take the student's few channels to the teacher's many:
 
     light = picture + 0.1·Σ mean |P(f_student) − f_teacher|² / var(f_teacher)                    (4)
 
-Latents need unit variance (vae.py). In training they are whitened by the batch itself, which moves
-while the encoder learns, and keeps it from making latents large to drown the noise:
+Latents need unit variance (vae.py). In training they are whitened by mean and variance of the batch,
+which follow the encoder as it learns. So larger latents would not drown the noise that is added:
+whitening makes them small again.
 
     z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
 
@@ -43,7 +45,7 @@ latent does not say which of several fine patterns was there, both are grey, and
 soft. A second network, the judge J, learns to tell true frames from drawn ones, and the decoder
 learns to be taken for true:
 
-    decoder:  + w_J·mean log(1 + e^(−J(x̂)))                                                     (7)
+    decoder:  mean log(1 + e^(−J(x̂))), w_J times, beside its other losses                       (7)
     judge:    mean log(1 + e^(−J(x))) + mean log(1 + e^(J(x̂)))                                  (8)
 
 Some pattern of the right kind is then better than none. It is rarely the very one, so decibels are

@@ -35,11 +35,11 @@ Independent points clump. Multiples of powers of 1/ρ, where ρ is to three dime
 ratio is to one, fill the cube of (x share, y share, u) evenly. 256 such points have a third of the
 error of 256 independent ones (the demo counts):
 
-    u_i = (i + ½)·(1/ρ, 1/ρ², 1/ρ³) + ½  mod 1,     ρ = 1.2207.. solves ρ⁴ = ρ + 1             (4)
+    shares_i = (i + ½)·(1/ρ, 1/ρ², 1/ρ³) + ½  mod 1,   ρ = 1.2207.. solves ρ⁴ = ρ + 1          (4)
 
-Which answers? Slot by slot, the best candidate that no earlier slot has taken. The query of the
-last slot is not answered: it is the sink, always latent 1, the oldest one that holds four frames:
-it shows where the walk began. A bank scores up to 512 candidates one by one. Of more it scores only
+Which answers? Slot by slot, the best candidate that no earlier slot has taken. The last slot is not
+filled by its query. It is the sink: it always holds latent 1, the oldest one with four frames, which
+shows where the walk began. A bank scores up to 512 candidates one by one. Of more it scores only
 those near by: the 160 with the most similar position and direction (frustum_key), of these the best
 24 by 64 points.
 

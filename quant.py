@@ -15,7 +15,9 @@ once, a row of inputs (a token) at every call:
 The scale s_x[m] of token m and the scale s_w[n] of output n do not depend on k, so they can be
 taken out of the sum over the K inputs:
 
-    y[m,n] = Σ_k x[m,k]·w[n,k] + b[n] ≈ (Σ_k x_int8[m,k]·w_int8[n,k])·s_x[m]·s_w[n] + b[n]     (3)
+    y[m,n] = Σ_k x[m,k]·w[n,k] ≈ (Σ_k x_int8[m,k]·w_int8[n,k])·s_x[m]·s_w[n]                   (3)
+
+A bias is added as it is.
 
 The sum of integers is exact: it stays below 2³¹ for every K below 133,000. So all error comes from
 (2): an entry is off by e_x or e_w, at most s/2. Multiply out (x + e_x)·(w + e_w), take absolute

@@ -2,8 +2,9 @@
 
 What it does. A Session is one player in one world. reset(image, prompt, seed) gives frame 0, each
 step(keyboard, mouse) the frames of one more segment: 56 of the first, then 40 (or 20, or 8). A step
-is submit, which denoises, and collect, which waits for the decoder. Whoever submits segment k + 1
-before collecting k lets both go on at once. open_session shares the work among N + 1 processes.
+is submit, which denoises, and collect, which hands over the decoded frames. On a GPU, and among
+several processes (open_session: N + 1), whoever submits segment k + 1 before collecting k lets both
+go on at once; alone on a CPU, collect itself decodes, and (1) holds.
 Paper: §3.4, Table 1: 40 FPS at 720p, eight GPUs denoise and one decodes.
 
 Why it works. A segment of n frames takes D seconds to denoise and V to decode. Segment k + 1 needs
@@ -82,7 +83,7 @@ from context import Window
 from engine import meeting, ranks, spawned, weights
 from engine.actors import UNDO, Decoder, Denoiser, serve
 from engine.meeting import Place
-from engine.parts import SIZES, Options, embed, load_parts, places, resolve
+from engine.parts import SIZES, Options, embed, load_parts, resolve, tokens_per_latent
 
 WINDOW = Window()
 QUEUE = 2  # segments that may wait for the decoder
@@ -174,7 +175,7 @@ class Session:
 
         # one frame is one latent. In bfloat16 this arithmetic would move half of the grey levels
         pixels = image.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1  # (1, 3, 1, H, W)
-        pixels = pixels.to(**self.denoiser.place)
+        pixels = pixels.to(**self.denoiser.device_and_dtype)
         latent = self.nets["encoder"].encode(pixels).cpu()  # (1, C, 1, h, w)
         self.everywhere("reset", latent, embed(self.options, prompt), int(seed), tuple(pose))
         info = {
@@ -186,7 +187,7 @@ class Session:
             "poses": [list(pose)],
             "ms": {},
         }
-        self.decode(latent, info, True)
+        self.hand_over(latent, info, True)
         return self.collect()
 
     # ---- the pipeline
@@ -201,7 +202,7 @@ class Session:
         choose("policy", self.policy, memory.POLICIES)
         self.refuse_uncollected(UNCOLLECTED)
         latents, info = self.everywhere("run", keyboard, mouse, self.policy)
-        self.decode(latents, info)
+        self.hand_over(latents, info)
 
     def checked(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor]:
         """The actions as float tensors, if they are finite and as many as the next segment takes."""
@@ -219,7 +220,7 @@ class Session:
             )
         return keyboard, mouse
 
-    def decode(self, latents: Tensor, info: dict, begins: bool = False) -> None:
+    def hand_over(self, latents: Tensor, info: dict, begins: bool = False) -> None:
         """Give latents to the decoder's thread; without one they are decoded in collect().
 
         At most QUEUE segments wait for that thread. If it is slow, this waits.
@@ -321,7 +322,7 @@ def open_session(options: Options, dit_ranks: int = 0) -> Session:
     if not count:
         return Session(options)
 
-    most = places(options)
+    most = tokens_per_latent(options)
     if not 1 <= count <= most or others not in (0, count):
         raise ValueError(
             f"{count} denoising ranks cannot work here: "
@@ -394,16 +395,16 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
     session.collect()
     P, D, V = torch.tensor(rows[warmup:]).median(0).values.tolist()
 
-    serial = D + V  # (1)
-    predicted = max(D, V)  # (2)
+    in_turn = D + V  # (1)
+    side_by_side = max(D, V)  # (2)
     R = n / SHOWN
     return {
         "P": P,
         "D": D,
         "V": V,
         "fps": n / P,  # (3)
-        "predicted": n / predicted,
-        "serial": n / serial,
+        "fps side by side": n / side_by_side,
+        "fps in turn": n / in_turn,
         "mean": R / 2 + D + V,  # (4)
         "worst": R + D + V,  # (5)
     }
@@ -412,8 +413,8 @@ def time_segment(session: Session, rounds: int = 5, warmup: int = 2) -> dict[str
 def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> int:
     """The fewest new latents that this machine makes `margin` times faster than they are shown.
 
-    Measured on a grey picture, just before play. If no length is fast enough, the longest is taken:
-    it costs least per frame.
+    Measured on a grey picture, just before play: whatever was walked before is gone, and segments have
+    this length from here on. If none is fast enough, the longest is taken: it costs least per frame.
     """
     grey = torch.full((*SIZES[session.options.preset], 3), 128, dtype=torch.uint8)
     session.reset(grey)
@@ -436,8 +437,10 @@ def demo() -> None:
     session.reset(torch.zeros(*SIZES["micro"], 3, dtype=torch.uint8))
     t = time_segment(session, 2, 1)
     print(f"denoise {t['D']:.3f} s, decode {t['V']:.3f} s for 40 frames")
-    print(f"in turn {t['serial']:.0f} FPS by (1), {t['fps']:.0f} measured in this one process")
-    print(f"side by side on two machines {t['predicted']:.0f} FPS by (2)")
+    print(
+        f"in turn {t['fps in turn']:.0f} FPS by (1) and (3), {t['fps']:.0f} measured in this one process"
+    )
+    print(f"side by side on two machines {t['fps side by side']:.0f} FPS by (2) and (3)")
     print(f"key to picture {t['mean']:.2f} s on average, {t['worst']:.2f} s at worst, at 40 FPS")
 
 

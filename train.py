@@ -7,10 +7,10 @@ Paper: §5.1 (settings), §3.1-3.3 (losses), §3.4 (light VAE), §3.5 (experts).
     lightvae    vae     the same latents through a thinner decoder      train_vae
     base        vae     v(x_σ, σ | past, memory, actions, cameras)      train_base       Eq. 1-6
     distill     base    the same in three steps, on its own outputs     train_distill    Eq. 8
-    moe         base    one expert per noise range and view             train_base on a part of the σ axis
+    moe         base    a low-noise expert, a high-noise one per view   train_base on a part of σ
 
 One step of `base`: the new latents alone become noisy, x_σ = (1 − σ)·x0 + σ·ε, and the network says
-the velocity there. Past and memory are told noise level 0, but they are not perfect: residuals that
+the velocity there. Past and memory are told noise level 0, but they are not perfect: errors that
 the model itself made earlier are added (error_buffer.py). A fifth of the batches has no memory, and
 of the past only the first latent, an image; 15 % of the others have their past, but no memory.
 
@@ -255,7 +255,7 @@ def train_base(run: Run) -> None:
         norm = optim.update(opts, model, rate, cfg.clip, ema, cfg.ema)
 
         run.step += 1
-        progress(loss=sum(losses) / len(losses), norm=norm, bank=len(errors))
+        progress(loss=sum(losses) / len(losses), norm=norm, errors=len(errors))
         if run.stop or run.due(cfg.save_every):
             save(run, {MODEL: model}, ema, opts, errors=errors.state_dict())
         if wants_samples(run):
@@ -439,7 +439,7 @@ def students_work(
     cfg = run.cfg
     g = generator(cfg, run.step, "rollout")  # the same on every rank
     exit_step = dmd.draw_exit(how, g) if cfg.exit == "random" else None
-    if run.step < cfg.cold_start:  # one segment, with true past and memory
+    if run.step < cfg.cold_start:  # one segment of true data, drawn as for the base
         true, context = draw(clips, run, run.step)
         noise = flow.noise_like(true, draws)
         x0 = dmd.few_step(student, context, noise, exit_step, how, draws)

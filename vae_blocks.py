@@ -420,7 +420,7 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Residual blocks and Up, and copies of the input around them. temporal None: neither."""
+    """Residual blocks and Up, and copies of the input around them. temporal None: the blocks alone."""
 
     def __init__(self, dim: int, out: int, blocks: int, temporal: bool | None):
         super().__init__()

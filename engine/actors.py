@@ -39,7 +39,7 @@ SPARE = 4  # a decoder's older state stays on its device while there is room for
 LOOK_BACK = 4  # latents before the past whose poses and actions are kept: windows reach back 3
 
 
-def clock(device: str) -> float:
+def seconds(device: str) -> float:
     """Seconds, after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -93,7 +93,7 @@ class Denoiser:
         self.meta = meta
         self.options = options
         self.group = group
-        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.device_and_dtype = {"device": options.device, "dtype": getattr(torch, options.dtype)}
         self.null_text = null_text(options)
         self.now: Walk | None = None
         self.history: deque = deque(maxlen=UNDO)
@@ -105,7 +105,9 @@ class Denoiser:
 
     def start(self, now: Walk) -> None:
         """Go on from this walk, with an empty bank."""
-        self.now = now._replace(past=now.past.to(**self.place), text=now.text.to(**self.place))
+        self.now = now._replace(
+            past=now.past.to(**self.device_and_dtype), text=now.text.to(**self.device_and_dtype)
+        )
         rule = "released" if self.meta["encoding"] == "released" else "uniform"
         self.bank = MemoryBank(rule, free=self.options.bank)
         self.history.clear()
@@ -147,14 +149,14 @@ class Denoiser:
         if self.meta.get("p_memory_off", 0) >= 1:  # never trained with a memory
             policy = "none"
 
-        began = clock(device)
+        began = seconds(device)
         plan = self.plan(keyboard, mouse, policy)
-        recalled = clock(device)
+        recalled = seconds(device)
         x0 = self.imagine(plan)
         self.remember(x0, plan)
         milliseconds = {
             "retrieve": 1e3 * (recalled - began),
-            "denoise": 1e3 * (clock(device) - recalled),
+            "denoise": 1e3 * (seconds(device) - recalled),
         }
 
         poses, keys, turns = (rows[-len(keyboard) :].tolist() for rows in plan.rows)
@@ -201,7 +203,7 @@ class Denoiser:
         context = segment.context(now.past, now.text, found, lens)
         if self.null_text is not None:
             context = replace(context, null_text=self.null_text)
-        context = context.to(**self.place)
+        context = context.to(**self.device_and_dtype)
         new_cameras = segment.cameras[0, P:].float()
         return Plan(context, picks, [poses, keys, turns], segment.times[0, P:], new_cameras)
 
@@ -238,7 +240,7 @@ class Denoiser:
             options.guidance,
             generator,
             self.group,
-        ).to(**self.place)
+        ).to(**self.device_and_dtype)
         if not x0.isfinite().all():
             raise ValueError(
                 f"segment {now.segment} is not finite: broken weights, "
@@ -276,7 +278,7 @@ class Decoder:
         self.options = options
         self.state: dict | None = None
         self.history: deque = deque(maxlen=UNDO)
-        self.place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+        self.device_and_dtype = {"device": options.device, "dtype": getattr(torch, options.dtype)}
         self.stream = contextlib.nullcontext()
         if "cuda" in options.device:
             self.stream = torch.cuda.stream(torch.cuda.Stream(options.device))
@@ -289,7 +291,7 @@ class Decoder:
         state = None if begins else self.state
 
         # large pictures are decoded a few latents at a time, or the layers would need too much memory
-        pieces = z.to(**self.place).split(at_once(self.options), 2)
+        pieces = z.to(**self.device_and_dtype).split(at_once(self.options), 2)
         frames = []
         with self.stream:
             for piece in pieces:
@@ -308,7 +310,10 @@ class Decoder:
 
     def load(self, state: dict[str, Tensor]) -> None:
         layout = torch.channels_last_3d
-        loaded = {int(slot): x.to(**self.place, memory_format=layout) for slot, x in state.items()}
+        loaded = {
+            int(slot): x.to(**self.device_and_dtype, memory_format=layout)
+            for slot, x in state.items()
+        }
         self.state = loaded or None
         self.history.clear()
 

@@ -311,7 +311,7 @@ def null_text(options: Options) -> Tensor | None:
 # ---- what it costs -----------------------------------------------------------------------------------------
 
 
-def places(options: Options) -> int:
+def tokens_per_latent(options: Options) -> int:
     """Tokens per latent."""
     pixels = math.prod(SIZES[options.preset])
     cells = pixels // vae_config(options.preset).stride[1] ** 2

@@ -51,7 +51,7 @@ def memory_needed(cfg: TrainConfig) -> str:
             f"--dry-run counts the one network of --stage {' or '.join(COUNTED)}; "
             f"{cfg.stage} trains others, which nobody has counted"
         )
-    tokens = parts.places(parts.Options(preset=cfg.preset)) * (
+    tokens = parts.tokens_per_latent(parts.Options(preset=cfg.preset)) * (
         WINDOW.memory + WINDOW.past + WINDOW.new
     )
     clips = cfg.batch // cfg.accum

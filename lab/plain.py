@@ -18,7 +18,7 @@ from dit import DiT, linear32, unpatchify
 def velocity(model: DiT, x_sigma: Tensor, sigma: Tensor, context: Context) -> Tensor:
     """What model(x_sigma, sigma, context) is."""
     new = x_sigma.shape[2]
-    shared = model.share(context)
+    shared = model.encode_context(context)
     noisy = model.embed(x_sigma, shared.here)
     x = torch.cat([shared.clean, noisy], 1)  # (B, T, S, D)
     T, S = x.shape[1:3]

@@ -20,7 +20,7 @@ from camera import (
     intrinsics,
     is_rigid,
     moment,
-    place,
+    position,
     pose_to_c2w,
     rays,
     relative,
@@ -91,7 +91,7 @@ def test_w_moves_along_the_view_and_d_to_its_right() -> None:
     right, _, forward = rotation(c2w).unbind(1)
     for key, way in {"w": forward, "s": -forward, "d": right, "a": -right}.items():
         after = step_pose(pose, keys(key), (0, 0))
-        moved = torch.tensor(after[:3], dtype=float64) - place(c2w)
+        moved = torch.tensor(after[:3], dtype=float64) - position(c2w)
         assert_close(moved, STEP * way)
 
     after = step_pose(pose, keys("w d"), (0, 0))
@@ -120,7 +120,7 @@ def test_rays_are_unit_and_the_centre_looks_forward() -> None:
     lengths = directions.norm(dim=1)
     assert_close(lengths, torch.ones_like(lengths))
     assert_close(directions[:, :, 16, 32], c2w[:, :3, 2])
-    assert_close(origins[:, :, 5, 7], place(c2w))
+    assert_close(origins[:, :, 5, 7], position(c2w))
     assert K.tolist() == pytest.approx([32.5, 32.5, 32.5, 16.5])
 
 

@@ -80,7 +80,7 @@ def formula(options: parts.Options) -> float:
         parameters = sum(p.numel() for net in networks for p in net.parameters())
 
     # a block holds about ten tensors of width dim, and two of the width of its MLP
-    tokens = parts.places(options) * (Window.memory + Window.past + Window.new)
+    tokens = parts.tokens_per_latent(options) * (Window.memory + Window.past + Window.new)
     denoising = tokens * ((2 * config.layers + 10) * config.dim + 2 * config.ffn)
     # the decoder about two of dec_dim channels at the size of the picture
     decoding = 2 * parts.PIECE * light.dec_dim
