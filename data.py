@@ -83,6 +83,7 @@ FIRST_SCENE = {  # number of a split's first scene, so far apart that no scene i
     "test": world.SPLITS["test"].start,
     "third": 50_000,
 }
+MOST = 10_000  # pixels of a side, workers, clips
 TRIES = 3  # rounds: a worker may die, of too little memory for instance, and its episodes with it
 
 
@@ -412,12 +413,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("ingest needs a path and --format; see: python data.py --help")
     if args.command in ("check", "view") and not args.paths:
         raise ValueError(f"{args.command} needs a path; see: python data.py --help")
+    if args.command in ("make", "record", "explore") and args.paths:
+        raise ValueError(f"{args.command} takes no path; did you mean --out {args.paths[0]}?")
+    if args.command == "view" and args.out and args.out.suffix != ".mp4":
+        raise ValueError(f"view draws a film: --out must end in .mp4, got {args.out}")
 
     # numbers
     for name in ("workers", "size", "count"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise ValueError(f"--{name} must be 1 to {MOST}, got {value}")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
 

@@ -149,7 +149,7 @@ def measure_outside(names: list[str], args: Namespace) -> None:
     out = Path(args.out)
     path = out / f"outside-{args.model.rpartition(':')[2]}.json"
     out.mkdir(parents=True, exist_ok=True)
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = report.stored(path) if path.exists() else {}
     for name in names:
         if name in outside.LEFT_OUT:
             stored[name] = {"absent": {"*": outside.LEFT_OUT[name]}}

@@ -70,18 +70,11 @@ MODEL = "diffusion_pytorch_model"  # its file in a checkpoint, as released
 
 def dataset(run: Run) -> Path:
     """The dataset folder; the default one is rendered on first use."""
-    preset = run.cfg.preset
     if run.cfg.data:
-        root = cli.find(run.cfg.data)
-        if not root.exists():
-            raise ValueError(
-                f"--data {root} does not exist; make one with: "
-                f"python data.py make --preset {preset} --out {root}"
-            )
-        return root
-    root = cli.beside("datasets", preset)
+        return cli.find(run.cfg.data)
+    root = cli.beside("datasets", run.cfg.preset)
     if run.rank == 0:
-        data.make_dataset(root, preset=preset)  # skips every finished episode
+        data.make_dataset(root, preset=run.cfg.preset)  # skips every finished episode
     if run.world > 1:
         dist.barrier()
     return root
@@ -159,8 +152,8 @@ def train_vae(run: Run) -> None:
         run.step += 1
         progress(loss=loss.detach(), norm=norm, **parts)
         if run.stop or run.due(cfg.save_every):
+            export_vae(run, both, ema, videos)  # first: a run that is complete has its file
             save(run, models, ema, every)
-            export_vae(run, both, ema, videos)
 
 
 def start_vae(run: Run, teacher: vae.VAE | None) -> nn.ModuleList:
@@ -466,6 +459,7 @@ LOOPS = {
 
 def main(argv: list[str]) -> int:
     """Train, or do one of the things that are no training."""
+    argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     if argv[:1] == ["--plot"] and len(argv) > 1:
         plot(argv[1:])
         return 0

@@ -272,6 +272,8 @@ def read(format: str, path: Path, size: Size) -> Episode:
     """By the name of its set; a file that is not in its layout is named."""
     try:
         return READERS[format](path, size)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:  # a stranger's files can make a reader say anything
+        if isinstance(error, ValueError | OSError) and str(path) in str(error):
+            raise
         reason = f"{type(error).__name__} {error}"
         raise ValueError(f"{path} is not in the layout of {format}: {reason}") from error

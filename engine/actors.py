@@ -39,7 +39,7 @@ SPARE = 4  # a decoder's older state stays on its device while there is room for
 LOOK_BACK = 4  # latents before the past whose poses and actions are kept: windows reach back 3
 
 
-def seconds(device: str) -> float:
+def moment(device: str) -> float:
     """Seconds, after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -149,14 +149,14 @@ class Denoiser:
         if self.meta.get("p_memory_off", 0) >= 1:  # never trained with a memory
             policy = "none"
 
-        began = seconds(device)
+        began = moment(device)
         plan = self.plan(keyboard, mouse, policy)
-        recalled = seconds(device)
+        recalled = moment(device)
         x0 = self.imagine(plan)
         self.remember(x0, plan)
         milliseconds = {
             "retrieve": 1e3 * (recalled - began),
-            "denoise": 1e3 * (seconds(device) - recalled),
+            "denoise": 1e3 * (moment(device) - recalled),
         }
 
         poses, keys, turns = (rows[-len(keyboard) :].tolist() for rows in plan.rows)

@@ -80,8 +80,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 def write(final: Path, about: dict, weights: dict[str, dict[str, Tensor]], state: dict) -> None:
     tmp = final.with_name(final.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
     try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.unlink(missing_ok=True)  # nobody's file stands in the way
         tmp.mkdir(parents=True)
         for name, tensors in weights.items():
             write_weights(tmp / f"{name}.safetensors", tensors, about)
@@ -116,7 +117,24 @@ def restore(
             f"{folder / 'latest'} is damaged: {checkpoint} is not there. Write the name of another "
             "checkpoint into it, or start over with --fresh"
         )
+    try:
+        return read(checkpoint, models, ema, opts)
+    except Refusal as error:
+        before = others_than(checkpoint)
+        if not before:
+            raise
+        latest = folder / "latest"
+        raise Refusal(
+            f"{error}. To go on from the checkpoint before: echo {before[-1].name} > {latest}"
+        ) from error
 
+
+def read(
+    checkpoint: Path,
+    models: dict[str, nn.Module],
+    ema: list[Tensor],
+    opts: list[torch.optim.Optimizer],
+) -> dict:
     for name, model in models.items():
         fill(checkpoint / f"{name}.safetensors", model.state_dict())
     first = next(iter(models.values()))
@@ -126,6 +144,8 @@ def restore(
     file = checkpoint / "train_state.pt"
     with reading(file):
         state = torch.load(file, weights_only=True, map_location="cpu")
+        if type(state["step"]) is not int:
+            raise ValueError(f"its step is {state['step']!r}")
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             params = optimizer.param_groups[0]["params"]
             for p, entries in zip(params, saved, strict=True):
@@ -151,7 +171,14 @@ def export(*runs: str, file: str) -> None:
 
     Of several runs, each an expert of --stage moe, the joined model.
     """
+    if Path(file).suffix != ".safetensors":
+        raise ValueError(f"--export writes a .safetensors file, got {file}")
     found = [read_weights(run) for run in runs]
+    for run, (_, about) in zip(runs, found, strict=True):
+        if not {"stage", "step"} <= set(about):
+            raise ValueError(f"--export takes runs of train.py, and {run} does not say its step")
+        if about["stage"] in ("vae", "lightvae"):
+            raise ValueError(f"the VAE of {run} is a file already: vae.safetensors in that folder")
     tensors, about = found[0]
     if len(runs) > 1:
         names = [words.get("expert", "none").removeprefix("high-") for _, words in found]

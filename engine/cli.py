@@ -94,6 +94,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def is_too_little_memory(error: BaseException) -> bool:
+    """Whether numpy, torch or a GPU could not get as much as was asked for."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """The last line of a program: its exit status, or its mistake in one line and 2."""
     try:
@@ -102,6 +108,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "--debug" in sys.argv or not is_too_little_memory(error):
+            raise
+        print(
+            f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'allocation'}): take "
+            "less at once, by a smaller --batch, --size or --preset; README, Troubleshooting, has more",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -30,7 +30,7 @@ from context import Clip, Context, Lens, Window
 from dataset.episode import Episode, list_episodes, read_episode
 from engine import cli, parts, weights
 from engine.flags import TrainConfig, lengths
-from engine.run import Run, generator, share
+from engine.run import Run, generator, share, vae_file
 
 VAES = vae.PRESETS | {"5b": vae.PRESETS["wan2.2"], "14b": vae.PRESETS["wan2.2"]}
 WINDOW = Window()
@@ -120,26 +120,17 @@ def frame_batch(videos: list[np.ndarray], cfg: TrainConfig, step: int) -> Tensor
 
 def load_vae(cfg: TrainConfig, device: torch.device) -> nn.Module:
     """The VAE of --vae, or the shipped one, or the one trained here; frozen."""
-    places = [
-        cli.beside("assets", cfg.preset, "vae.safetensors"),
-        cli.beside("runs", f"vae-{cfg.preset}", "vae.safetensors"),
-    ]
-    if cfg.vae:
-        places = [cli.find(cfg.vae)]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise ValueError(
-            f"no VAE at {cli.shown(places[0])}; make one with: "
-            f"python train.py --stage vae --preset {cfg.preset}"
-        )
-    model = weights.load_vae(path)
+    model = weights.load_vae(vae_file(cfg))
     return model.float().to(device).eval().requires_grad_(False)
 
 
 def episodes_for(run: Run, root: Path, split: str) -> list[Path]:
     """The episodes of a split that this training may see."""
     cfg = run.cfg
-    paths = list_episodes(root, split)
+    try:
+        paths = list_episodes(root, split)
+    except ValueError:
+        paths = []
     if cfg.overfit and split != "tune":
         paths = paths[: cfg.overfit]
 
@@ -149,8 +140,8 @@ def episodes_for(run: Run, root: Path, split: str) -> list[Path]:
     if not paths:
         where = cli.shown(root)
         raise ValueError(
-            f"no episodes of split {split!r} in {where}; move some there, or: "
-            f"python data.py make --preset {cfg.preset} --out {where}"
+            f"no episodes in {where}/{split} that --stage {cfg.stage} can learn from: "
+            "move some there; --data takes the folder that holds train/ and tune/"
         )
     return paths
 
@@ -216,7 +207,7 @@ def encode_episodes(run: Run, vae: nn.Module, paths: list[Path], files: list[Pat
     bar = tqdm(total=len(paths), desc=f"encoding {name}", disable=not sys.stderr.isatty())
     for number, file in enumerate(files):
         mine = paths[number * SHARD :][:SHARD]
-        if not file.exists():
+        if not is_whole(file):
             rows = [encode(encoder, reader, read_episode(path), run) for path in mine]
             tensors = {field: torch.stack([row[field] for row in rows]) for field in rows[0]}
             weights.write_weights(file, tensors, {})
@@ -229,13 +220,22 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     cache = root / f"latents-{split}-{digest_of(vae, root, paths, run)}"
     count = -(-len(paths) // SHARD)
     files = [cache / f"{number:05d}.safetensors" for number in range(count)]
-    if not all(file.exists() for file in files):
+    if not all(map(is_whole, files)):
         refuse_unequal(paths)
     if run.rank == 0:
         encode_episodes(run, vae, paths, files)
     if run.world > 1:
         dist.barrier()
     return joined([weights.read_weights(file)[0] for file in files])
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of the cache is there and can be read; what cannot is made anew."""
+    try:
+        fields = weights.read_weights(file)[0]
+    except ValueError:
+        return False
+    return {field.name for field in dataclasses.fields(Clips)} <= set(fields)
 
 
 def joined(shards: list[dict[str, Tensor]]) -> Clips:

@@ -61,12 +61,12 @@ def config_of(file: Path, metadata: dict) -> DiTConfig | moe.MoEConfig:
             config = config.get("model", config)
     with reading(source):
         if "expert" in config:
-            expert = _ours(config["expert"])
+            expert = ours(config["expert"])
             return moe.MoEConfig(expert, float(config["boundary"]), tuple(config["views"]))
-        return from_released(config) if "num_heads" in config else _ours(config)
+        return from_released(config) if "num_heads" in config else ours(config)
 
 
-def _ours(config: dict) -> DiTConfig:
+def ours(config: dict) -> DiTConfig:
     """Fields as we store them, with the types and sizes that a network can have."""
     defaults = {field.name: field.default for field in fields(DiTConfig)}
     unknown = sorted(set(config) - set(defaults))
@@ -80,11 +80,15 @@ def _ours(config: dict) -> DiTConfig:
         default = defaults[name]
         kinds = (int, float) if type(default) is float else (type(default),)
         numbers = value if isinstance(value, tuple) else (value,)
+        lowest = 1 if type(default) is int or name == "patch" else 0
         largest = 1000 if name in ("layers", "action_blocks", "patch") else 10**6
-        sane = all(0 <= n <= largest for n in numbers if not isinstance(n, str))
-        if type(value) not in kinds or not sane:
+        if type(value) not in kinds or not all(sane(n, lowest, largest) for n in numbers):
             raise ValueError(f"its config says {name} = {str(value)[:40]}")
     return DiTConfig(**plain)
+
+
+def sane(value: object, lowest: int, largest: int) -> bool:
+    return isinstance(value, str) or isinstance(value, int | float) and lowest <= value <= largest
 
 
 # names in the released config.json -> ours
@@ -125,7 +129,7 @@ def from_released(config: dict) -> DiTConfig:
         warnings.warn(
             "config.json has no sigma_theta: using 0.8, as both released models do", stacklevel=2
         )
-    return _ours(cfg)
+    return ours(cfg)
 
 
 def is_new(name: str) -> bool:

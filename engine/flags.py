@@ -6,6 +6,7 @@ A default is the field's, unless the stage, then the preset, then both together 
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 
 import context
 import dit
-from engine import cli
+from engine import cli, configs
 
 STAGES = ("vae", "lightvae", "base", "distill", "moe")
 PRESETS = ("micro", "tiny", "small", "5b", "14b")
@@ -187,6 +188,17 @@ CHANGES = {
 }
 
 
+MOST = 1e12
+RANGES = {  # lowest and highest value; whatever lies outside would train, and learn nothing
+    "steps batch accum log_every keep segments ratio ratio_cold": (1, MOST),
+    "save_every sample_every warmup overfit cold_start": (0, MOST),
+    "seed": (0, 1 << 40),  # it is multiplied by a million, and must stay a 64-bit number
+    "lr lr_critic muon decay adversarial gamma": (0, MOST),
+    "shift clip": (1e-6, MOST),
+    "guidance": (1, 100),
+    "boundary p_i2v p_memory_off p_null p_later revisit p_error p_own": (0, 1),
+    "ema": (0, 0.999999),
+}
 # which stages a flag saves memory in. Elsewhere it would be taken and change nothing, so whoever has
 # too little memory would believe that it does not help
 SAVES_MEMORY = {
@@ -257,9 +269,7 @@ def parse(argv: list[str]) -> TrainConfig:
         typed.setdefault("init", shipped)
     changes = changes_of(stage, preset, typed.get("init", ""))
     cfg = TrainConfig(**changes | typed)
-    for name in ("steps", "batch", "accum", "log_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{flag_of(name)} must be 1 or more, got {getattr(cfg, name)}")
+    check_ranges(cfg)
     for name, stages in SAVES_MEMORY.items():
         if typed.get(name, 0) > getattr(TrainConfig, name) and stage not in stages:
             raise ValueError(
@@ -269,15 +279,22 @@ def parse(argv: list[str]) -> TrainConfig:
     return cfg
 
 
+def check_ranges(cfg: TrainConfig) -> None:
+    for names, (lowest, highest) in RANGES.items():
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not lowest <= value <= highest:  # nan is refused, too
+                allowed = f"{lowest:g} or more" if highest == MOST else f"{lowest:g} to {highest:g}"
+                raise ValueError(f"{flag_of(name)} must be {allowed}, got {value}")
+
+
 # ---- what some of the flags mean ---------------------------------------------------------------------------
 
 
 def check(cfg: TrainConfig, world: int) -> None:
     """Refuse what cannot be trained, before anything is touched."""
-    for name, lowest in {"segments": 1, "ratio": 1, "ratio_cold": 1, "overfit": 0}.items():
-        value = getattr(cfg, name)
-        if value < lowest:
-            raise ValueError(f"{flag_of(name)} must be {lowest} or more, got {value}")
+    if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs: pip install tensorboard")
     if not 0 < cfg.rate < 1:
         raise ValueError(f"--rate is a share between 0 and 1, got {cfg.rate}")
     if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
@@ -328,10 +345,11 @@ def network(cfg: TrainConfig) -> dit.DiTConfig:
     try:
         words = [word.split("=") for word in cfg.net.split()]
         changes = {name: json.loads(value) for name, value in words}
-        changed = dataclasses.replace(dit.PRESETS[cfg.preset], **changes)
+        changed = configs.ours(dataclasses.asdict(dit.PRESETS[cfg.preset]) | changes)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}"
+            f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}: "
+            f"{error}"
         ) from error
 
     # RoPE turns the numbers of every head in pairs (attention.py)

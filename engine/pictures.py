@@ -1,7 +1,6 @@
 """What a training shows of itself: held-out revisits, reconstructions, curves."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from context import Context
 from dataset import film
 from engine import cli
 from engine.clips import WINDOW, Clips, draw, pixels
-from engine.run import Run, generator, record
+from engine.run import Run, generator, lines_of, record
 
 
 @torch.no_grad()
@@ -130,9 +129,12 @@ def plot(runs: list[str]) -> None:
 
 def curve(log: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps and losses; a distillation has its critic's."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    told = [line for line in lines if line.keys() & {"loss", "critic"}]
-    if not told:
+    points = []
+    for line in lines_of(log):
+        loss = line.get("loss", line.get("critic"))
+        if isinstance(loss, int | float):
+            points.append((line["step"], loss))
+    if not points:
         raise ValueError(f"{log} has no losses yet: nothing was logged so far")
-    losses = [line.get("loss", line.get("critic")) for line in told]
-    return np.array([line["step"] for line in told]), np.array(losses)
+    steps, losses = zip(*points, strict=True)
+    return np.array(steps), np.array(losses)

@@ -12,6 +12,7 @@ rows (share): N ranks see the batches of one.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import checkpoint, cli, flags, meeting, optim, weights
+from engine import checkpoint, cli, configs, flags, meeting, optim, weights
 from engine.flags import TrainConfig
 
 MAY_CHANGE = {  # on resume: how long and how often, but nothing that changes a step
@@ -51,6 +52,7 @@ STREAMS = {
     "rank": 800_000_000,
     "length": 900_000_000,
 }
+HASHED = 1 << 28  # bytes of the largest file whose hash is worth the time
 DTYPES = ("float32", "bfloat16")  # of the computing copy
 BEFORE = {"new": "10"}  # what runs did that are older than a flag with another default
 VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}
@@ -122,14 +124,78 @@ def run_folder(name: str) -> Path:
     return cli.beside("runs", name)
 
 
+def settings_of(folder: Path) -> dict:
+    """The config.json of a run."""
+    file = folder / "config.json"
+    with configs.reading(file):
+        settings = json.loads(file.read_text())
+        if not {"stage", "preset", "seed"} <= set(settings):
+            raise ValueError("these are no settings of train.py")
+    return settings
+
+
+def inputs_of(cfg: TrainConfig) -> dict[str, str]:
+    """A hash of every file that a run needs each time it goes on. What is named must be there: it is
+    asked for before anything is deleted or written."""
+    if cfg.data and not cli.find(cfg.data).is_dir():
+        raise ValueError(
+            f"--data {cfg.data} is no folder; make one with: "
+            f"python data.py make --preset {cfg.preset} --out {cfg.data}"
+        )
+    found = {}
+    for name in ("init", "student"):
+        if getattr(cfg, name):
+            found[name] = weights.find(cli.find(getattr(cfg, name)))
+    if cfg.stage != "vae":
+        found["vae"] = vae_file(cfg)
+    needed = {"vae"} | ({"init"} if cfg.stage == "distill" else set())  # its teacher
+    return {name: contents_of(file) for name, file in found.items() if name in needed}
+
+
+def vae_file(cfg: TrainConfig) -> Path:
+    """The VAE of --vae, or the shipped one, or the one trained here."""
+    places = [
+        cli.beside("assets", cfg.preset, "vae.safetensors"),
+        cli.beside("runs", f"vae-{cfg.preset}", "vae.safetensors"),
+    ]
+    if cfg.vae:
+        named = cli.find(cfg.vae)
+        inside = named / "vae.safetensors"  # of a run of --stage vae
+        places = [inside if inside.exists() else named]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise ValueError(
+            f"no VAE at {cli.shown(places[0])}; make one with: "
+            f"python train.py --stage vae --preset {cfg.preset}"
+        )
+    return weights.find(path)
+
+
+def contents_of(file: Path) -> str:
+    """A hash of a file; of a very large one only its length."""
+    size = file.stat().st_size
+    if size > HASHED:
+        return f"{size} bytes"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def refuse_other_inputs(folder: Path, old: dict, new: dict) -> None:
+    for name, contents in new.items():
+        if old.get(name, contents) != contents:
+            raise ValueError(
+                f"{cli.shown(folder)} was made with another --{name}: the file has changed since. "
+                "Put the old one there again, or choose another --run NAME, or --fresh"
+            )
+
+
 def start_over(folder: Path) -> None:
     """Delete a run, and nothing that is not one."""
     if not folder.exists():
         return
     try:
-        config = json.loads((folder / "config.json").read_text())
-        ours = {"stage", "preset", "seed"} <= set(config)
-    except (OSError, ValueError, TypeError):
+        settings_of(folder)
+        ours = True
+    except ValueError:
         ours = False
     if folder.is_symlink() or not ours:
         raise ValueError(
@@ -171,6 +237,7 @@ def setup(cfg: TrainConfig) -> Run:
     torch.use_deterministic_algorithms(cfg.deterministic)
 
     # the folder: emptied if wanted, and refused if it holds another run
+    made_of = inputs_of(cfg)
     if cfg.fresh and rank == 0:
         start_over(folder)
     if world > 1:
@@ -178,14 +245,15 @@ def setup(cfg: TrainConfig) -> Run:
     new = dataclasses.asdict(cfg)
     old = {}
     if (folder / "latest").exists():
-        old = json.loads((folder / "config.json").read_text())
+        old = settings_of(folder)
         refuse_other_settings(folder, old, new)
+        refuse_other_inputs(folder, old.get("made_of", {}), made_of)
     lock = cli.claim(folder) if rank == 0 else None
 
     dtype = dtype_of(cfg, old, device)
     if rank == 0:
         (folder / "samples").mkdir(exist_ok=True)
-        facts = {"resolved_dtype": dtype, "torch": torch.__version__}
+        facts = {"resolved_dtype": dtype, "torch": torch.__version__, "made_of": made_of}
         weights.write_text(folder / "config.json", json.dumps(new | facts, indent=1))
     run = Run(folder, cfg, device, getattr(torch, dtype), rank, world, lock=lock)
     listen(run)
@@ -273,13 +341,25 @@ def restore(run: Run, models: dict[str, nn.Module], ema: list[Tensor], opts: lis
 def forget_later_lines(run: Run) -> None:
     """Steps after the last save will be logged again; a line that a kill cut short goes, too."""
     log = run.folder / "log.jsonl"
-    if not log.exists():
-        return
-    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    weights.write_text(log, "".join(x for x in whole if json.loads(x)["step"] <= run.step))
+    if log.exists():
+        kept = [line for line in lines_of(log) if line["step"] <= run.step]
+        weights.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
+
+
+def lines_of(log: Path) -> list[dict]:
+    """The lines of a log.jsonl that say their step: a kill may have cut one short."""
+    found = []
+    for text in log.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            found.append(line)
+    return found
 
 
 class Progress:

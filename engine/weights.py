@@ -82,6 +82,8 @@ def find(path: str | Path) -> Path:
             )
         if found:
             return find(found[0])
+    if path.name.endswith(ENDINGS):
+        raise Refusal(f"there is no file {path}")
     if path.parent.name == "runs" and not path.exists():
         made = sorted(latest.parent.name for latest in path.parent.glob("*/latest"))
         raise Refusal(

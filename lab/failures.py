@@ -380,8 +380,8 @@ def tables_of(found: dict[str, dict]) -> dict[str, str]:
 
 def write_page(out: Path, pictures: Path) -> None:
     """failures.md and its figures; without matplotlib only the page."""
-    stored = out / "failures.json"
-    found = json.loads(stored.read_text()) if stored.exists() else {}
+    path = out / "failures.json"
+    found = report.stored(path) if path.exists() else {}
     text = (cli.beside("results", "notes", "failures") / "page.md").read_text()
     page = summary.page([fill(text, found)], tables_of(found))
     weights.write_text(out / "failures.md", page)
@@ -419,12 +419,12 @@ def parse(argv: list[str]) -> Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
+    path = out / "failures.json"
+    out.mkdir(parents=True, exist_ok=True)
+    stored = report.stored(path) if path.exists() else {}  # or a line, before anything is trained
     if args.command != "report":
-        stats.scipy_stats()  # or a line that says what to install, before anything is trained
+        stats.scipy_stats()  # likewise: or a line that says what to install
         result = measure(args.command, args, f"python lab/failures.py {shlex.join(argv)}")
-        path = out / "failures.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        out.mkdir(parents=True, exist_ok=True)
         weights.write_text(path, json.dumps(stored | {args.command: result}))
         print(report.claim_table(result))
     write_page(out, Path(args.figures))

@@ -29,7 +29,7 @@ import torch
 
 import realtime
 from engine import cli, parts
-from engine.actors import seconds
+from engine.actors import moment
 from lab import bench
 from lab.bench import Row
 from lab.costs import PANES
@@ -50,9 +50,9 @@ def seconds(job: Callable[[], object], device: str, rounds: int = 3) -> float:
     """Median; the first call warms up."""
     spent = []
     for _ in range(rounds + 1):
-        began = seconds(device)
+        began = moment(device)
         job()
-        spent.append(seconds(device) - began)
+        spent.append(moment(device) - began)
     return float(torch.tensor(spent[1:]).median())
 
 

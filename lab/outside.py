@@ -22,12 +22,14 @@ results/*.json. Its numbers go into a file of their own, OUT/outside-CLASS.json,
 reads.
 """
 
+import contextlib
 import importlib
 import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -74,7 +76,8 @@ class Guest:
 
     def step(self, keyboard: Tensor, mouse: Tensor) -> Tensor:  # (n, H, W, 3) in [0, 1]
         n = len(keyboard)
-        frames = self.model.step(keyboard.float().numpy(), mouse.float().numpy())
+        with theirs(f"{self.name}: step"):
+            frames = self.model.step(keyboard.float().numpy(), mouse.float().numpy())
         wanted = f"{(n, worlds.SIZE, worlds.SIZE, 3)} uint8"
         got = type(frames).__name__
         if isinstance(frames, ndarray | Tensor):
@@ -94,7 +97,8 @@ class Guest:
         still = (0, 0, 0, ends[-1] - n)  # rows of zeros, behind the last one
         keyboard = F.pad(keyboard, still)
         mouse = F.pad(mouse, still)
-        self.model.reset(image, world.scene_caption(scene))
+        with theirs(f"{self.name}: reset"):
+            self.model.reset(image, world.scene_caption(scene))
         film = []
         for begin, end in pairwise([0, *ends]):
             film.append(self.step(keyboard[begin:end], mouse[begin:end]))
@@ -115,21 +119,33 @@ def load(name: str) -> Guest:
         raise ValueError(f"--model takes MODULE:CLASS, such as lab.guests:Copycat; got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    with theirs(f"--model {name}"):
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"--model {name}: {error}") from error
     classes = dict(inspect.getmembers(found, inspect.isclass))
     if wanted not in classes:
         raise ValueError(f"--model: {module} has no class {wanted}{near(wanted, classes)}")
     fits(name, "the class", classes[wanted])
-    model = classes[wanted]()
+    with theirs(f"--model {name}"):
+        model = classes[wanted]()
     for method, arguments in METHODS.items():
         call = getattr(model, method, None)
         if not callable(call):
             raise ValueError(f"--model: {name} has no method {method}({', '.join(arguments)})")
         fits(name, method, call, *arguments)
     return Guest(name, model)
+
+
+@contextlib.contextmanager
+def theirs(where: str) -> Iterator[None]:
+    """Code of somebody else: whatever it raises becomes one line that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        told = f"{type(error).__name__} {error}".strip()
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{where} raised {told} ({last.filename}:{last.lineno}; --debug shows how it came there)"
+        ) from error
 
 
 def near(wanted: str, classes: Iterable[str]) -> str:

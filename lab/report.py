@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import weights
+from engine import configs, weights
 from lab import figures, metrics, stats, summary
 from lab.claims import CLAIMS
 
 MARK = re.compile(r"<!-- table:([\w:-]+) -->.*?<!-- /table -->", re.S)
 CLAIM_HEAD = ("claim", "where", "paper", "predicted", "measured [95 %]", "n", "verdict")
+ALL_SAY = ("command", "worlds", "split", "machine", "threads", "versions", "date", "claims", "raw")
 ARM_HEAD = ("claim", "arm", "each seed", "mean", "difference [95 % over seeds]")
 
 Rows = Iterable[Iterable[str]]
@@ -165,7 +166,7 @@ def contrast(
         if path.stem not in CLAIMS:  # predictions of a run that is not over
             continue
         arm, seed = path.parent.name.rsplit("-", 1)
-        result = json.loads(path.read_text())
+        result = stored(path, *ALL_SAY)
         last[path.stem] = footer(result)
         for claim in result["claims"]:
             if claim["value"] is not None:
@@ -183,17 +184,27 @@ def contrast(
 
 def results(out: Path) -> Results:
     paths = [path for path in sorted(out.glob("*.json")) if path.stem in CLAIMS]
-    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    found = {path.stem: stored(path, *ALL_SAY) for path in paths}
     for result in found.values():
         fill_from_gpu(result, out)
     return found
+
+
+def stored(path: Path, *needed: str) -> dict:
+    """What a file of results says, if it says all that is needed."""
+    with configs.reading(path):
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict) or not set(needed) <= set(result):
+            words = ", ".join(needed) or "results by name"
+            raise ValueError(f"it should hold {words}; measure it again")
+    return result
 
 
 def fill_from_gpu(result: dict, out: Path) -> None:
     """Claims that need a GPU, from what lab/gpu.py has stored beside them."""
     seen: dict[str, float] = {}
     for path in out.glob("gpu-*.json"):
-        seen |= json.loads(path.read_text())["claims"]
+        seen |= stored(path, "claims")["claims"]
     for claim in result["claims"]:
         if claim["measure"].startswith("needs ") and claim["name"] in seen:
             claim |= {"value": seen[claim["name"]], "n": 1, "verdict": "reported"}
@@ -220,9 +231,9 @@ def all_tables(out: Path, found: Results) -> dict[str, str]:
     for kind, those in (("", found), ("final-", last)):
         if facts := those.get("rivals", {}).get("facts"):
             tables[f"{kind}rivals:places"] = rivals_table(facts["rivals"])
-    stored = (path for kind in ("bench", "compare", "gpu") for path in out.glob(f"{kind}-*.json"))
-    for path in stored:
-        tables[path.stem] = "\n".join(json.loads(path.read_text())["table"])
+    others = (path for kind in ("bench", "compare", "gpu") for path in out.glob(f"{kind}-*.json"))
+    for path in others:
+        tables[path.stem] = "\n".join(stored(path, "table")["table"])
     return tables
 
 

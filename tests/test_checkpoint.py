@@ -93,7 +93,7 @@ def test_two_exports_of_one_run_are_the_same_bytes(saved: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("differs", [{"new": "10"}, {"p_memory_off": 1.0}, {"boundary": 0.8}])
 def test_experts_that_were_trained_otherwise_are_not_joined(tmp_path: Path, differs: dict) -> None:
-    about = {"stage": "moe", "boundary": 0.9, "new": "10 5 2", "p_memory_off": 0.15}
+    about = {"stage": "moe", "step": 1, "boundary": 0.9, "new": "10 5 2", "p_memory_off": 0.15}
     experts = {"high-first": about, "low": about | differs}
     for name, words in experts.items():
         file = tmp_path / f"{name}.safetensors"

@@ -68,6 +68,15 @@ def test_a_mistake_is_one_line_and_exit_status_2(error, monkeypatch, capsys) -> 
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_is_one_line_that_says_what_to_take_less_of(error, monkeypatch, capsys):
+    assert ending(monkeypatch, fail(error)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory" in said and "a smaller --batch" in said
+
+
 def test_debug_shows_the_traceback_and_other_errors_are_never_hidden(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["walk.py", "--debug"])
     with pytest.raises(ValueError, match="wrong"):

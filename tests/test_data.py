@@ -275,6 +275,12 @@ def command(*words: object) -> int | None:
 def test_the_command_exits_2_on_a_bad_dataset(episode: Path) -> None:
     (episode / "pose/video.npz").write_bytes(b"")
     assert command("check", episode.parent) == 2
+    with pytest.raises(ValueError, match="make takes no path; did you mean --out mine"):
+        data.main(["make", "mine"])
+    with pytest.raises(ValueError, match="--out must end in .mp4, got v.gif"):
+        data.main(["view", "mine", "--out", "v.gif"])
+    with pytest.raises(ValueError, match="--size must be 1 to 10000, got 1000000"):
+        data.main(["ingest", "--format", "vipe", "--size", "1000000", "mine"])
     with pytest.raises(ValueError, match="needs a path"):
         command("view")
 
@@ -285,8 +291,8 @@ def test_the_command_exits_2_on_a_bad_dataset(episode: Path) -> None:
         ("mkae", "did you mean make?"),
         ("make --presett tiny", "did you mean --preset?"),
         ("ingest --format re10 x", "did you mean re10k?"),
-        ("make --workers 0", "--workers must be at least 1, got 0"),
-        ("explore --count -3", "--count must be at least 1, got -3"),
+        ("make --workers 0", "--workers must be 1 to 10000, got 0"),
+        ("explore --count -3", "--count must be 1 to 10000, got -3"),
         ("record --seed -1", "--seed must not be negative, got -1"),
     ],
 )

@@ -71,6 +71,31 @@ def test_what_is_no_model_is_told_in_a_line_before_anything_is_measured(
 @pytest.mark.parametrize(
     "body, says",
     [
+        ("    raise SystemExit(0)", "raised SystemExit 0 .*somebody.py:"),
+        ("    def __init__(self): raise KeyError('k')", "raised KeyError 'k' .*somebody.py:"),
+        ("    def broken(", "raised SyntaxError"),
+    ],
+)
+def test_whatever_a_model_raises_is_one_line_that_says_where(
+    body: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        outside.load(put_model(tmp_path, monkeypatch, body))
+
+
+def test_a_model_that_breaks_while_it_draws_is_named() -> None:
+    class Broken(Notes):
+        def step(self, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
+            return {}["frames"]
+
+    still = torch.zeros(4, 6), torch.zeros(4, 2)
+    with pytest.raises(ValueError, match="mine: step raised KeyError 'frames'"):
+        outside.Guest("mine", Broken()).step(*still)
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
         ("    def reset(self, image, prompt): ...", r"no method step\(keyboard, mouse\)"),
         (
             "    def reset(self, image): ...\n    def step(self, keyboard, mouse): ...",

@@ -148,3 +148,13 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     drawn = {"retrieval.png", "ladder.png", "memory.png", "drift.png", "rivals.png"}
     assert set(sizes) == drawn
     assert max(sizes.values()) < 200_000
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"claims": []}', "{", "3"])
+def test_a_damaged_result_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "memory.json").write_text(text)
+    with pytest.raises(ValueError, match="memory.json is damaged"):
+        report.results(tmp_path)
+    (tmp_path / "memory.json").rename(tmp_path / "bench-tiny-plain.json")
+    with pytest.raises(ValueError, match="bench-tiny-plain.json is damaged"):
+        report.all_tables(tmp_path, {})

@@ -586,7 +586,7 @@ def test_both_views_are_drawn_equally_often_and_high_experts_want_true_keys(clip
         "engine.clips.read_episode",
         lambda path: (e := read(path), e.meta.update(action_source="inferred"))[0],
     )
-    with pytest.raises(ValueError, match="no episodes of split"):
+    with pytest.raises(ValueError, match="no episodes in .*/train that --stage moe can learn from"):
         load_clips(high, decoder, root, "train")
 
 
@@ -897,6 +897,96 @@ def test_fresh_deletes_nothing_outside_runs(name, tmp_path, monkeypatch):
     assert (place / "runs").is_dir()
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--data", "typo"], ["--vae", "typo.safetensors"], ["--init", "runs/typo"]]
+)
+def test_fresh_deletes_nothing_for_a_line_that_cannot_be_trained(wrong, reference):
+    shutil.copytree(reference, "runs/base-micro")
+    with pytest.raises(ValueError, match="typo"):
+        start("--fresh", "--steps", "8", *wrong)
+    assert newest("runs/base-micro").name == "000008"
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_the_vae_and_the_teacher_it_began_with(reference):
+    shutil.copy(Path("assets/micro/vae.safetensors"), "mine.safetensors")
+    shutil.copytree(reference, "runs/teacher")
+    how = ["--stage", "distill", "--vae", "mine.safetensors", "--init", "runs/teacher"]
+    how += ["--batch", "2", "--cold-start", "9", "--ratio-cold", "1", "--segments", "1"]
+    assert start(*how, "--steps", "1") == 0
+    Path("runs/teacher/latest").write_text("000004")
+    with pytest.raises(ValueError, match="made with another --init: the file has changed"):
+        start(*how, "--steps", "2")
+    Path("runs/teacher/latest").write_text("000008")
+    with open("mine.safetensors", "ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match="made with another --vae: the file has changed"):
+        start(*how, "--steps", "2")
+
+
+@pytest.mark.long
+def test_a_vae_whose_file_could_not_be_written_is_not_done(monkeypatch):
+    how = ["--stage", "vae", "--steps", "2", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "export_vae", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            start(*how)
+    assert start(*how) == 0
+    assert Path("runs/vae-micro/vae.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        '{"step": 1, "loss": 2}\n{"step": 2, "lo',
+        '[1]\nnull\n\n{"step": 1, "loss": 2}\n{"loss": 3}\n',
+    ],
+)
+def test_a_damaged_line_of_a_log_is_left_out(log, tmp_path):
+    (tmp_path / "log.jsonl").write_text(log)
+    assert run.lines_of(tmp_path / "log.jsonl") == [{"step": 1, "loss": 2}]
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"stage": "base"}'])
+def test_a_damaged_config_of_a_run_is_named(config, reference):
+    shutil.copytree(reference, "runs/base-micro")
+    Path("runs/base-micro/config.json").write_text(config)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        start("--steps", "9")
+
+
+def test_a_damaged_checkpoint_says_how_to_go_on_from_the_one_before(reference):
+    shutil.copytree(reference, "runs/base-micro")
+    (newest("runs/base-micro") / "train_state.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="echo 000004 > .*latest"):
+        start("--steps", "9")
+    Path("runs/base-micro/latest").write_text("000004")
+    assert start("--steps", "5") == 0
+
+
+def test_a_damaged_cache_of_latents_is_made_anew(tmp_path):
+    shutil.copytree(Path("datasets/micro"), tmp_path / "mine", symlinks=False)
+    run_of = Run(
+        tmp_path, TrainConfig(preset="micro", data=str(tmp_path / "mine")), "cpu", torch.float32
+    )
+    vae = load_vae(run_of.cfg, "cpu")
+    load_clips(run_of, vae, tmp_path / "mine", "train")
+    file = next((tmp_path / "mine").glob("latents-train-*/*.safetensors"))
+    before = file.read_bytes()
+    file.write_bytes(before[:3000])
+    load_clips(run_of, vae, tmp_path / "mine", "train")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("notes.md", "writes a .safetensors file, got notes.md"), ("x.pt", "got x.pt")],
+)
+def test_an_export_overwrites_no_other_kind_of_file(file, says, reference):
+    with pytest.raises(ValueError, match=says):
+        train.main(["--export", str(reference), file])
+
+
 def test_fresh_deletes_only_what_train_py_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notes = tmp_path / "runs/notes"
@@ -1050,6 +1140,18 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
         ),
         (["--net", "dim"], "got 'dim'"),
+        (["--net", "heads=0"], "its config says heads = 0"),
+        (["--net", "layers=2.5"], "its config says layers = 2.5"),
+        (["--net", "patch=5"], "its config says patch = 5"),
+        (["--net", 'dim="x"'], "its config says dim = x"),
+        (["--ema", "1.5"], "--ema must be 0 to 0.999999, got 1.5"),
+        (["--shift", "0"], "--shift must be 1e-06 or more, got 0"),
+        (["--p-i2v", "7"], "--p-i2v must be 0 to 1, got 7"),
+        (["--gamma", "nan"], "--gamma must be 0 or more, got nan"),
+        (["--seed", "9" * 20], "--seed must be 0 to"),
+        (["--data", "nowhere"], "--data nowhere is no folder; make one with"),
+        (["--init", "runs/nope"], "there is no run runs/nope; runs with weights: "),
+        (["--vae", "nope.safetensors"], "no VAE at nope.safetensors"),
         (["--rate", "1.5"], "--rate is a share between 0 and 1, got 1.5"),
         (
             ["--net", "dim=100 heads=3"],
