@@ -95,7 +95,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_too_little_memory(error: BaseException) -> bool:
-    """Whether numpy, torch or a GPU could not get as much as was asked for."""
+    """Whether numpy, torch or a GPU could not get as much as was asked for.
+
+    Each has words of its own for it.
+    """
     text = str(error).lower()
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
@@ -112,9 +115,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not is_too_little_memory(error):
             raise
+        reason = (str(error).splitlines() or ["no more could be had"])[0]
         print(
-            f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'allocation'}): take "
-            "less at once, by a smaller --batch, --size or --preset; README, Troubleshooting, has more",
+            f"error: out of memory ({reason}): take less at once, by a smaller --batch, --size or "
+            "--preset; README, Troubleshooting, has more",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -189,7 +189,8 @@ CHANGES = {
 
 
 MOST = 1e12
-RANGES = {  # lowest and highest value; whatever lies outside would train, and learn nothing
+# lowest and highest value; what lies outside would train for hours, and learn nothing or worse
+RANGES = {
     "steps batch accum log_every keep segments ratio ratio_cold": (1, MOST),
     "save_every sample_every warmup overfit cold_start": (0, MOST),
     "seed": (0, 1 << 40),  # it is multiplied by a million, and must stay a 64-bit number
@@ -280,6 +281,7 @@ def parse(argv: list[str]) -> TrainConfig:
 
 
 def check_ranges(cfg: TrainConfig) -> None:
+    """Every number within its RANGES, also where it comes from a stage or a preset."""
     for names, (lowest, highest) in RANGES.items():
         for name in names.split():
             value = getattr(cfg, name)
