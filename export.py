@@ -55,6 +55,7 @@ from context import Window
 from engine import cli, weights
 from engine.exported import ExportedDecoder, ExportedNetwork, HashedDenoiser
 from engine.parts import SIZES, Options
+from world import MAX_PITCH
 
 FORMAT = 1  # number of the layout of web/model/; web/networks.js reads this one
 PRESET = "tiny"
@@ -348,13 +349,6 @@ def check_extra() -> None:
         raise ValueError(f"{missing[0]} is not installed; type: pip install {' '.join(EXTRA)}")
 
 
-def start_pictures() -> list[Path]:
-    return [
-        cli.beside("assets", "start.png"),
-        *sorted(cli.beside("assets", "gallery").glob("*.png")),
-    ]
-
-
 def read_picture(path: Path) -> Tensor:
     H, W = SIZES[PRESET]
     picture = Image.open(path).convert("RGB").resize((W, H))
@@ -387,7 +381,7 @@ def facts(session: realtime.Session, source: str, starts: list[Path]) -> dict:
             "step": camera.STEP,
             "degrees": camera.DEGREES,
             "dead_zone": camera.DEAD_ZONE,
-            "max_pitch": session.options.max_pitch,
+            "max_pitch": MAX_PITCH,
             "look": camera.LOOK,
         },
         "starts": [path.stem for path in starts],
@@ -425,7 +419,7 @@ def main(argv: list[str]) -> int | None:
     session = realtime.Session(options)
 
     # where a visitor may begin; the first picture is also the one that the check walks from
-    starts = start_pictures()
+    starts = cli.start_pictures()
     pictures = [read_picture(path) for path in starts]
 
     began = time.perf_counter()

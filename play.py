@@ -266,8 +266,8 @@ def bench(args: argparse.Namespace) -> int:
                     seen.append((time.monotonic(), header["ms"]))
     args.stop.set()
     player.join()
-    if player.failed:
-        return 1  # the player has said why
+    if player.failed or len(seen) < 4:
+        return 1  # the player has said why, or it was stopped before there was anything to time
 
     # of the second half: when a frame was shown, and how many ms its chunk took, by part
     moments, costs = zip(*seen[len(seen) // 2 :], strict=True)

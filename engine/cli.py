@@ -37,6 +37,11 @@ def beside(*names: str) -> Path:
     return ROOT.joinpath(*names)
 
 
+def start_pictures() -> list[Path]:
+    """As a link counts them, in play.py's page and in the one that export.py makes."""
+    return [beside("assets", "start.png"), *sorted(beside("assets", "gallery").glob("*.png"))]
+
+
 def find(typed: str | Path) -> Path:
     """What a typed path means: a place in the current folder, else one beside the code, else itself."""
     there = beside(str(typed))

@@ -27,6 +27,7 @@ def swapped(value: str, one: str, other: str) -> str:
 
 def pause(player: object, body: dict) -> None:
     player.set["paused"] = not player.set["paused"]
+    player.controls.forget()
 
 
 def step(player: object, body: dict) -> None:
@@ -46,7 +47,9 @@ def memory(player: object, body: dict) -> None:
     """Off and on: what a world is without its memory."""
     if player.game.phase in BUSY:
         raise ValueError("the game walks without memory by itself, at the end")
-    player.session.policy = swapped(player.session.policy, "camera", "none")
+    chosen = player.args.memory  # --memory
+    wanted = "camera" if chosen == "none" else chosen
+    player.session.policy = swapped(player.session.policy, wanted, "none")
 
 
 def view(player: object, body: dict) -> None:
@@ -57,6 +60,7 @@ def view(player: object, body: dict) -> None:
 
 def pace(player: object, body: dict) -> None:
     player.set["pace"] = swapped(player.tempo(), "live", "turn")
+    player.controls.forget()
 
 
 def run(player: object, body: dict) -> None:

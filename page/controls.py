@@ -66,6 +66,13 @@ class Controls:
             self.held = {key: self.held.get(key, now) for key in keys}
             self.turn = self.turn + (-dy, dx)  # up and right are positive
 
+    def forget(self) -> None:
+        """What was tapped and turned while nobody decided, in a pause or a plan, asks for nothing."""
+        with self.lock:
+            self.taps = {}
+            self.turn = np.zeros(2)
+            self.last = self.clock()
+
     def down(self) -> list[str]:
         """The keys that are held now."""
         with self.lock:

@@ -90,8 +90,9 @@ def memory_panel(width: int, about: dict) -> np.ndarray:
     side = min(56, width // THUMBS - 6)
     for k, pick in enumerate(about.get("memory", [])[:THUMBS]):
         x = 4 + k * (width - 4) // THUMBS
-        thumb = Image.open(io.BytesIO(base64.b64decode(pick["thumb"])))
-        panel.paste(thumb.resize((side, side), Image.Resampling.NEAREST), (x, 4))
+        if pick["thumb"]:
+            thumb = Image.open(io.BytesIO(base64.b64decode(pick["thumb"])))
+            panel.paste(thumb.resize((side, side), Image.Resampling.NEAREST), (x, 4))
         score = "sink" if pick["sink"] else f"{pick['score']:.2f}"
         draw.text((x, side + 5), f"f{pick['frame']} {score}", (165, 175, 188))
     draw.text((4, 80), about.get("text", "start"), (255, 255, 255))

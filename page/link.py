@@ -20,7 +20,7 @@ from dataset import chords
 
 SEED = 42
 SEEDS = 1 << 31
-MOST = 40_000  # frames: three quarters of an hour
+MOST = 40_000  # frames: 17 minutes at 40 a second
 LETTERS = 200_000  # of a link that is read at all
 WHOLE = re.compile(r"\d{1,10}", re.ASCII)
 PLACES = 4  # decimals of a look key

@@ -76,12 +76,9 @@ def walk_link(player: object, text: str) -> None:
     path = player.gallery[wanted.start]
     start = open_start(path, player.size, path.name, player.args.view)
 
-    # with segments of another length it would be another walk; the folder has to know it, too
-    if wanted.new and not player.args.fake:
-        player.args.new = wanted.new
-        player.session.options = replace(player.session.options, new=wanted.new)
+    # with segments of another length it would be another walk
     player.seed = wanted.seed
-    player.reset(replace(start, number=wanted.start))
+    player.reset(replace(start, number=wanted.start), wanted.new)
     if wanted.chords:
         player.script = [rows.numpy() for rows in camera.actions_from_keys(wanted.chords)]
 
@@ -107,6 +104,7 @@ def settle(player: object, live: bool) -> None:
         args.new = realtime.shortest_sustained(player.session, player.fps)
     else:
         args.new = player.session.options.new
+    player.own_new = args.new
 
 
 def go_on(player: object, folder: Path, recorded: dict) -> None:

@@ -30,27 +30,35 @@ function takeNote(note) {
     play.facts = note.facts;
     if (play.frame) drawPanels(play.frame);
   }
+  if (note.role) takeRole(note.role); // last: it has the last word over the picture
 }
 
 /** The first note of a connection: who we are, and where one may start. */
 function greet(note) {
   play.id = note.id;
   play.truth = note.truth;
-  takeRole(note.role);
   showGallery(note.gallery);
   say(note.stage || "", 0);
-  if (play.role === "play" && !play.greeted) followLink();
-  play.greeted = true;
+
+  // the server may be another one than before, which counts its notes from 0 and knows another walk
+  play.facts = { n: 0 };
+  play.path = [];
+  play.memory = [];
+  play.memoryIsNew = false;
   const wordless = note.preset === "fake";
   $("prompt").disabled = wordless;
   $("prompt").placeholder = wordless ? "the game needs no words" : "what the world is";
 }
 
+/** Who plays follows the link of the address, once: after a reload the old page plays at first. */
 function takeRole(role) {
-  if (role === play.role) return;
+  const changed = role !== play.role;
   play.role = role;
-  if (role === "watch") say("Watching. Another tab plays.", 0);
-  else say("You play now.", 4000);
+  if (changed && role === "watch") say("", 0);
+  else if (changed) say("You play now.", 4000);
+  if (role === "watch" || play.followed) return;
+  play.followed = true;
+  followLink();
 }
 
 // ---- frames -------------------------------------------------------------------------------------
@@ -122,8 +130,8 @@ function seenBefore(pose) {
 }
 
 /** Sum up how close such pictures are to the true ones, with memory and without. */
-function compareRevisit({ psnr, view, pose, policy, i }) {
-  if (psnr === null || psnr === undefined || view === "truth") return;
+function compareRevisit({ psnr, view, pose, policy, i, again }) {
+  if (psnr === null || psnr === undefined || view === "truth" || again) return;
   const before = seenBefore(pose);
   if (before === undefined) return;
   const score = play.scores[policy] ?? [0, 0];

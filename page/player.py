@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ import camera
 import realtime
 import world
 from dataset import film
+from engine import cli
 from engine.actors import UNDO
 from engine.parts import Options
 from page import commands, opening
@@ -37,7 +38,6 @@ from page.screen import Screen, jpeg_of
 from page.start import Start, player_cameras, true_views
 from page.wayback import Game
 
-HERE = Path(__file__).resolve().parents[1]
 COMMANDS = 16  # that may wait
 THUMB = 64  # pixels
 THUMBS = 4096  # kept, as many as the bank holds latents
@@ -61,12 +61,6 @@ def explain(error: BaseException) -> str:
         first = text.splitlines()[0]
         return f"{first}; run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def start_pictures() -> list[Path]:
-    """As a link counts them, here and in the page that export.py makes."""
-    gallery = sorted((HERE / "assets/gallery").glob("*.png"))
-    return [HERE / "assets/start.png", *gallery]
 
 
 def filled(rows: np.ndarray, n: int) -> np.ndarray:
@@ -93,10 +87,11 @@ class Player(threading.Thread):
         self.commands: queue.Queue = queue.Queue(COMMANDS)
         self.plan: list[str] | None = None  # chords of the next latents, in turns
         self.once = False  # make one chunk though paused
+        self.own_new = args.new  # new latents of a segment; opening.settle may measure them
         self.set = {"paused": False, "view": "model", "pace": args.pace}
         self.script: list[np.ndarray] | None = None  # keyboard, mouse: played before anybody's keys
         self.game = Game()
-        self.gallery = start_pictures()
+        self.gallery = cli.start_pictures()
 
         # what a viewer gets
         self.screen = Screen()
@@ -139,9 +134,15 @@ class Player(threading.Thread):
         print(self.begun.note, flush=True)
         self.screen.note(stage="")
 
-    def reset(self, start: Start) -> None:
-        """Begin (again) from a start picture; what was played so far is saved."""
+    def reset(self, start: Start, new: int = 0) -> None:
+        """Begin (again) from a start picture; what was played so far is saved.
+
+        In segments of as many new latents as a link asks for, else of as many as suit this machine.
+        """
         self.save()
+        if not self.args.fake:
+            self.args.new = new or self.own_new  # the folder has to know it, too
+            self.session.options = replace(self.session.options, new=self.args.new)
         first, info = self.begin(start)
         self.enter(start, first[0].numpy(), [tuple(info["poses"][0])])
 
@@ -162,12 +163,13 @@ class Player(threading.Thread):
         self.newest = newest
         self.poses = poses  # one per latent, as in the bank
         self.frame = LATENT * (len(poses) - 1)
-        self.thumbs = {0: jpeg_of(newest, THUMB)}
+        self.thumbs = {self.frame: jpeg_of(newest, THUMB)}
         self.times = []
         self.plan = None
         self.script = None
         self.walked: list[tuple] = []  # keyboard and mouse of every chunk
         self.undone.clear()
+        self.controls.forget()
         self.game.stop(self)
 
         # the last minute is kept, in case somebody wants it recorded
@@ -336,7 +338,7 @@ class Player(threading.Thread):
     def show_again(self) -> None:
         """The last chunk until there is a plan; what was set in the meantime is said now."""
         frames, headers, period = self.shown
-        self.screen.put(frames, [header | self.facts() for header in headers], period)
+        self.screen.put(frames, [h | self.facts() | {"again": True} for h in headers], period)
 
     @property
     def max_pitch(self) -> float:
@@ -439,7 +441,9 @@ class Player(threading.Thread):
         """What was looked back at, with a small picture of it and where it was seen."""
         picks = []
         for pick in memory:
-            thumb = self.thumbs.get(pick["frame"], self.thumbs[0])
+            thumb = self.thumbs.get(
+                pick["frame"], b""
+            )  # none of what a folder that goes on recalls
             seen_from = self.poses[-(-pick["frame"] // LATENT)]
             shown = {"thumb": base64.b64encode(thumb).decode(), "pose": seen_from}
             picks.append({**pick, **shown})
@@ -451,8 +455,8 @@ class Player(threading.Thread):
         before = self.newest
         for k in range(LATENT - 1, n, LATENT):
             self.thumbs[self.frame + k + 1] = jpeg_of(frames[k], THUMB)
-        while len(self.thumbs) > THUMBS:  # frame 0 stays
-            self.thumbs.pop(next(frame for frame in self.thumbs if frame))
+        while len(self.thumbs) > THUMBS:  # those of the first two latents stay: one is the sink
+            self.thumbs.pop(next(frame for frame in self.thumbs if frame > LATENT))
         self.undone.append((n, before))
         self.poses += map(tuple, poses[LATENT - 1 :: LATENT].tolist())
         self.frame += n
@@ -466,7 +470,10 @@ class Player(threading.Thread):
             self.session.undo()
             n, self.newest = self.undone.pop()
             taken += n
-            self.walked.pop()
+            rows = self.walked.pop()
+            if self.script:  # the walk of a link goes on from here: what was taken back comes again
+                pairs = zip(rows, self.script, strict=True)
+                self.script = [np.concatenate(pair) for pair in pairs]
             if self.ring:
                 self.ring.pop()
         self.frame -= taken

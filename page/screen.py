@@ -142,7 +142,9 @@ class Screen:
                 now = time.monotonic()
                 coming = [entry["due"] for entry in self.frames if entry["due"] > now]
                 self.changed.wait(max(0.001, min([until, *coming]) - now))
-        return [({"ping": 1}, b"")], None  # a closed tab is noticed by writing to it
+        # a closed tab is noticed by writing to it; while nothing is shown it may become the one that plays
+        role = "play" if self.plays(viewer) else "watch"
+        return [({"ping": 1, "role": role}, b"")], None
 
     def sent(self, entry: dict, viewer: str) -> dict:
         """A frame on its way, and what is told with it."""

@@ -15,7 +15,7 @@ const play = {
   // who we are
   id: null, // our name at the server, a new one with every connection
   role: "play", // or "watch": another tab plays
-  greeted: false, // has the server ever said hello?
+  followed: false, // the link of the address, if there is one
   truth: null, // whether the true world of this walk is known, so that Tab can show it
 
   // what is on its way to the server
@@ -75,12 +75,10 @@ function onClick(button, action) {
 
 let clearing = 0;
 
-/** A line over the picture; with `ms` it goes away by itself, and who watches reads that again. */
+/** A line over the picture; with `ms` it goes away by itself. Who watches reads that in between. */
 function say(text, ms) {
-  $("banner").textContent = text;
+  const otherwise = play.role === "watch" ? "Watching. Another tab plays." : "";
+  $("banner").textContent = text || otherwise;
   clearTimeout(clearing);
-  if (!ms) return;
-  clearing = setTimeout(() => {
-    $("banner").textContent = play.role === "watch" ? "Watching. Another tab plays." : "";
-  }, ms);
+  if (ms) clearing = setTimeout(() => say("", 0), ms);
 }

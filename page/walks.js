@@ -17,7 +17,9 @@ function showGallery(pictures) {
   const buttons = pictures.map((data, number) => {
     const alt = `start picture ${number + 1}`;
     const image = make("img", { src: `data:image/png;base64,${data}`, alt });
-    return make("button", { onclick: () => beginAt(data) }, image);
+    const button = make("button", {}, image);
+    onClick(button, () => beginAt(data));
+    return button;
   });
   $("gallery").replaceChildren(...buttons);
 }

@@ -98,7 +98,8 @@ class Game:
 
     def lead_home(self, player: object) -> None:
         """The way out backwards, exactly: it is played before anybody's keys."""
-        if self.phase == "home" or self.far_enough():
+        led = self.phase == "home" and player.script
+        if not led and (self.phase == "home" or self.far_enough()):
             keyboard, mouse = (rows[::-1] for rows in player.actions())
             player.script = [keyboard[:, OPPOSITE], -mouse]
             self.go(player, "home")

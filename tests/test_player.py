@@ -155,3 +155,54 @@ def test_memory_and_device_errors_say_the_way_out() -> None:
         NotImplementedError("The operator 'aten::x' is not implemented for the MPS device")
     )
     assert "run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu" in said
+
+
+def test_an_undo_in_the_walk_of_a_link_is_walked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    keyboard = np.zeros((176, 6), np.float32)
+    mouse = np.zeros((176, 2), np.float32)
+    mouse[:, 1] = 0.1
+    player.script = [keyboard, mouse]
+    for k in range(6):
+        if player.script:
+            player.chunk(*player.decide(player.session.frames_needed))
+        if k == 1:
+            player.undo()
+    assert player.script is None
+    assert player.poses[176 // 4][4] - player.poses[0][4] == pytest.approx(264, abs=1e-3)
+
+
+def test_what_was_tapped_and_turned_in_a_pause_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    commands.obey(player, {"cmd": "pause"})
+    player.controls.post(["d"], 4000)
+    player.controls.post([])
+    commands.obey(player, {"cmd": "pause"})
+    keyboard, mouse, about = player.decide(8)
+    assert not keyboard.any() and not mouse.any() and about["keys"] == []
+
+
+def test_m_comes_back_to_the_memory_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--memory", "recent")
+    seen = []
+    for _ in range(2):
+        commands.obey(player, {"cmd": "memory"})
+        seen.append(player.session.policy)
+    assert seen == ["none", "recent"]
+
+
+def test_a_walk_that_goes_on_shows_no_wrong_thumbnail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    act(player, "w")
+    player.enter(player.begun, player.newest, player.poses)
+    pick = {"frame": 8, "latent": 2, "score": 0.5, "sink": False}
+    assert player.described([pick])[0]["thumb"] == ""
+    assert player.described([pick | {"frame": player.frame}])[0]["thumb"]

@@ -132,7 +132,7 @@ ARROWS = {  # who may import whom; the name of a folder stands for all that is i
     "train": PAPER | {"engine", "dataset", "data"},
     "play": PAPER | {"page", "dataset", "engine", "world"},
     "evaluate": PAPER | {"engine", "dataset", "world", "lab"},
-    "export": PAPER | {"engine", "dataset"},
+    "export": PAPER | {"engine", "dataset", "world"},
 }
 PROGRAMS = {"train", "play", "evaluate", "export"}
 TORCH_ONLY = PAPER - {"moe", "realtime"}

@@ -24,6 +24,7 @@ import realtime
 import released
 from context import Window, query_offsets
 from dataset.chords import latents_of
+from engine import cli
 from engine.actors import Plan
 from engine.exported import HashedDenoiser, gaussian
 from engine.parts import Options
@@ -177,6 +178,46 @@ def test_the_same_frames_are_remembered(sink: bool) -> None:
         if [*times] != bank.read(slots).times[0].tolist():
             # a tie that one point decides: what is chosen instead is as good
             assert np.abs(np.array(overlaps) - scores.numpy()).sum() <= 2 / 256
+
+
+@needs_node
+def test_of_many_old_frames_only_the_promising_ones_are_scored() -> None:
+    """The answers are as good as those of a bank that scores every one."""
+    poses = poses_of(random_walk(4 * 900, 3))
+    four = camera.pose_to_c2w(poses[1:]).view(-1, 4, 4, 4).float()
+    program = """
+        const bank = new memory.MemoryBank();
+        given.cameras.forEach((four, k) => bank.append(null, four.map((c2w) => c2w.flat()), k + 1));
+        return given.ends.map((end) => {
+          const asking = context.queryOffsets(10).map((back) => given.cameras[end - back][3].flat());
+          return bank.retrieve(asking, end - 13).map((row) => row.score);
+        });
+    """
+    ends = [700, 800, 890]
+    answers = javascript(program, {"cameras": four.tolist(), "ends": ends})
+    for end, scores in zip(ends, answers, strict=True):
+        asking = four[[end - back for back in query_offsets(10, 5)], -1]
+        every = memory.overlap(asking, four[: end - 14, -1])
+        index = torch.arange(end - 14).expand(5, -1)
+        rows = memory.pick(every, index, 0, memory.TAKEN)
+        best = every.gather(1, rows[:, None])[:, 0]
+        assert np.abs(best.numpy() - scores).max() <= 2 / 256
+
+
+@needs_node
+def test_nobody_looks_up_further_than_the_world_was_drawn() -> None:
+    """So that the way back, every key its opposite, ends where it began."""
+    program = """
+        const made = new session.Session({ latent: [1, 1, 1], units: { max_pitch: 35 } }, {});
+        made.walk = { poses: [camera.START_POSE], actions: [] };
+        const chords = made.advance([...Array(80).fill("w+i"), ...Array(40).fill("l")]);
+        const top = Math.max(...made.walk.poses.map((pose) => pose[3]));
+        made.advance(camera.invert(chords));
+        return [top, ...made.walk.poses.at(-1).map((value, k) => value - camera.START_POSE[k])];
+    """
+    top, *off = javascript(program)
+    assert 33 < top <= 35
+    assert np.abs(off).max() < 1e-6
 
 
 # ---- flow.js ----------------------------------------------------------------------------------------------
@@ -486,7 +527,7 @@ def session_frames(chords: list[str], policy: str) -> np.ndarray:
     options = Options("tiny", decoder="light75", policy=policy, device="cpu", dtype="float32")
     session = realtime.Session(options)
     session.denoiser = HashedDenoiser(session.nets["dit"], session.denoiser.meta, session.options)
-    picture = export.read_picture(export.start_pictures()[3])
+    picture = export.read_picture(cli.start_pictures()[3])
     frames = [session.reset(picture, seed=42).frames]
     while chords:
         n = session.frames_needed

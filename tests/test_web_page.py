@@ -72,6 +72,7 @@ PAGE = """
     const chunk = (first, n) => ({
       frames: new Uint8ClampedArray(4 * n),
       poses: Array(n).fill([0, 0, 0, 0, 0]),
+      chords: Array(n).fill("_"),
       memory: [],
       first,
     });
@@ -163,6 +164,41 @@ def test_a_world_that_stops_is_said_whoever_asked(doing: str) -> None:
         return elements.banner.textContent;
     """
     assert javascript(PAGE + doing + program) == "The world stopped: no room"
+
+
+@needs_node
+def test_a_walk_goes_on_after_a_step_that_failed() -> None:
+    program = """
+        await settle("step", null, "The world stopped: no room");
+        page.controls.onCommand("KeyC", { preventDefault() {} });
+        await soon();
+        const stays = elements.banner.textContent;
+        page.controls.onCommand("KeyR", { preventDefault() {} });
+        await settle("reset", () => chunk(0, 1));
+        pass(1);
+        pass(100);
+        await settle("step", ({ chords }) => chunk(1, chords.length));
+        pass(100);
+        return [stays, elements.banner.textContent, elements.banner.className, page.state.frames > 0];
+    """
+    stays, banner, kind, goes_on = javascript(PAGE + "pass(5000);" + program)
+    assert stays == "The world stopped: no room"
+    assert (banner, kind, goes_on) == ("", "", True)
+
+
+@needs_node
+def test_what_was_tapped_in_a_pause_asks_for_nothing() -> None:
+    program = """
+        const { controls, state } = page;
+        const press = (code) => controls.onCommand(code, { preventDefault() {} });
+        press("KeyP");
+        controls.set("keyboard", ["w"]);
+        controls.set("keyboard", []);
+        controls.drag = [90, 0];
+        press("KeyP");
+        return [controls.decide(8), controls.pressed.size];
+    """
+    assert javascript(PAGE + program) == [["_"] * 8, 0]
 
 
 @needs_node

@@ -38,6 +38,17 @@ export function actionOf(chord) {
   };
 }
 
+/** Degrees that a chord looks up. */
+export function pitchOf(chord) {
+  return DEGREES * actionOf(chord).mouse[0];
+}
+
+/** The same keys, but none that look up or down. */
+export function withoutPitch(chord) {
+  const left = chord.split("+").filter((key) => !"ik".includes(key[0]));
+  return left.join("+") || "_";
+}
+
 /** One frame of walking. */
 export function stepPose([x, y, z, pitch, yaw], { keyboard, mouse }, limit = MAX_PITCH) {
   const [dPitch, dYaw] = mouse.map((unit) => (Math.abs(unit) < DEAD_ZONE ? 0 : DEGREES * unit));

@@ -41,8 +41,15 @@ export class Controls {
 
   release() {
     this.held.clear();
-    this.drag = [0, 0];
+    this.forget();
     this.onChange(this.keys());
+  }
+
+  /** What was tapped and dragged while nobody decided asks for nothing. */
+  forget() {
+    this.taps.clear();
+    this.drag = [0, 0];
+    this.pressed.clear();
   }
 
   /** The next n chords: held keys act throughout, taps for a latent, a drag evenly or shorter. */
@@ -104,7 +111,8 @@ function listenKeyboard(controls) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const key = CODES[event.code];
     // a focused button keeps the keys that press it
-    if (!key && event.target.tagName === "BUTTON") return;
+    const presses = ["Space", "Enter"].includes(event.code);
+    if (presses && event.target.tagName === "BUTTON") return;
     if (key) {
       event.preventDefault();
       down.add(key);

@@ -14,6 +14,8 @@ const POINTS = 256;
 const REPEAT = 10; // what it costs to answer twice
 const GATE = 0.85; // when the bank is full, what is seen already up to this share stays out,
 const FREE = 4096; // so many latents fill it
+const BRUTE_FORCE = 512; // so many candidates are scored one by one; of more,
+const SURVIVORS = 160; // these: the nearest by frustumKey
 
 /** [x, y, z] of n points, evenly spread in the volume of a view, in camera axes. */
 export function frustumPoints(n = POINTS) {
@@ -48,6 +50,23 @@ export function overlap(query, candidate) {
   return seen / SAMPLE.length;
 }
 
+/** Six numbers in metres that are close together if two views overlap: centroid, and direction. */
+export function frustumKey(c2w) {
+  const ahead = [c2w[2], c2w[6], c2w[10]];
+  const centroid = [3, 7, 11].map((at, axis) => c2w[at] + 0.75 * FAR * ahead[axis]);
+  return [...centroid, ...ahead.map((value) => 4 * value)];
+}
+
+/** Of many rows those that are near a camera by key, in their old order. */
+function promising(rows, c2w) {
+  if (rows.length <= BRUTE_FORCE) return rows;
+  const key = frustumKey(c2w);
+  const apart = (row) => row.key.reduce((sum, value, k) => sum + (value - key[k]) ** 2, 0);
+  const distances = rows.map(apart);
+  const farthest = Float64Array.from(distances).sort()[SURVIVORS - 1];
+  return rows.filter((_, number) => distances[number] <= farthest);
+}
+
 /** Row by row of scores, the best column that is not taken yet; the last row is the sink's. */
 export function pick(scores, sink) {
   const taken = [];
@@ -72,10 +91,10 @@ export class MemoryBank {
   append(latent, cameras, time) {
     const rounded = cameras.map((c2w) => Float32Array.from(c2w));
     if (this.rows.length >= FREE && time % 8) {
-      const known = this.rows.some((row) => overlap(rounded[3], row.cameras[3]) >= GATE);
-      if (known) return;
+      const near = promising(this.rows, rounded[3]);
+      if (near.some((row) => overlap(rounded[3], row.cameras[3]) >= GATE)) return;
     }
-    this.rows.push({ latent, cameras: rounded, time });
+    this.rows.push({ latent, cameras: rounded, time, key: frustumKey(rounded[3]) });
   }
 
   /** Cameras that ask, newest first -> as many rows with their score, all of before `before`. */
@@ -83,12 +102,15 @@ export class MemoryBank {
     const old = this.rows.filter((row) => row.time < before);
     // latent 0 is one frame alone: it answers only where there is nothing else
     const candidates = old.length > 1 ? old.filter((row) => row.time > 0) : old;
-    const queries = asking.map((c2w) => Float32Array.from(c2w));
-    const scores = queries.map((query) => candidates.map((row) => overlap(query, row.cameras[3])));
+    const scores = asking.map((c2w) => {
+      const query = Float32Array.from(c2w);
+      const near = new Set(promising(candidates, query));
+      return candidates.map((row) => (near.has(row) ? overlap(query, row.cameras[3]) : -1));
+    });
     const sink = useSink ? 0 : null;
     return pick(scores, sink).map((column, slot) => ({
       ...candidates[column],
-      score: scores[slot][column],
+      score: overlap(Float32Array.from(asking[slot]), candidates[column].cameras[3]),
       sink: useSink && candidates[column].time <= 1,
     }));
   }

@@ -1,7 +1,7 @@
 // The networks that export.py wrote, as functions of typed arrays. The only file that knows ONNX.
 
 export const FORMAT = 1; // of model/facts.json; export.py writes the same number
-const EXPORT = "python export.py --web web";
+export const EXPORT = "python export.py --web web";
 const FILES = ["network.onnx.gz", "decoder_first.onnx.gz", "decoder_next.onnx.gz"];
 const INSTALL = "npm ci --prefix web";
 
@@ -10,16 +10,27 @@ export class Trouble extends Error {}
 
 // ---- files --------------------------------------------------------------------------------------
 
-/** The bytes of a file that was packed with gzip, or a Trouble that says which command makes it. */
+/** A reply's bytes; a visitor can do nothing but try again, whoever made the page can make the file. */
+export async function download(url, command) {
+  const lost = new Trouble("The connection was lost. Reload the page to try again.");
+  const reply = await fetch(url).catch(() => {
+    throw lost;
+  });
+  if (!reply.ok) throw new Trouble(`${url.pathname} is missing. Make it with: ${command}`);
+  return reply.arrayBuffer().catch(() => {
+    throw lost;
+  });
+}
+
+/** The bytes of a file that was packed with gzip; some hosts say so, and the browser has unpacked it. */
 async function unzip(url, command) {
-  const reply = await fetch(url).catch(() => null);
-  if (!reply?.ok) throw new Trouble(`${url.pathname} is missing. Make it with: ${command}`);
-  const stream = reply.body.pipeThrough(new DecompressionStream("gzip"));
-  try {
-    return await new Response(stream).arrayBuffer();
-  } catch {
+  const bytes = await download(url, command);
+  const [one, two] = new Uint8Array(bytes, 0, Math.min(2, bytes.byteLength));
+  if (one !== 0x1f || two !== 0x8b) return bytes;
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer().catch(() => {
     throw new Trouble(`${url.pathname} is damaged. Make it again with: ${command}`);
-  }
+  });
 }
 
 /** What the exported model is: sizes, lengths of segments, start pictures. */
@@ -87,7 +98,7 @@ async function openAll(place, folder) {
 export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
   let place = await openRuntime(base, wanted === "webgpu" ? "webgpu" : "wasm");
-  progress("unpacking the network");
+  progress("loading the network");
   const opened = await openAll(place, folder).catch(async (error) => {
     if (place.backend === "wasm") throw error;
     // what this graphics card cannot run, the processor can

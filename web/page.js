@@ -39,15 +39,16 @@ Object.assign(window, { page: { state, screen, controls, game, world, begin, rea
 
 let quiet = 0;
 function say(text, ms = 0) {
+  if ($("banner").className === "trouble") return;
   clearTimeout(quiet);
   $("banner").textContent = text;
   if (ms) quiet = setTimeout(() => ($("banner").textContent = ""), ms);
 }
 
-/** Nothing goes on from here: the sentence stays. */
+/** Nothing goes on from here: the sentence stays until a walk begins anew. */
 function trouble(text) {
-  $("banner").className = "trouble";
   say(text);
+  $("banner").className = "trouble";
   state.paused = true;
 }
 
@@ -63,6 +64,10 @@ async function begin({ seed = state.seed, start = state.start, fresh = null, cho
   Object.assign(state, { seed, start, chords: [], path: [], chunks: [], fresh });
   state.script = [...chords];
   state.homeward = false;
+  if ($("banner").className === "trouble") {
+    $("banner").className = "";
+    say("");
+  }
   setPaused(false);
   controls.release();
   screen.clear(); // before waiting: what is left of the old walk belongs to no chunk any more
@@ -82,11 +87,13 @@ async function play() {
     const chords = decide(framesNeeded());
     const { remember } = state;
     const began = performance.now();
-    const chunk = await world.ask("step", { chords, remember });
-    if (mine !== state.world) continue;
-    measure(chords.length, performance.now() - began);
-    state.chords.push(...chords);
-    game.walked(chords);
+    const chunk = await world.ask("step", { chords, remember }).catch((error) => {
+      if (mine === state.world) fail(error);
+    });
+    if (!chunk || mine !== state.world) continue;
+    measure(chunk.chords.length, performance.now() - began);
+    state.chords.push(...chunk.chords);
+    game.walked(chunk.chords);
     show({ ...chunk, remember });
   }
 }
@@ -105,7 +112,9 @@ function decide(n) {
   if (state.homeward) state.script = game.wayHome();
   state.homeward = false;
   const given = state.script.splice(0, n);
-  return given.length < n ? [...given, ...controls.decide(n).slice(given.length)] : given;
+  if (given.length < n) return [...given, ...controls.decide(n).slice(given.length)];
+  controls.forget(); // keys that were tapped meanwhile asked for nothing
+  return given;
 }
 
 /** The fewest new latents that this device makes fast enough; known after the first segment. */
@@ -130,6 +139,14 @@ async function until(condition) {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 4));
 }
 
+/** After a click of the mouse a button gives the focus back: Space belongs to the game again. */
+function onClick(button, action) {
+  button.addEventListener("click", (event) => {
+    if (event.detail) button.blur();
+    action();
+  });
+}
+
 // ---- every frame --------------------------------------------------------------------------------
 
 let painted = 0;
@@ -151,7 +168,8 @@ screen.onFrame = (frame, now) => {
 function paint(frame) {
   const chunk = state.chunks.findLast(({ first }) => first <= frame.index);
   if (!chunk) return;
-  const path = state.path.filter(Boolean);
+  const path = state.path.filter((pose, index) => pose && index % LATENT === 0);
+  if (!path.length) return;
   drawMap($("map"), path, chunk.memory, frame.pose);
   if (chunk !== paint.chunk) drawStrip($("strip"), chunk.memory, screen.kept);
   paint.chunk = chunk;
@@ -209,6 +227,7 @@ function setPaused(paused) {
   if (!paused && game.phase === "over") return restart(); // the walk has ended
   if (paused) pausedAt = performance.now();
   else screen.delay(performance.now() - pausedAt);
+  controls.forget();
   state.paused = screen.frozen = paused;
   $("pause").setAttribute("aria-pressed", paused);
 }
@@ -248,7 +267,7 @@ const COMMANDS = {
   Space: togglePause,
   KeyR: () => restart(),
   KeyN: () => restart({ seed: Math.floor(Math.random() * 2 ** 31) }),
-  KeyC: share,
+  KeyC: () => share().catch((error) => say(error.message, 4000)),
 };
 controls.onCommand = (code, event) => {
   if (!(code in COMMANDS) || !state.facts) return;
@@ -262,10 +281,7 @@ controls.onChange = (keys) => {
 };
 const BUTTONS = { memory: "KeyM", pause: "KeyP", restart: "KeyR", reseed: "KeyN", share: "KeyC" };
 for (const [id, code] of Object.entries(BUTTONS)) {
-  $(id).addEventListener("click", (event) => {
-    if (event.detail) event.target.closest("button").blur(); // Space belongs to the game again
-    if (state.facts) COMMANDS[code]();
-  });
+  onClick($(id), () => state.facts && COMMANDS[code]());
 }
 
 // ---- the game -----------------------------------------------------------------------------------
@@ -279,7 +295,9 @@ async function startGame() {
 }
 
 $("game-start").addEventListener("click", () => state.facts && startGame().catch(fail));
-$("game-home").addEventListener("click", () => (state.homeward = true));
+$("game-home").addEventListener("click", () => {
+  if (!state.script.length) state.homeward = true; // led already: no way back from the way back
+});
 $("game-stop").addEventListener("click", () => {
   if (game.phase === "replay") restart();
   else game.stop();
@@ -360,7 +378,7 @@ function fillGallery({ starts }) {
     picture.src = `model/start-${number}.png`;
     picture.alt = `start picture ${number}: ${name}`;
     button.append(picture);
-    button.addEventListener("click", () => restart({ start: number }));
+    onClick(button, () => restart({ start: number }));
     return button;
   });
   $("gallery").replaceChildren(...buttons);

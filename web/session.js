@@ -2,7 +2,7 @@
 // frames. realtime.py and engine/actors.py, one after the other on one thread. It knows nothing of
 // pages, and nothing of ONNX: `networks` are three functions of typed arrays (see networks.js).
 
-import { START_POSE, actionOf, stepPose } from "./camera.js";
+import { MAX_PITCH, START_POSE, actionOf, pitchOf, stepPose, withoutPitch } from "./camera.js";
 import { WINDOW, camerasOf, makeContext, queryOffsets } from "./context.js";
 import { gaussian, sample } from "./flow.js";
 import { MemoryBank } from "./memory.js";
@@ -29,24 +29,17 @@ export class Session {
     return { frames, poses: [START_POSE], memory: [], first: 0 };
   }
 
-  /** How many actions the next step takes, if it adds so many latents: segment 0 is longer. */
-  framesNeeded(fresh) {
-    return WINDOW.stride * (this.segment ? fresh : WINDOW.first - 1);
-  }
-
   /** The next frames under one chord per frame; `remember` false: it sees its last frames only. */
-  async step(chords, remember) {
-    const fresh = chords.length / WINDOW.stride;
-    const began = performance.now();
+  async step(asked, remember) {
+    const fresh = asked.length / WINDOW.stride;
     const made = this.walk.actions.length; // frames behind us; the newest is frame `made`
-    this.advance(chords);
+    const chords = this.advance(asked);
 
     const past = this.latents.slice(-WINDOW.past);
     const first = this.count - past.length;
     const recalled = this.segment && remember ? this.recall(fresh, first) : [];
     const context = makeContext(this.walk, past, first, fresh, recalled, this.size);
     const x0 = await this.imagine(context, fresh);
-    const imagined = performance.now();
     this.remember(x0, fresh);
 
     const { frames, state } = await this.networks.decodeNext(x0, fresh, this.state);
@@ -57,19 +50,25 @@ export class Session {
       poses: this.walk.poses.slice(made + 1),
       chords,
       memory: recalled.map(({ time, score, sink }) => this.describe(time, score, sink)),
-      ms: { imagine: imagined - began, decode: performance.now() - imagined },
     };
   }
 
-  /** Where the player will be: actions are decided before the segment is made. */
+  /**
+   * Where the player will be: actions are decided before the segment is made. Returns the chords as
+   * they are walked: nobody looks further up or down than the world was drawn in training.
+   */
   advance(chords) {
     const { poses, actions } = this.walk;
+    const limit = this.facts.units?.max_pitch ?? MAX_PITCH;
     this.count = actions.length / WINDOW.stride + 1; // latents so far
-    for (const chord of chords) {
-      const action = actionOf(chord);
+    return chords.map((chord) => {
+      const pitch = poses.at(-1)[3] + pitchOf(chord);
+      const walked = Math.abs(pitch) > limit ? withoutPitch(chord) : chord;
+      const action = actionOf(walked);
       actions.push(action);
-      poses.push(stepPose(poses.at(-1), action));
-    }
+      poses.push(stepPose(poses.at(-1), action, limit));
+      return walked;
+    });
   }
 
   recall(fresh, before) {

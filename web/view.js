@@ -2,6 +2,8 @@
 
 import { LATENT } from "./walk.js";
 
+const KEPT = 4096; // thumbnails, as many as fill the memory's bank: 64 MB
+
 /** Frames wait here for their time; the newest one that is due is on the canvas. */
 export class Screen {
   waiting = [];
@@ -36,10 +38,18 @@ export class Screen {
       const bytes = frames.subarray(k * size, (k + 1) * size);
       const pixels = new ImageData(new Uint8ClampedArray(bytes), width, height);
       const index = first + k;
-      if (index % LATENT === 0) this.kept.set(index, pixels);
+      if (index % LATENT === 0) this.keep(index, pixels);
       this.waiting.push({ pixels, index, pose, chord: chords[k] ?? "_", remember, due: this.due });
       this.due += period;
     });
+  }
+
+  /** A thumbnail more; of too many the oldest goes, but those of the first two latents. */
+  keep(index, pixels) {
+    this.kept.set(index, pixels);
+    if (this.kept.size <= KEPT) return;
+    const oldest = [...this.kept.keys()].find((frame) => frame > LATENT);
+    this.kept.delete(oldest);
   }
 
   /** How long the frames that wait will last, ms. */

@@ -1,12 +1,12 @@
-// A walk as text: "w:40,w+l:20" is forty frames forward, then twenty forward and to the right. The
-// language of play.py --actions; a link holds it in its hash: #seed=42&start=3&do=w:40,l:60
+// A walk as text: "w:40,w+l:20" is forty frames forward, then twenty forward and to the right. A part
+// of the language of play.py --actions; a link holds it in its hash: #seed=42&start=3&do=w:40,l:60
 
 export const LATENT = 4; // frames that one latent holds: the shortest thing an action can do
 const NAMES = [..."wasdijkl"];
 const LOOKS = "ijkl";
 const FASTEST = 4; // times: six degrees a frame, as in training
 const KEY = /^([wasd_]|[ijkl](\d(\.\d{1,4})?)?)$/;
-const MOST = 40_000; // frames: three quarters of an hour
+const MOST = 40_000; // frames: 42 minutes at 16 a second
 
 /**
  * Which keys a frame is made with, as text. Opposite ones cancel, the order is always the same; a
@@ -74,6 +74,7 @@ export function parseHash(hash, { starts, lengths }) {
 }
 
 export function formatHash({ seed, start, fresh, chords }, { lengths }) {
+  if (chords.length > MOST) throw new Error(`a link holds ${MOST} frames at most`);
   const parts = [`seed=${seed}`, `start=${start}`];
   if (fresh && fresh !== Math.max(...lengths)) parts.push(`new=${fresh}`);
   if (chords.length) parts.push(`do=${formatActions(chords)}`);

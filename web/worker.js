@@ -1,6 +1,6 @@
 // The thread that owns the model: questions come in, answers go out, one after the other.
 
-import { Trouble, openNetworks, readFacts } from "./networks.js";
+import { EXPORT, Trouble, download, openNetworks, readFacts } from "./networks.js";
 import { Session } from "./session.js";
 
 const base = new URL("./", import.meta.url);
@@ -14,8 +14,7 @@ const answers = {
     const progress = (stage) => postMessage({ stage });
     const networks = await openNetworks(base, facts, backend, progress);
     session = new Session(facts, networks);
-    const starts = await fetch(new URL("starts.bin", folder));
-    session.starts = await starts.arrayBuffer();
+    session.starts = await download(new URL("starts.bin", folder), EXPORT);
     return { facts, backend: networks.backend };
   },
   reset({ start, seed }) {
