@@ -29,8 +29,12 @@ async function unzip(url, command) {
   if (one !== 0x1f || two !== 0x8b) return bytes;
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer().catch(() => {
-    throw new Trouble(`${url.pathname} is damaged. Make it again with: ${command}`);
+    throw damaged(url, command);
   });
+}
+
+function damaged(url, command) {
+  return new Trouble(`${url.pathname} is damaged. Make it again with: ${command}`);
 }
 
 /** What the exported model is: sizes, lengths of segments, start pictures. */
@@ -79,6 +83,7 @@ async function openNetwork({ runtime, backend }, url) {
     logSeverityLevel: 3, // errors alone
   };
   const network = await runtime.InferenceSession.create(bytes, options).catch((error) => {
+    if (/protobuf|parsing/i.test(error.message)) throw damaged(url, EXPORT);
     const memory = /memory|allocat/i.test(error.message);
     const reason = memory ? "this device has too little memory for it" : error.message;
     throw new Trouble(`The world model did not start: ${reason}`);
