@@ -30,6 +30,12 @@ def pause(player: object, body: dict) -> None:
     player.controls.forget()
 
 
+def hidden(player: object, body: dict) -> None:
+    """Is the tab of whoever plays out of sight? Then the world waits, as it does without a viewer."""
+    player.hidden = body.get("on") is True
+    player.controls.forget()
+
+
 def step(player: object, body: dict) -> None:
     """One chunk, though paused; in turns it is the plan that asks for one."""
     if player.tempo() == "turn" and not player.script:
@@ -124,6 +130,7 @@ def game(player: object, body: dict) -> None:
 
 COMMANDS: dict[str, Callable] = {
     "pause": pause,
+    "hidden": hidden,
     "step": step,
     "undo": undo,
     "restart": restart,

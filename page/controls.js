@@ -94,15 +94,15 @@ addEventListener("keyup", (event) => {
 
 addEventListener("blur", releaseAll);
 
-/** Nobody looks: nothing is held, and nothing is imagined. */
-let away = false;
+/** While nobody looks nothing is held, and nothing is imagined. */
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) releaseAll();
-  const paused = play.facts.paused ?? play.frame?.paused;
-  if (play.role !== "play" || document.hidden === away || (document.hidden && paused)) return;
-  away = document.hidden;
-  command({ cmd: "pause" });
+  tellHidden();
 });
+
+function tellHidden() {
+  if (play.role === "play") command({ cmd: "hidden", on: document.hidden });
+}
 
 // ---- mouse and fingers --------------------------------------------------------------------------
 

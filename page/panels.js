@@ -56,7 +56,9 @@ function takeRole(role) {
   play.role = role;
   if (changed && role === "watch") say("", 0);
   else if (changed) say("You play now.", 4000);
-  if (role === "watch" || play.followed) return;
+  if (role === "watch") return;
+  if (changed || !play.followed) tellHidden(); // before a reload the page said that it was hidden
+  if (play.followed) return;
   play.followed = true;
   followLink();
 }

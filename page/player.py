@@ -96,6 +96,7 @@ class Player(threading.Thread):
         # what a viewer gets
         self.screen = Screen()
         self.alone = False
+        self.hidden = False  # whoever plays has another tab in front
         self.failed = ""  # why the thread ended
         self.unrecorded = ""  # why the recording ended before the walk
         self.frame = 0
@@ -315,7 +316,7 @@ class Player(threading.Thread):
     def due(self) -> bool:
         """Is it time to decide?"""
         self.watch_viewers()
-        if self.alone or (self.set["paused"] and not self.once):
+        if self.alone or self.hidden or (self.set["paused"] and not self.once):
             return False
         if self.game.phase == "replay":
             return True

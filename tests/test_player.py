@@ -206,3 +206,14 @@ def test_a_walk_that_goes_on_shows_no_wrong_thumbnail(
     pick = {"frame": 8, "latent": 2, "score": 0.5, "sink": False}
     assert player.described([pick])[0]["thumb"] == ""
     assert player.described([pick | {"frame": player.frame}])[0]["thumb"]
+
+
+def test_a_hidden_tab_lets_the_world_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    player.set["pace"] = "live"
+    waits = []
+    for on in (False, True, False):
+        commands.obey(player, {"cmd": "hidden", "on": on})
+        player.screen.end = 0.0  # nothing is left to show
+        waits.append(not player.due())
+    assert waits == [False, True, False]
