@@ -5,7 +5,8 @@
 `start` counts the start pictures, `do` is the language of --actions (dataset/chords.py), `new` is
 the length of a segment in latents and left out where it is the longest. What a mouse turned is
 written in ten-thousandths of a look key, as finely as page/controls.py plays it: the same walk, but
-for a pitch that was held at its limit, whose last turn is rounded to that.
+for a pitch that was held at its limit, whose last turn is rounded to that. The page of web/ knows no
+walls: a link made there may lead through one, and play.py stops before it.
 """
 
 import itertools
