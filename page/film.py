@@ -90,7 +90,8 @@ def memory_panel(width: int, about: dict) -> np.ndarray:
     side = min(56, width // THUMBS - 6)
     for k, pick in enumerate(about.get("memory", [])[:THUMBS]):
         x = 4 + k * (width - 4) // THUMBS
-        if pick["thumb"]:  # of what was seen before a walk went on there is none
+        # of what was seen before a walk went on there is none
+        if pick["thumb"]:
             thumb = Image.open(io.BytesIO(base64.b64decode(pick["thumb"])))
             panel.paste(thumb.resize((side, side), Image.Resampling.NEAREST), (x, 4))
         score = "sink" if pick["sink"] else f"{pick['score']:.2f}"
