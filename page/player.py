@@ -10,6 +10,7 @@ A decision is made as late as possible: when what is left to show just covers th
 import argparse
 import base64
 import contextlib
+import ctypes
 import functools
 import queue
 import sys
@@ -42,6 +43,7 @@ COMMANDS = 16  # that may wait
 THUMB = 64  # pixels
 THUMBS = 4096  # kept, as many as the bank holds latents
 ALONE = 10.0  # seconds without a viewer until the world waits
+TIDY = 30.0  # seconds between two returns of free memory
 SLOW = 8  # frames per second below which one plays in turns
 COMPILING = ", compiling (first time ~60-150 s, cached afterwards)…"
 
@@ -61,6 +63,13 @@ def explain(error: BaseException) -> str:
         first = text.splitlines()[0]
         return f"{first}; run with PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def give_back() -> None:
+    """Return what is free to the system. Between what is kept there are holes, which the allocator
+    would hold for ever: 100 MB after half an hour. Only glibc can be asked; others do without."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def filled(rows: np.ndarray, n: int) -> np.ndarray:
@@ -102,6 +111,7 @@ class Player(threading.Thread):
         self.frame = 0
         self.ring: deque = deque()  # what is not recorded: (frames, what is kept, before, poses)
         self.times: list[tuple[int, float]] = []  # (frames, seconds) of the last chunks
+        self.tidied = time.monotonic()
 
         # chunks that can be taken back: (frames, the picture before them)
         chunks = 40 if args.fake else UNDO
@@ -428,6 +438,9 @@ class Player(threading.Thread):
             shown = true_views(truth, poses, *self.size)
         self.show(shown, poses, about, clear=self.game.phase == "replay")
         self.game.see(self, frames, poses)
+        if time.monotonic() - self.tidied > TIDY:
+            self.tidied = time.monotonic()
+            give_back()
 
     def judge(self, frames: np.ndarray, poses: np.ndarray) -> list[float]:
         """PSNR of the last frame of every latent, where the truth is known and not itself shown."""

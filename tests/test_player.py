@@ -1,6 +1,7 @@
 """What the player promises: what is asked for is played, judged and remembered."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import realtime
 from dataset.episode import read_episode
 from dataset.film import psnr
 from page import commands
-from page.player import Player, explain
+from page.player import Player, explain, give_back
 from page.start import true_views
 
 
@@ -217,3 +218,30 @@ def test_a_hidden_tab_lets_the_world_wait(tmp_path: Path, monkeypatch: pytest.Mo
         player.screen.end = 0.0  # nothing is left to show
         waits.append(not player.due())
     assert waits == [False, True, False]
+
+
+def test_free_memory_is_given_back_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch)
+    given = []
+    monkeypatch.setattr("page.player.give_back", lambda: given.append(player.frame))
+    act(player, "w")
+    player.tidied -= 31.0
+    act(player, "w")
+    act(player, "w")
+    assert given == [96]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_holes_between_what_is_kept_are_given_back() -> None:
+    def megabytes() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    blocks = [bytearray(b"x" * 60_000) for _ in range(3000)]  # 180 MB
+    kept = blocks[::20]
+    before = megabytes()
+    del blocks
+    give_back()
+    assert before - megabytes() > 100 and len(kept) == 150
