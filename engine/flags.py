@@ -98,14 +98,14 @@ class TrainConfig:
     gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)")
     p_error: float = opt(0.5, "share of samples with injected errors; 0 = off")
     inject: str = opt("both", "where errors go", "both, Eq. 5", ("both", "past", "memory"))
-    error_kind: str = opt("real", "residuals, or noise of their size", "real", ("real", "gaussian"))
+    error_kind: str = opt("real", "the errors, or noise of their size", "real", ("real", "gaussian"))
     p_own: float = opt(0.0, "steps whose errors are the model's own of this scene, not stored ones")
 
     # the light VAE: a decoder for the same latents (lightvae.py)
     decoder_only: bool = opt(False, "vae: leave the encoder of --init as it is, and all latents")
     rate: float = opt(0.75, "share of decoder channels removed", "0.5 and 0.75, Table 2")
 
-    # experts: one network per part of the σ axis and view (moe.py)
+    # experts: one for low noise, and one per view for high (moe.py)
     expert: str = opt("high-first", "which one; dense: one model for all", "three", EXPERTS)
     boundary: float = opt(0.9, "σ at which the experts change", "by SNR, value not stated")
 
