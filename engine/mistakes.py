@@ -1,7 +1,7 @@
 """The imperfect past: what is added to past and memory, so that they look as they will in play.
 
 Two sources of the same kind of error, δ = x̂0 − x0:
-    stored    residuals of earlier steps, of other scenes (error_buffer.py), by default
+    stored    errors of earlier steps, of other scenes (error_buffer.py), by default
     own       what the network makes of these very latents in one step, in a share --p-own of the steps
 """
 
