@@ -98,7 +98,9 @@ class TrainConfig:
     gamma: float = opt(1.0, "scale of injected errors, times U(0.8, 1.2)")
     p_error: float = opt(0.5, "share of samples with injected errors; 0 = off")
     inject: str = opt("both", "where errors go", "both, Eq. 5", ("both", "past", "memory"))
-    error_kind: str = opt("real", "the errors, or noise of their size", "real", ("real", "gaussian"))
+    error_kind: str = opt(
+        "real", "the errors, or noise of their size", "real", ("real", "gaussian")
+    )
     p_own: float = opt(0.0, "steps whose errors are the model's own of this scene, not stored ones")
 
     # the light VAE: a decoder for the same latents (lightvae.py)

@@ -59,7 +59,8 @@ def test_a_claim_that_needs_a_gpu_is_filled_from_what_the_gpu_said(tmp_path: Pat
     claims = [empty | {"name": "decode"}, empty | {"name": "other"}]
     stored = {"table": ["x"], "claims": {"decode": 0.7}}
     (tmp_path / "gpu-decoders.json").write_text(json.dumps(stored))
-    (tmp_path / "vae.json").write_text(json.dumps({"claims": claims}))
+    result = dict.fromkeys(report.ALL_SAY) | {"claims": claims}
+    (tmp_path / "vae.json").write_text(json.dumps(result))
     first, second = report.results(tmp_path)["vae"]["claims"]
     assert (first["value"], first["n"], first["verdict"]) == (0.7, 1, "reported")
     assert second["value"] is None
