@@ -114,6 +114,7 @@ class Viewer:
         self.socket = self.connection.sock
         self.stream = self.connection.getresponse()
         self.hello, _ = self.record()
+        self.kept = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
 
     def part(self) -> bytes:
         """Four bytes say how many follow."""
@@ -137,7 +138,13 @@ class Viewer:
     def post(self, path: str, **body: object) -> tuple[int, dict]:
         return ask(self.server, "POST", path, {"id": self.hello["id"], **body})
 
+    def tell(self, path: str, **body: object) -> None:
+        """A post on a connection that stays open, as a browser's does."""
+        self.kept.request("POST", path, json.dumps({"id": self.hello["id"], **body}).encode())
+        assert self.kept.getresponse().read() == b""
+
     def close(self) -> None:
+        self.kept.close()
         self.socket.shutdown(socket.SHUT_RDWR)
         self.stream.close()
         self.connection.close()

@@ -717,7 +717,7 @@ def soak(folder: Path, minutes: float, *flags: str) -> tuple[int, float, float, 
             held = keys.sample(["w", "a", "s", "d", "j", "l"], 2)
             for _ in range(20):
                 frame = viewer.frame(ack=False)
-                viewer.post("/input", keys=held, shown=frame["n"])
+                viewer.tell("/input", keys=held, shown=frame["n"])
             settled = settled or (time.monotonic() - began > 300 and megabytes())
         last = megabytes()
         print(
