@@ -132,7 +132,7 @@ def segment(options: parts.Options) -> Found:
     for name, choice in variants.items():
         session = bench.first_segment(choice)
         t = realtime.time_segment(session, 3, 1)
-        rows.append(Row(f"{name}: FPS", predicted=t["serial"], measured=t["fps"]))
+        rows.append(Row(f"{name}: FPS", predicted=t["fps in turn"], measured=t["fps"]))
         rows.append(Row(f"{name}: s to denoise", measured=t["D"]))
         rows.append(Row(f"{name}: s to decode", measured=t["V"]))
         rows.append(Row(f"{name}: peak GB", measured=peak(options.device)))

@@ -26,7 +26,7 @@ import play
 from page import commands
 from page import server as page_server
 from page.player import COMMANDS, Player
-from page.screen import STREAMS
+from page.screen import STREAMS, WINDOW
 from page.server import SLOTS, addresses, bind
 
 
@@ -99,7 +99,7 @@ def test_keys_posted_are_keys_played(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_at_most_three_frames_are_on_their_way_and_a_late_viewer_skips(tmp_path: Path) -> None:
+def test_only_a_window_of_frames_is_on_its_way_and_a_late_viewer_skips(tmp_path: Path) -> None:
     with page(tmp_path) as (player, server):
         viewer = Viewer(server)
         seen = []
@@ -108,7 +108,7 @@ def test_at_most_three_frames_are_on_their_way_and_a_late_viewer_skips(tmp_path:
         while time.monotonic() < until:
             header, jpeg = viewer.record()
             seen += [header["n"]] if jpeg else []
-        assert len(seen) == 3, "nothing more without an acknowledgement"
+        assert len(seen) == WINDOW, "nothing more without an acknowledgement"
         viewer.post("/input", keys=[], shown=seen[-1])
         late = viewer.frame(ack=False)
         assert late["n"] > seen[-1] + 1, "the newest frame, not the next one"
