@@ -14,6 +14,8 @@ tests/test_checkpoint.py
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,40 +119,38 @@ def restore(
             f"{folder / 'latest'} is damaged: {checkpoint} is not there. Write the name of another "
             "checkpoint into it, or start over with --fresh"
         )
-    try:
-        return read(checkpoint, models, ema, opts)
-    except Refusal as error:
-        before = others_than(checkpoint)
-        if not before:
-            raise
-        latest = folder / "latest"
-        raise Refusal(
-            f"{error}. To go on from the checkpoint before: echo {before[-1].name} > {latest}"
-        ) from error
+    with naming_another(checkpoint):
+        for name, model in models.items():
+            fill(checkpoint / f"{name}.safetensors", model.state_dict())
+        first = next(iter(models.values()))
+        names = [name for name, _ in first.named_parameters()]
+        fill(checkpoint / "ema.safetensors", dict(zip(names, ema, strict=True)))
 
-
-def read(
-    checkpoint: Path,
-    models: dict[str, nn.Module],
-    ema: list[Tensor],
-    opts: list[torch.optim.Optimizer],
-) -> dict:
-    for name, model in models.items():
-        fill(checkpoint / f"{name}.safetensors", model.state_dict())
-    first = next(iter(models.values()))
-    names = [name for name, _ in first.named_parameters()]
-    fill(checkpoint / "ema.safetensors", dict(zip(names, ema, strict=True)))
-
-    file = checkpoint / "train_state.pt"
-    with reading(file):
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        if type(state["step"]) is not int:
-            raise ValueError(f"its step is {state['step']!r}")
-        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-            params = optimizer.param_groups[0]["params"]
-            for p, entries in zip(params, saved, strict=True):
-                optimizer.state[p] = {key: placed(value, p) for key, value in entries.items()}
+        file = checkpoint / "train_state.pt"
+        with reading(file):
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            if type(state["step"]) is not int:
+                raise ValueError(f"its step is {state['step']!r}")
+            for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+                params = optimizer.param_groups[0]["params"]
+                for p, entries in zip(params, saved, strict=True):
+                    optimizer.state[p] = {key: placed(value, p) for key, value in entries.items()}
     return state
+
+
+@contextmanager
+def naming_another(checkpoint: Path) -> Iterator[None]:
+    """If this checkpoint is damaged: how to go on from the one that was written before it."""
+    try:
+        yield
+    except Refusal as error:
+        others = others_than(checkpoint)
+        if not others:
+            raise
+        latest = checkpoint.parents[1] / "latest"
+        raise Refusal(
+            f"{error}. To go on from another checkpoint: echo {others[-1].name} > {latest}"
+        ) from error
 
 
 def fill(file: Path, targets: dict[str, Tensor]) -> None:

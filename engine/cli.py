@@ -11,9 +11,9 @@
     if __name__ == "__main__":
         cli.run(main)
 
-Whatever does not fit raises ValueError (so does the parser) or OSError, and ends as one line on stderr
-and exit status 2. A line says what came, what is allowed and what to type. Every parser knows
---debug, which shows the traceback instead.
+Whatever does not fit raises ValueError (so does the parser) or OSError, and ends as one line on
+stderr and exit status 2; so does too little memory. A line says what came, what is allowed and what
+to type. Every parser knows --debug, which shows the traceback instead.
 
 Programs run from any folder. What nobody named lies beside the code: cli.beside("assets", "tiny");
 what somebody typed is looked for here first, then beside the code: cli.find("assets/tiny").
@@ -100,10 +100,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_too_little_memory(error: BaseException) -> bool:
-    """Whether numpy, torch or a GPU could not get as much as was asked for.
-
-    Each has words of its own for it.
-    """
+    """Whether less was to be had than was asked for: numpy, torch and GPUs say it differently."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 

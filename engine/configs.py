@@ -83,12 +83,15 @@ def ours(config: dict) -> DiTConfig:
         lowest = 1 if type(default) is int or name == "patch" else 0
         largest = 1000 if name in ("layers", "action_blocks", "patch") else 10**6
         if type(value) not in kinds or not all(sane(n, lowest, largest) for n in numbers):
-            raise ValueError(f"its config says {name} = {str(value)[:40]}")
+            raise ValueError(f"no network has {name} = {str(value)[:40]}")
     return DiTConfig(**plain)
 
 
 def sane(value: object, lowest: int, largest: int) -> bool:
-    return isinstance(value, str) or isinstance(value, int | float) and lowest <= value <= largest
+    """A text, or a number between these two."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, int | float) and lowest <= value <= largest
 
 
 # names in the released config.json -> ours

@@ -346,15 +346,17 @@ def lengths(cfg: TrainConfig) -> list[int]:
 
 def network(cfg: TrainConfig) -> dit.DiTConfig:
     """The preset's network, changed as --net says."""
+    preset = dataclasses.asdict(dit.PRESETS[cfg.preset])
     try:
         words = [word.split("=") for word in cfg.net.split()]
         changes = {name: json.loads(value) for name, value in words}
-        changed = configs.ours(dataclasses.asdict(dit.PRESETS[cfg.preset]) | changes)
-    except (ValueError, TypeError) as error:
+        if not set(changes) <= set(preset):
+            raise ValueError("no such field")
+    except ValueError as error:
         raise ValueError(
-            f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}: "
-            f"{error}"
+            f"--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got {cfg.net!r}"
         ) from error
+    changed = configs.ours(preset | changes)
 
     # RoPE turns the numbers of every head in pairs (attention.py)
     for width, heads in (("dim", "heads"), ("action_width", "action_heads")):

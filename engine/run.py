@@ -12,7 +12,6 @@ rows (share): N ranks see the batches of one.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -52,7 +51,6 @@ STREAMS = {
     "rank": 800_000_000,
     "length": 900_000_000,
 }
-HASHED = 1 << 28  # bytes of the largest file whose hash is worth the time
 DTYPES = ("float32", "bfloat16")  # of the computing copy
 BEFORE = {"new": "10"}  # what runs did that are older than a flag with another default
 VIEWS = {"high-first": "first", "high-third": "third", "low": "both", "dense": "both"}
@@ -134,9 +132,8 @@ def settings_of(folder: Path) -> dict:
     return settings
 
 
-def inputs_of(cfg: TrainConfig) -> dict[str, str]:
-    """A hash of every file that a run needs each time it goes on. What is named must be there: it is
-    asked for before anything is deleted or written."""
+def files_of(cfg: TrainConfig) -> dict[str, Path]:
+    """The weights that a line names, and the VAE; what is not there is said before --fresh deletes."""
     if cfg.data and not cli.find(cfg.data).is_dir():
         raise ValueError(
             f"--data {cfg.data} is no folder; make one with: "
@@ -148,8 +145,7 @@ def inputs_of(cfg: TrainConfig) -> dict[str, str]:
             found[name] = weights.find(cli.find(getattr(cfg, name)))
     if cfg.stage != "vae":
         found["vae"] = vae_file(cfg)
-    needed = {"vae"} | ({"init"} if cfg.stage == "distill" else set())  # its teacher
-    return {name: contents_of(file) for name, file in found.items() if name in needed}
+    return found
 
 
 def vae_file(cfg: TrainConfig) -> Path:
@@ -171,15 +167,14 @@ def vae_file(cfg: TrainConfig) -> Path:
     return weights.find(path)
 
 
-def contents_of(file: Path) -> str:
-    """A hash of a file; of a very large one only its length."""
-    size = file.stat().st_size
-    if size > HASHED:
-        return f"{size} bytes"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def lasting_hashes(cfg: TrainConfig) -> dict[str, str]:
+    """Of the files that a run needs each time it goes on: its VAE, and the teacher of a student."""
+    lasting = {"vae", "init"} if cfg.stage == "distill" else {"vae"}
+    return {name: weights.hash_of(file) for name, file in files_of(cfg).items() if name in lasting}
 
 
-def refuse_other_inputs(folder: Path, old: dict, new: dict) -> None:
+def refuse_other_files(folder: Path, old: dict, new: dict) -> None:
+    """Latents of another VAE, or another teacher, would be learned from without a word."""
     for name, contents in new.items():
         if old.get(name, contents) != contents:
             raise ValueError(
@@ -237,7 +232,7 @@ def setup(cfg: TrainConfig) -> Run:
     torch.use_deterministic_algorithms(cfg.deterministic)
 
     # the folder: emptied if wanted, and refused if it holds another run
-    made_of = inputs_of(cfg)
+    made_of = lasting_hashes(cfg)
     if cfg.fresh and rank == 0:
         start_over(folder)
     if world > 1:
@@ -247,7 +242,7 @@ def setup(cfg: TrainConfig) -> Run:
     if (folder / "latest").exists():
         old = settings_of(folder)
         refuse_other_settings(folder, old, new)
-        refuse_other_inputs(folder, old.get("made_of", {}), made_of)
+        refuse_other_files(folder, old.get("made_of", {}), made_of)
     lock = cli.claim(folder) if rank == 0 else None
 
     dtype = dtype_of(cfg, old, device)

@@ -8,6 +8,7 @@
 What the metadata mean is in engine/configs.py.  Tests: tests/test_weights.py
 """
 
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ MAIN = tuple(
     for stem in ("ema", "diffusion_pytorch_model", "model")
     for end in (".safetensors", ".safetensors.index.json")
 )
+HASHED = 1 << 28  # bytes of the largest file whose hash is worth the time
 ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt")
 AGAIN = "download was cut. Re-run the same hf download; it resumes."
 RELEASE = """No weights at {path} (looked for base_distilled_model/config.json). Get them (~41 GB):
@@ -219,6 +221,14 @@ def _sort_metadata(f) -> None:
         assert len(text) <= size, "the same entries in another order are as long"
         f.seek(8)
         f.write(text.ljust(size))
+
+
+def hash_of(file: Path) -> str:
+    """Of what is in a file; of one that would take too long, only how long it is."""
+    size = file.stat().st_size
+    if size > HASHED:
+        return f"{size} bytes"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,6 @@ somebody writes; what nobody holds is what somebody lost. _DONE comes last: who 
 import argparse
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -41,8 +40,7 @@ JOURNAL = "session.jsonl"
 FRAMES = "frames.tmp"
 FILMS = ("play.mp4", "play_memory.mp4")
 FARTHEST = 1e9  # metres, degrees, keys: nothing in a walk is larger
-MOST_THREADS = 1024
-HASHED = 1 << 28  # bytes of the largest weight file whose hash is worth the time
+MOST_THREADS = 256  # of a stranger's session: each of them would be started
 FLAGS = (  # what a replay needs to be the same again
     "fake",
     "preset",
@@ -132,10 +130,6 @@ def files_played(args: argparse.Namespace) -> list[Path]:
 
 def about(args: argparse.Namespace) -> dict:
     """What a replay needs to be the same again."""
-    sha = {}
-    for file in files_played(args):
-        if file.stat().st_size < HASHED:
-            sha[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return {
         "argv": sys.argv[1:],
         "versions": {
@@ -143,7 +137,7 @@ def about(args: argparse.Namespace) -> dict:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         },
-        "weights_sha": sha,
+        "weights_sha": {file.name: weights.hash_of(file) for file in files_played(args)},
         "flags": {name: getattr(args, name) for name in FLAGS},
     }
 
@@ -151,7 +145,7 @@ def about(args: argparse.Namespace) -> dict:
 def as_many_threads(recorded: dict) -> None:
     """As it was played: a sum that other threads share is rounded otherwise."""
     threads = recorded["versions"].get("threads")
-    if isinstance(threads, int) and 1 <= threads <= MOST_THREADS:  # it may come from a stranger
+    if isinstance(threads, int) and 1 <= threads <= MOST_THREADS:
         torch.set_num_threads(threads)
 
 

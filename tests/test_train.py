@@ -928,8 +928,8 @@ def test_a_run_goes_on_with_the_vae_and_the_teacher_it_began_with(reference):
 def test_a_vae_whose_file_could_not_be_written_is_not_done(monkeypatch):
     how = ["--stage", "vae", "--steps", "2", "--save-every", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "export_vae", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
+        patch.setattr(train, "export_vae", full)
+        with pytest.raises(safetensors.SafetensorError, match="No space left"):
             start(*how)
     assert start(*how) == 0
     assert Path("runs/vae-micro/vae.safetensors").exists()
@@ -955,7 +955,7 @@ def test_a_damaged_config_of_a_run_is_named(config, reference):
         start("--steps", "9")
 
 
-def test_a_damaged_checkpoint_says_how_to_go_on_from_the_one_before(reference):
+def test_a_damaged_checkpoint_says_how_to_go_on_from_another(reference):
     shutil.copytree(reference, "runs/base-micro")
     (newest("runs/base-micro") / "train_state.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match="echo 000004 > .*latest"):
@@ -1141,10 +1141,10 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             "--net takes fields of dit.DiTConfig, as in 'dim=128 sigma_theta=0', got 'width=128'",
         ),
         (["--net", "dim"], "got 'dim'"),
-        (["--net", "heads=0"], "its config says heads = 0"),
-        (["--net", "layers=2.5"], "its config says layers = 2.5"),
-        (["--net", "patch=5"], "its config says patch = 5"),
-        (["--net", 'dim="x"'], "its config says dim = x"),
+        (["--net", "heads=0"], "no network has heads = 0"),
+        (["--net", "layers=2.5"], "no network has layers = 2.5"),
+        (["--net", "patch=5"], "no network has patch = 5"),
+        (["--net", 'dim="x"'], "no network has dim = x"),
         (["--ema", "1.5"], "--ema must be 0 to 0.999999, got 1.5"),
         (["--shift", "0"], "--shift must be 1e-06 or more, got 0"),
         (["--p-i2v", "7"], "--p-i2v must be 0 to 1, got 7"),
