@@ -40,11 +40,14 @@ function greet(note) {
   showGallery(note.gallery);
   say(note.stage || "", 0);
 
-  // the server may be another one than before, which counts its notes from 0 and knows another walk
-  play.facts = { n: 0 };
-  play.path = [];
-  play.memory = [];
-  play.memoryIsNew = false;
+  // another server than before counts its notes from 0, and knows nothing of our walk
+  if (play.server !== note.server) {
+    play.facts = { n: 0 };
+    play.path = [];
+    play.memory = [];
+    play.memoryIsNew = false;
+  }
+  play.server = note.server;
   const wordless = note.preset === "fake";
   $("prompt").disabled = wordless;
   $("prompt").placeholder = wordless ? "the game needs no words" : "what the world is";

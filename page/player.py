@@ -67,7 +67,7 @@ def explain(error: BaseException) -> str:
 
 def give_back() -> None:
     """Return what is free to the system. Between what is kept there are holes, which the allocator
-    would hold for ever: 100 MB after half an hour. Only glibc can be asked; others do without."""
+    would hold for ever: 100 MB after twenty minutes. Only glibc can be asked; others do without."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -339,6 +339,7 @@ class Player(threading.Thread):
 
     def watch_viewers(self) -> None:
         """Without anybody to see it, the world waits."""
+        self.hidden = self.hidden and bool(self.screen.viewers)  # who is gone cannot say otherwise
         alone = not self.screen.viewers and time.monotonic() - self.screen.seen > ALONE
         if alone != self.alone:
             self.alone = alone

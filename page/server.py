@@ -164,6 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         hello = {
             "hello": 1,
             "version": 1,
+            "server": self.server.name,
             "id": viewer,
             "role": "play" if player.screen.plays(viewer) else "watch",
             "fps": player.fps,
@@ -223,6 +224,9 @@ class Server(ThreadingHTTPServer):
         self.token = token
         self.slots = threading.Semaphore(SLOTS)
         self.deadlines: dict[socket.socket, float] = {}
+        self.name = secrets.token_hex(
+            4
+        )  # a page that comes back knows whether it is still this one
 
     def server_close(self) -> None:
         """Who watches the deadlines goes home, too."""

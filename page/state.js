@@ -14,6 +14,7 @@
 const play = {
   // who we are
   id: null, // our name at the server, a new one with every connection
+  server: null, // name of the one that we talk to: after a restart it is another one
   role: "play", // or "watch": another tab plays
   followed: false, // the link of the address, if there is one
   truth: null, // whether the true world of this walk is known, so that Tab can show it

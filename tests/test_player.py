@@ -213,11 +213,13 @@ def test_a_hidden_tab_lets_the_world_wait(tmp_path: Path, monkeypatch: pytest.Mo
     player = dreaming(tmp_path, monkeypatch)
     player.set["pace"] = "live"
     waits = []
-    for on in (False, True, False):
-        commands.obey(player, {"cmd": "hidden", "on": on})
-        player.screen.end = 0.0  # nothing is left to show
-        waits.append(not player.due())
-    assert waits == [False, True, False]
+    with player.screen.seat():
+        for on in (False, True, False, True):
+            commands.obey(player, {"cmd": "hidden", "on": on})
+            player.screen.end = 0.0  # nothing is left to show
+            waits.append(not player.due())
+    assert waits == [False, True, False, True]
+    assert player.due(), "whoever is gone hides nothing"
 
 
 def test_free_memory_is_given_back_now_and_then(

@@ -108,7 +108,7 @@ def test_only_a_window_of_frames_is_on_its_way_and_a_late_viewer_skips(tmp_path:
         while time.monotonic() < until:
             header, jpeg = viewer.record()
             seen += [header["n"]] if jpeg else []
-        assert len(seen) == WINDOW, "nothing more without an acknowledgement"
+        assert len(seen) == WINDOW == 4, "nothing more without an acknowledgement"
         viewer.post("/input", keys=[], shown=seen[-1])
         late = viewer.frame(ack=False)
         assert late["n"] > seen[-1] + 1, "the newest frame, not the next one"
@@ -474,3 +474,9 @@ def test_start_up_prints_the_page_and_the_ssh_line(tmp_path: Path) -> None:
     assert json.loads(connection.getresponse().read())["preset"] == "fake"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
+
+
+def test_the_page_tells_of_drawn_pictures_before_the_server_waits_for_it() -> None:
+    talk = (ROOT / "page/talk.js").read_text()
+    every = int(re.search(r"const ACKNOWLEDGE = (\d+);", talk)[1])
+    assert 1 <= every < WINDOW
