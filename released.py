@@ -3,19 +3,18 @@
 What it does. Our models have clean geometry. The published 5B weights have the geometry of the code
 that they were trained with, to the last quirk, and see nonsense if they are told anything else. So
 each convention of the release that reaches its network is computed here, in its own order of
-arithmetic: golden tensors compare bit for bit. context.py and memory.py come here when weights say
+arithmetic, and compared with golden tensors. context.py and memory.py come here when weights say
 encoding "released".
 Paper: §3.1-3.2.  Released: the inference code of Matrix-Game 3.0.
 
-    what                      ours                                    released
-    axes                      right-handed, y down                    left-handed, z up, det R = −1
-    a step goes along         the mean of both headings               the mean of both WRAPPED yaws
-    actions of latent L       4L − 12 .. 4L − 1 (3) of context.py     4L − 11 .. 4L in its segment
-    what tells a camera       origin, direction, moment, azimuth      origin and direction
-    relative to               the last past frame                     the latent before; its query, if
-                                                                      the latent is of the memory
-    shifts                    in metres                               scaled to length 1
-    points of a view          uniform in volume                       even in depth: near ones count more
+    what                  ours                                 released
+    axes                  right-handed, y down                 left-handed, z up, det R = −1
+    a step goes along     the mean of both headings            the mean of both WRAPPED yaws
+    actions of latent L   4L − 12 .. 4L − 1                    4L − 11 .. 4L
+    what tells a camera   origin, direction, moment, azimuth   origin and direction
+    relative to           the last past frame                  the latent before; memory: its query
+    shifts                in metres                            scaled to length 1
+    points of a view      uniform in volume                    even in depth: near ones count more
 
 Why it matters. Yaw that passes from 179° to −179° has the mean 0°: that one step goes backwards, and
 a full circle does not close. Rays without the moment are called Plücker all the same; they change

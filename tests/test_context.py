@@ -13,6 +13,7 @@ import dit
 import released
 from camera import relative
 from context import (
+    ACTIONS_SEEN,
     Clip,
     Window,
     action_windows,
@@ -71,6 +72,8 @@ def test_relative_poses_and_rays_match_official() -> None:
 
 
 def test_released_windows_have_the_official_frames() -> None:
+    assert (released.STRIDE, released.SEEN) == (Window.stride, ACTIONS_SEEN)
+
     def windows(first: float, end: float) -> Tensor:
         actions = torch.arange(first, end)[None, :, None]
         return released.windows(actions)[0, :, :, 0]

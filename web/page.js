@@ -139,14 +139,6 @@ async function until(condition) {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 4));
 }
 
-/** After a click of the mouse a button gives the focus back: Space belongs to the game again. */
-function onClick(button, action) {
-  button.addEventListener("click", (event) => {
-    if (event.detail) button.blur();
-    action();
-  });
-}
-
 // ---- every frame --------------------------------------------------------------------------------
 
 let painted = 0;
@@ -279,6 +271,15 @@ controls.onChange = (keys) => {
     element.classList.toggle("down", keys.has(element.dataset.key));
   }
 };
+
+/** After a click of the mouse a button gives the focus back: Space belongs to the game again. */
+function onClick(button, action) {
+  button.addEventListener("click", (event) => {
+    if (event.detail) button.blur();
+    action();
+  });
+}
+
 const BUTTONS = { memory: "KeyM", pause: "KeyP", restart: "KeyR", reseed: "KeyN", share: "KeyC" };
 for (const [id, code] of Object.entries(BUTTONS)) {
   onClick($(id), () => state.facts && COMMANDS[code]());
