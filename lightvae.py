@@ -29,7 +29,7 @@ thrown away afterwards, take the student's few channels to the teacher's many:
 
 Latents need unit variance (vae.py). In training they are whitened by mean and variance of the batch,
 which follow the encoder as it learns. So larger latents would not drown the noise that is added:
-whitening makes them small again.
+whitening makes them small again:
 
     z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
 

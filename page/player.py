@@ -453,12 +453,10 @@ class Player(threading.Thread):
         return film.psnr(frames[ends], right).tolist()
 
     def described(self, memory: list[dict]) -> list[dict]:
-        """What was looked back at, with a small picture of it and where it was seen."""
+        """What was looked back at, where it was seen, and a small picture of it if one is kept."""
         picks = []
         for pick in memory:
-            thumb = self.thumbs.get(
-                pick["frame"], b""
-            )  # none of what a folder that goes on recalls
+            thumb = self.thumbs.get(pick["frame"], b"")
             seen_from = self.poses[-(-pick["frame"] // LATENT)]
             shown = {"thumb": base64.b64encode(thumb).decode(), "pose": seen_from}
             picks.append({**pick, **shown})
