@@ -149,16 +149,10 @@ def load_flash() -> Callable | None:
     return kernel
 
 
-# torch.compile reads the code of a block to make a graph of it. These two are called then, and
-# their answers go into the graph as constants: their own code must not become part of it.
-
-
-@torch.compiler.assume_constant_result
 def flash_kernel() -> Callable | None:
     return load_flash()
 
 
-@torch.compiler.assume_constant_result
 def is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 

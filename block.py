@@ -61,6 +61,13 @@ import actions
 import attention
 
 
+def offsets(count: int, width: int) -> nn.Parameter:
+    """The part of shifts, scales and gates that all noise levels share: rows of length about one."""
+    if torch.empty(0).is_meta:  # shapes alone: drawing would load torch's compiler, for seconds
+        return nn.Parameter(torch.empty(1, count, width))
+    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """What enters a branch: x (B, T, S, D), shift and scale (B, T, 1, D) -> (B, T, S, D)."""
     normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -88,7 +95,7 @@ class Block(nn.Module):
     def __init__(self, cfg: object, has_actions: bool):
         super().__init__()
         D = cfg.dim
-        self.modulation = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
+        self.modulation = offsets(6, D)
         self.self_attn = attention.Attention(cfg)
         self.cross_attn = attention.Attention(cfg)
         self.norm3 = nn.LayerNorm(D, eps=1e-6)

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 
 import actions
 import attention
-from block import Block, Prepared, modulate
+from block import Block, Prepared, modulate, offsets
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Head(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
+        self.modulation = offsets(2, cfg.dim)
         self.head = nn.Linear(cfg.dim, math.prod(cfg.patch) * cfg.in_dim)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:  # (B, T, S, D), (B, T, D) -> (B, T, S, 4·C)
@@ -240,7 +240,8 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.blocks = nn.ModuleList(Block(cfg, i in cfg.action_blocks) for i in range(cfg.layers))
         self.head = Head(cfg)
-        self.initialise()
+        if not self.head.modulation.is_meta:
+            self.initialise()
 
     def initialise(self) -> None:
         """As released: the last layers of actions, cameras and head start at zero.

@@ -414,12 +414,14 @@ def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> in
     """The fewest new latents that this machine makes `margin` times faster than they are shown.
 
     Measured on a grey picture, just before play: whatever was walked before is gone, and segments have
-    this length from here on. If none is fast enough, the longest is taken: it costs least per frame.
+    this length from here on. If none else is fast enough, the longest is taken, without being timed: it
+    costs least per frame.
     """
     grey = torch.full((*SIZES[session.options.preset], 3), 128, dtype=torch.uint8)
     session.reset(grey)
     session.step(*walk_actions(session.frames_needed))
-    for new in sorted(session.lengths):
+    *shorter, longest = sorted(session.lengths)
+    for new in shorter:
         session.options = replace(session.options, new=new)
         n = session.frames_needed
         session.step(*walk_actions(n))  # not timed: the first of a length is slower
@@ -427,8 +429,9 @@ def shortest_sustained(session: Session, fps: float, margin: float = 1.25) -> in
         for _ in range(2):
             session.step(*walk_actions(n))
         if 2 * n / (time.perf_counter() - began) >= margin * fps:
-            break
-    return session.options.new
+            return new
+    session.options = replace(session.options, new=longest)
+    return longest
 
 
 def demo() -> None:

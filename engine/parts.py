@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import attention
 import dit
 import memory
 import moe
@@ -246,6 +247,9 @@ def compile_blocks(network: nn.Module) -> None:
     more kinds than torch compiles before it gives up.
     """
     torch._dynamo.config.recompile_limit = 32
+    for asked in (attention.flash_kernel, attention.is_hopper):
+        # its answer goes into the graph as a constant; its own code must not become part of it
+        torch.compiler.assume_constant_result(asked)
     for module in network.modules():
         if isinstance(module, dit.Block):
             module.compile()

@@ -355,8 +355,7 @@ def vae_from_weights(tensors: dict, metadata: dict | None = None) -> VAE:
     with torch.device("meta"):
         vae = VAE(cfg)
     _check_vae(vae.state_dict(), named)
-    vae = vae.to_empty(device="cpu")
-    vae.load_state_dict(named, strict=True)
+    vae.load_state_dict({name: t.float() for name, t in named.items()}, assign=True)
     vae.check_weights()
     vae.set_statistics(cfg.mean, cfg.std)  # these are not among the released weights
     return vae

@@ -51,6 +51,8 @@ def open_walk(player: object, live: bool) -> None:
     player.size = args.size if args.fake else SIZES[args.preset]
     image = Path(args.image)
     start = None if recorded else open_start(image, player.size, image.name, args.view)
+    if start and live:  # something to see until the model is there
+        player.show(start.image[None], [start.pose], {"keys": [], "ms": {}})
 
     if args.fake:
         player.session = FakeSession(args.size, args.view)

@@ -26,6 +26,7 @@ import torch
 import camera
 import realtime
 import world
+from context import Window
 from dataset import film
 from engine import cli
 from engine.actors import UNDO
@@ -258,11 +259,11 @@ class Player(threading.Thread):
             **self.set,
             "pace": self.tempo(),
             "slow": self.set["pace"] == "auto" and self.tempo() == "turn",
-            "policy": self.session.policy,
+            "policy": self.session.policy if self.session else self.args.memory,
             "seed": self.seed,
             "gen": self.speed(),
             "fake": self.args.fake,
-            "slots": self.session.frames_needed // LATENT,
+            "slots": self.session.frames_needed // LATENT if self.session else Window.first - 1,
             "recording": bool(self.recording),
             "vram": round(vram, 1),
         }

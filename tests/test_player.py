@@ -126,6 +126,25 @@ def test_one_chunk_more_is_refused_in_turns(
     assert player.once and player.due()
 
 
+def test_the_start_picture_is_seen_while_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(arguments("--new", "10", "--out", str(tmp_path / "dream")), 40)
+    seen = []
+
+    def load(*_: object) -> Dream:
+        seen.append(player.screen.now())
+        return Dream()
+
+    monkeypatch.setattr(realtime, "open_session", load)
+    player.open(live=True)
+    early, later = seen[0]["header"], player.screen.now()["header"]
+    assert early.keys() == later.keys(), "the page reads all of them"
+    differing = {key for key in early if early[key] != later[key]}
+    assert differing <= {"slots", "recording"}, "only what a loaded model knows is new"
+    assert (seen[0]["frame"] == player.begun.image).all()
+
+
 def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -619,3 +621,21 @@ def test_a_refusal_is_one_line_that_a_terminal_can_show(tmp_path):
         weights.load(file)
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) < 400
+
+
+def test_who_loads_a_model_does_not_wait_for_the_compiler() -> None:
+    code = """if True:
+        import sys, torch, play
+        from engine import parts
+        options = parts.resolve(parts.Options("tiny", "assets/tiny", device="cpu"))
+        parts.load_parts(options, "dit", "encoder", "decoder")
+        print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=GOLDEN.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]", "it takes seconds to load"
