@@ -24,8 +24,9 @@ branches, self-attention (1.) and MLP (5.):
 LN, layer norm, brings each token to mean 0 and variance 1. Scale and shift then decide how strongly
 the branch sees each of the D numbers, the gate how much of its result is added. (Known as adaLN.)
 
-Memory, past and new latents are one sequence without any mask. What tells them apart is e, which
-memory and past have for level 0, and their times and cameras.
+Memory, past and new latents are one sequence without any mask. New ones are told apart by e, which
+memory and past have for level 0; memory by its times, its cameras and its null actions
+(context.py).
 
 Cameras. Each token has a ray token r, made of the rays of its cells (dit.py). It changes the token
 after self-attention: by then the token has collected from other latents what can be seen from here:

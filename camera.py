@@ -21,10 +21,11 @@ are given relative to one of them, the anchor c2w_a = [R_a | p_a]; ours is the l
 
     g = c2w_a⁻¹·c2w = [R_aᵀ·R | R_aᵀ·(p − p_a)]                                                (2)
 
-Our network is told d and m of each ray, and o too: whoever walks straight ahead sees rays along
-the way he went, whose moments are near 0 however far he went. And since a small turn changes d
-little, also cos kα and sin kα for k = 2, 4, 8, where α is the azimuth of the ray (its angle to the
-right of straight ahead): they change k times as fast. Each k comes from the one before:
+Our network is told d and m of each ray, and o too (in units of 2 m): whoever walks straight ahead
+sees rays along the way he went, whose moments are near 0 however far he went. And since a small
+turn changes d little, also cos kα and sin kα for k = 2, 4, 8, where α is the azimuth of the ray
+(its angle to the right of straight ahead): they change k times as fast. Each k comes from the one
+before:
 
     cos 2kα = cos²kα − sin²kα,    sin 2kα = 2·cos kα·sin kα                                    (3)
 

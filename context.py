@@ -19,8 +19,8 @@ A segment is [past | new], and only its new latents are made:
     segment 1      [11 .. 14 | 15 .. 24]       4 past, 10 new: 40 frames more
     segment 2      [21 .. 24 | 25 .. 34]       and so on
 
-A key acts from the next segment on. Our own models are therefore trained for 5 and 2 new latents
-as well: the shorter the segment, the sooner the key acts.
+A key acts from the next segment on. Our own models are therefore trained for 5 and 2 new latents as
+well: the shorter the segment, the sooner the key acts. Segment 0 has 14 in any case.
 
 Sequence. Attention runs over [memory | past | new] as ONE sequence. Memory and past are clean, are
 told noise level 0 and carry no loss; only the new latents are noisy. The network tells old latents
@@ -42,8 +42,9 @@ stopped; where there are none yet, action 0 stands in:
 
 Guidance (flow.sample) needs a second prediction, made without being told what is special here: no
 memory, null actions (mouse +1, keyboard −1, as released), and the negative prompt or zeros for
-text. Training does the same to the actions and text of some samples (mute), so that the network
-has learned to answer. Memory latents always carry null actions.
+text. Past and cameras stay, so guidance does not strengthen those. Training does the same to the
+actions and text of some samples (mute), so that the network has learned to answer. Memory latents
+always carry null actions.
 
 What differs. Released weights expect other windows of actions and other rays: released.py has both,
 and a context with the encoding "released" is made of them.

@@ -8,7 +8,7 @@ arranged as by ViPE, a program that estimates poses from films (dataset/episode.
     c2w[t]       the camera: [Ry(yaw) Rx(pitch) | position], x right, y DOWN, z forward, metres
     K[t]         its lens: focal lengths and centre (fx, fy, cx, cy) in pixels, whose centres are at +0.5
     keyboard[t], mouse[t]   what was done between frame t and t + 1; known where valid[t]
-    prompt       four levels of words, from short to long; the model reads `text`
+    prompt       words of four kinds: tag, scene, motion, and full, both; the model reads the scene
 
 The episodes of a dataset do not depend on each other. What is in one follows from its split and
 number alone, so any process can draw it, in any order; and it is written whole or not at all. So a

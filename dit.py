@@ -127,7 +127,7 @@ PRESETS = {
         fp32_stream=True,
     ),
 }
-# one expert of the 28B pair (moe.py); never released, so nothing of it needs to be quirky
+# one expert of the 28B pair (moe.py); never released: 5b but for its size and an exact timestep
 PRESETS["14b"] = replace(
     PRESETS["5b"],
     dim=5120,

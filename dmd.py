@@ -26,8 +26,9 @@ over all x that may lie behind x_τ, which puts the mean x̂ in the place of x (
     s(x_τ) = −(x_τ − (1 − τ)·x̂)/τ²
     s_fake − s_real = (1 − τ)/τ²·(x̂_fake − x̂_real)
 
-With the 1 − τ of Eq. 8 that is a weight of (1 − τ)²/τ², which explodes for small τ. It only weighs
-levels against each other. DMD divides by the teacher's error instead: all τ pull about equally.
+With the 1 − τ of Eq. 8 that is a weight of (1 − τ)²/τ². It only weighs levels against each other:
+for small τ it multiplies what the networks get wrong, and near 1 next to nothing pulls. DMD divides
+by the teacher's error instead: all τ above .2 or so pull about equally, lower ones less.
 
     g = (x̂_fake − x̂_real) / mean|x − x̂_real|                                                   (3)
 
@@ -42,8 +43,10 @@ blur and ghosts, but not what it leaves out: the pictures are sharper, and vary 
 
 Self-rollout. In play the student's context is its own output, so it is trained with that: it makes
 k segments in a row, each with the last 4 latents as past and memory from all it made. The losses
-see the last segment only. That one stops at a random step, so that all three steps learn; its
-clean estimate is x, and only this one forward pass is differentiated.
+see the last segment only. That one stops at a random step, so that all three steps learn; its clean
+estimate is x, and only this one forward pass is differentiated. The first iterations (--cold-start;
+paper: 600) are no rollouts: one segment, whose past and memory are true, with more critic updates
+for each of the student's (train.py).
 
 What differs. Open in the paper, chosen here: 3 steps of flow.py's grid with fresh noise in
 between; τ drawn like the σ of training, then clamped to [.02, .98] (with a shift of 5, one draw in
@@ -74,7 +77,7 @@ class DMDConfig:
     tau_max: float = 0.98  # above, x_τ shows nothing of x
     guidance: float = 1.0  # w of (6), as in flow.sample; other code calls w − 1 the guidance
     segments: int = 6  # the longest rollout, in segments of 10 new latents
-    most: int = 12  # of shorter segments; more of them are drawn, to reach as far in time
+    most: int = 12  # of shorter segments: as many as reach as far in time, but no more than these
     lens: Lens = Lens()  # how cameras are told
     sink: bool = True  # the last memory is always latent 1
     p_mask: float = 0.2  # chance that a rollout is cut to one segment from an image, without memory

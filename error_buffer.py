@@ -1,18 +1,18 @@
 """Replay the model's own mistakes into its training context.
 
-What it does. The model predicts new latents from two kinds of old ones: its past, the last few,
-and its memory, older ones that saw the same place. A buffer keeps a few hundred errors that the
-model made, each the size of one latent. Every training step stores how far off the new latents
-were that the model would have drawn (push), and adds errors from earlier steps to the past and
-the memory of its own clips (perturb). What the model shall predict stays clean, there is no loss
-on past and memory, and in play nothing is added.
+What it does. The model predicts new latents from two kinds of old ones: its past, the last few, and
+its memory, older ones that saw the same place. A buffer keeps a few hundred errors that the model
+made, each the size of one latent. Every training step stores how far off its clean estimate of the
+new latents was (push, called in train.py), and adds errors from earlier steps to the past and the
+memory of its own clips (perturb, called in engine/mistakes.py). What the model shall predict stays
+clean, there is no loss on past and memory, and in play nothing is added.
 Paper: §3.1, Eq. 1-2 (past); §3.2, Eq. 4-5 (past and memory).  Released: no training code.
 
-Why it works. In play every past and memory frame is the model's own output, a little wrong. A
-model that was trained on clean ones takes a mistake for the world, draws it again and adds the
-next one; a model that has seen such mistakes beside a clean target learns to undo them. They cost
-nothing: a training step mixes a clean latent x0 with noise ε to x_σ = (1 − σ)·x0 + σ·ε and
-compares the velocity v̂ that the model predicts with the true one, v = ε − x0, anyway. Each
+Why it works. In play every past and memory frame but the start picture is the model's own output, a
+little wrong. A model that was trained on clean ones takes a mistake for the world, draws it again
+and adds the next one; a model that has seen such mistakes beside a clean target learns to undo
+them. They cost nothing: a training step mixes a clean latent x0 with noise ε to x_σ = (1 − σ)·x0 +
+σ·ε and compares the velocity v̂ that the model predicts with the true one, v = ε − x0, anyway. Each
 belongs to a clean latent, x̂0 = x_σ − σ·v̂ and x0 = x_σ − σ·v (flow.py), and the difference is
 
     δ = x̂0 − x0 = −σ·(v̂ − v)                                             Eq. 1, 4             (1)
@@ -23,10 +23,10 @@ another, times a strength γ:
     x̃ = x + γ·δ'                                                         Eq. 2, 5             (2)
 
 How large is δ? By (1), σ times the velocity's error: a tenth of it at σ = .1, nine tenths at .9.
-Training draws σ from 0 to 1 with a shift s (flow.py), which puts half of the draws above
-s/(s + 1): above .6 for our small models, s = 1.5, and above .83 for 5B, s = 5. So many stored
-errors come from high noise. In play a latent is finished at low noise, where errors are smaller:
-the stored ones exaggerate.
+Training draws σ from 0 to 1 with a shift s (flow.py), which puts half of the draws above s/(s + 1):
+above .6 for our small models, s = 1.5, and above .83 for 5B, s = 5. There much of δ is no mistake:
+x̂0 is the mean of what is possible (flow.py), and even a perfect network's is off by the spread
+around it. What play draws is no such mean: the stored errors exaggerate.
 
 How old is δ'? A full buffer holds N errors, and every push overwrites n random ones, one after
 the other. A given error is not the one that is overwritten with chance 1 − 1/N; so it is still
@@ -37,15 +37,15 @@ there after k pushes with chance
 For N = 500 and n = 16 the mean age is N/n = 31 pushes, one per training step: in so few steps a
 model hardly changes, so the errors are its own.
 
-What differs. δ is taken from the new latents only. Eq. 4 takes it from past and memory as well,
-but those enter at σ = 0, where by (1) there is no error: what is off in them is what was added.
-One buffer serves both; call perturb for the past with the paper's γ_h, then for the memory with
-its γ_m. The paper does not say how large γ is, how many errors are kept, which one is replaced,
-when to begin, how often to perturb, and whether a clip gets one δ' or each latent its own.
-ErrorConfig has our answers: each latent has its own δ'; within one call, the latents of a clip
-are perturbed all or none, with one γ. Past and memory take two calls, so a clip may have either,
-both or none perturbed. engine/mistakes.py has another source of δ (--p-own): there the model
-itself estimates the latents that are perturbed.
+What differs. δ is taken from the new latents only. Eq. 4 takes it from past and memory as well, but
+those enter at σ = 0, where by (1) there is no error: what is off in them is what was added. One
+buffer serves both; call perturb for the past with the paper's γ_h, then for the memory with its
+γ_m. A start picture alone is real and stays clean. The paper does not say how large γ is, how many
+errors are kept, which one is replaced, when to begin, how often to perturb, and whether a clip gets
+one δ' or each latent its own. ErrorConfig has our answers: each latent has its own δ'; within one
+call, the latents of a clip are perturbed all or none, with one γ. Past and memory take two calls,
+so a clip may have either, both or none perturbed. engine/mistakes.py has another source of δ
+(--p-own): there the model itself estimates the latents that are perturbed.
 
 Try it: python error_buffer.py      Tests: pytest tests/test_error_buffer.py
 """
@@ -66,7 +66,7 @@ class ErrorConfig:
     capacity: int = 500  # N, in latents
     warmup: int = 50  # pushes before the first use: early errors are those of an untrained network
     per_push: int = 16  # n, latents stored per step
-    kind: str = "real"  # or, to compare with, "gaussian": noise as large as δ', of no shape
+    kind: str = "real"  # or, to compare with, "gaussian": noise with the std of δ', of no shape
     dtype: str = "float16"  # storage on the CPU; "bfloat16": wider range, less precision
 
     def __post_init__(self):
@@ -212,8 +212,9 @@ def main() -> None:
         cfg = ErrorConfig(warmup=1, probability=1.0, per_push=40, kind=kind)
         buffer = ErrorBuffer(cfg)
         before = buffer.perturb(x0) - x0
-        buffer.push(delta, g)
-        after = buffer.perturb(x0, generator=g) - x0
+        same = torch.Generator().manual_seed(1)
+        buffer.push(delta, same)
+        after = buffer.perturb(x0, generator=same) - x0
         likeness = after.mean((3, 4)).square().mean() / after.square().mean()
         print(
             f"{kind:8s}: rms of x̃ − x  empty {before.square().mean().sqrt():.3f}, "

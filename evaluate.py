@@ -12,6 +12,10 @@ old frame saw, where a generated frame was taken (registration).
     KCtrl = share of pairs of opposite keys that both act, as W and S: standing still earns nothing
     TWFD  = Fréchet distance of drawn and true thumbnails of walks, by up to 64 principal components
 
+PSNR is computed in dataset/film.py (of pixels from 0 to 1), who can know which pixel in
+lab/truth.py, ZNCC (of frames that are slightly blurred first), adoption, KCtrl and TWFD in
+lab/metrics.py, gain in lab/walks.py, reliance in lab/claims.py.
+
 An arm is one way to play or to train, as with and without memory. All arms share worlds, walks and
 noise, and intervals are over held-out worlds. What is claimed stands in lab/claims.py; predictions
 are stored before a run begins. Every table and figure comes from results/*.json alone. To compare

@@ -54,7 +54,7 @@ import vae_blocks
 from context import Window
 from engine import cli, weights
 from engine.exported import ExportedDecoder, ExportedNetwork, HashedDenoiser
-from engine.parts import SIZES, Options
+from engine.parts import SIZES, Options, model_of
 from world import MAX_PITCH
 
 FORMAT = 1  # number of the layout of web/model/; web/networks.js reads this one
@@ -324,9 +324,7 @@ def worst_pixel(session: realtime.Session, files: dict[str, bytes], image: Tenso
 
 def check_weights(path: str) -> None:
     """Weights that the page cannot run are refused before anything is loaded."""
-    folder = Path(path or cli.beside("assets", PRESET))
-    shipped = [folder / f"{name}.safetensors" for name in ("student", "base")]
-    file = next((place for place in shipped if place.is_file()), None) or weights.find(path)
+    file = weights.find(model_of(Path(path or cli.beside("assets", PRESET))))
     metadata = weights.read_weights(file)[1] if file.suffix == ".safetensors" else {}
     config = weights.config_of(file, metadata)
     if not isinstance(config, dit.DiTConfig):

@@ -36,8 +36,9 @@ their number (Esser et al. 2024), ours should be about .7; with s = 5 only one d
 below σ = .5, where edges are decided. Our own models end with s = 1.5 (results/pilots); a first
 training, which has all the layout to learn, begins with s = 5 (results/README.md).
 
-UniPC takes larger steps. In dx/dσ = (x − x̂0)/σ, which is (4), only x̂0 is unknown beforehand. Divide
-by σ: d(x/σ) = −x̂0/σ² dσ. In the logarithm of the odds of data,
+UniPC takes larger steps. (Models of three steps, as the shipped one, do without.) In dx/dσ = (x −
+x̂0)/σ, which is (4), only x̂0 is unknown beforehand. So d(x/σ)/dσ = (dx/dσ)/σ − x/σ² = −x̂0/σ². In
+the logarithm of the odds of data,
 
     λ = ln((1 − σ)/σ)                                                                          (6)
 
@@ -69,7 +70,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-HIGHEST = 0.999  # noise level of the first step, before the shift
+HIGHEST = 0.999  # level told at the first step, before the shift, of pure noise: as released
 
 
 # ---- what the network learns -------------------------------------------------------------------------------
@@ -249,7 +250,8 @@ def sample(
         full, *null = (model(x, at, branch, prepared=p) for branch, p in pairs)
         if not null:
             return full
-        return null[0] + guidance * (full - null[0])  # away from the answer without a context
+        # away from the answer without memory, actions and prompt
+        return null[0] + guidance * (full - null[0])
 
     return last_of(METHODS[method](v, noise, sigmas, generator))
 

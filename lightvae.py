@@ -33,10 +33,11 @@ whitening makes them small again:
 
     z = (mu − mean) / √(var + 1e-5),     then a little noise: neighbours of z mean the same      (5)
 
-At the end mean and std of all latents move into the VAE, in the place of m0 and s0, those it
-began with (0 and 1 in a new one). The 1x1x1 convolution before the decoder, conv2 of weight W and
-bias b, was trained on W·(z·s0 + m0) + b. It will be given z·std + mean instead, and must not
-notice:
+In the last tenth of a training running means take the place of the batch's (train.py), so that the
+decoder sees the very numbers it will have. At the end these move into the VAE, in the place of m0
+and s0, those it began with (0 and 1 in a new one). The 1x1x1 convolution before the decoder, conv2
+of weight W and bias b, was trained on W·(z·s0 + m0) + b. It will be given z·std + mean instead, and
+must not notice:
 
     W' = W·s0/std,     b' = b + W·m0 − W'·mean                                                   (6)
 

@@ -3,7 +3,8 @@
 What it does. Memory has five slots. Four hold the old latents that answer a query best, the camera
 of a latent that is to be drawn; the fifth holds the oldest. In play the candidates lie in a
 MemoryBank, which holds all latents made so far (after 4,096 only those that show something new, and
-every eighth); in training they come from the earlier part of the same clip (select_training).
+every eighth). In training they come from the earlier part of the same clip, by another score than
+below: which saw most of what ANY new view sees around the query's camera (select_training).
 Paper: §3.2 (camera-aware memory).  Released: code of inference, which also holds a rule for
 training that nothing there calls.
 

@@ -14,8 +14,8 @@ the picture, and a component of x0 with power P has (1 − σ)²·P. Their ratio
 
     SNR(σ)·P,    SNR(σ) = ((1 − σ)/σ)²                                                         (2)
 
-The best linear guess of the component multiplies what is seen by the share of its power that is
-signal. How much of the component can be known at this level is therefore
+The best linear guess of the component is what is seen, divided by 1 − σ, times the share of the
+power seen that is signal. This share also says how much of the component can be known:
 
     decided(σ, P) = SNR·P / (1 + SNR·P)                  0: nothing, 1: all of it              (3)
 

@@ -35,7 +35,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -464,9 +463,7 @@ def end_in_good_order(stop: threading.Event) -> None:
             os._exit(130)
         stop.set()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handle)
+    cli.on_stop(handle)
 
 
 def main(argv: list[str]) -> int:

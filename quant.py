@@ -2,8 +2,10 @@
 
 What it does. Replaces chosen nn.Linear layers, found by their names in any model, by layers that
 multiply integers of 8 bits. For inference only.
-Paper: §3.4 and Table 1 (27.38 frames/s without INT8, about 40 with).  Released: the layer, no
-weights.
+Paper: §3.4 and Table 1: 27.38 frames/s without INT8, about 40 with. (Without it the release seems
+to run these layers in float32; over bfloat16 a gain of 1.23 is the most, as they are 19 % of the
+work.)
+Released: the layer, no weights.
 
 Why it works. A GPU multiplies small integers faster than floats. So each row of numbers is written
 as integers from −127 to 127 times one scale s. A row of weights (those of one output) is converted

@@ -2,9 +2,9 @@
 
 What it does. A Session is one player in one world. reset(image, prompt, seed) gives frame 0, each
 step(keyboard, mouse) the frames of one more segment: 56 of the first, then 40 (or 20, or 8). A step
-is submit, which denoises, and collect, which hands over the decoded frames. On a GPU, and among
-several processes (open_session: N + 1), whoever submits segment k + 1 before collecting k lets both
-go on at once; alone on a CPU, collect itself decodes, and (1) holds.
+is submit, which denoises, and collect, which hands over the decoded frames. Among several processes
+(open_session: N + 1) whoever submits segment k + 1 before collecting k lets both go on at once; by
+step, which is all that play.py calls, and alone on a CPU, (1) holds.
 Paper: §3.4, Table 1: 40 FPS at 720p, eight GPUs denoise and one decodes.
 
 Why it works. A segment of n frames takes D seconds to denoise and V to decode. Segment k + 1 needs
@@ -30,7 +30,8 @@ only two may (QUEUE), then the denoiser waits as well.
 
 A key does not act sooner for it. Keys are read when a segment is submitted, at 40 FPS once in R = n
 / 40 seconds. A key waits for that, R/2 on average; then its segment is denoised, then decoded, and
-its frames are handed over together. From the key to the picture it takes
+its frames are handed over together. From the key to the picture it takes (with one more segment
+submitted ahead 2·max(D, V) for D + V)
 
     mean  = R/2 + D + V             pressed at a random moment                        (4)
     worst = R + D + V               pressed just after the keys were read             (5)

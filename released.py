@@ -10,18 +10,19 @@ Paper: §3.1-3.2.  Released: the inference code of Matrix-Game 3.0.
     what                  ours                                 released
     axes                  right-handed, y down                 left-handed, z up, det R = −1
     a step goes along     the mean of both headings            the mean of both WRAPPED yaws
-    actions of latent L   4L − 12 .. 4L − 1                    4L − 11 .. 4L
+    actions of latent L   4L − 12 .. 4L − 1                    4L − 11 .. 4L, in segment 0 as ours
     what tells a camera   origin, direction, moment, azimuth   origin and direction
     relative to           the last past frame                  the latent before; memory: its query
-    shifts                in metres                            scaled to length 1
+    shifts                in units of 2 m                      scaled to length 1
     points of a view      uniform in volume                    even in depth: near ones count more
 
-Why it matters. Yaw that passes from 179° to −179° has the mean 0°: that one step goes backwards, and
-a full circle does not close. Rays without the moment are called Plücker all the same; they change
-when the camera moves along its own line of sight. From segment 1 on, the windows of actions slip by
-one, and the very last action is not known yet, so the one before it is repeated. And many of the
-points of a view lie exactly on the sides of a view that looks the same way: whether they count is a
-matter of rounding, so a view overlaps itself by about .8.
+Why it matters. Yaw that passes from 179° to −179° has the mean 0°: that one step goes backwards,
+and a full circle does not close. Rays without the moment are called Plücker all the same; they
+change when the camera moves along its own line of sight. From segment 1 on, the windows of actions
+slip by one, and what lies before the segment is not seen: its first action is repeated instead, and
+as the very last is not known yet, the one before it. And many of the points of a view lie exactly
+on the sides of a view that looks the same way: whether they count is a matter of rounding, so a
+view overlaps itself by about .8.
 
 Try it: python released.py      Tests: pytest tests/test_camera.py, test_context.py, test_memory.py
 """

@@ -15,11 +15,12 @@ the model itself made earlier are added (error_buffer.py). A fifth of the batche
 of the past only the first latent, an image; 15 % of the others have their past, but no memory.
 
 Departures. Learning rates: the paper's suit 5 B parameters. A shift of 1.5 where pictures are small
-(flow.py), but for a base that begins from nothing. Muon on the matrices of blocks. Latents are
-encoded once and cached. Revisits are drawn more often than they occur, and memories made older than
-they are. All that is drawn in a step is a function of (seed, step) alone: resuming is exact, and N
-ranks compute the losses of one process (vae: one rank only; distill: every rank draws noise of its
-own). Experts see the base's density of σ, cut at the boundary; the paper does not say which.
+(flow.py), and each step draws whether it makes 10, 5 or 2 new latents; a base that begins from nothing
+has a shift of 5 and 10 new ones. Muon on the matrices of blocks. Latents are encoded once and cached.
+Revisits are drawn more often than they occur, and memories made older than they are. All that is drawn
+in a step is a function of (seed, step) alone: resuming is exact, and N ranks compute the losses of one
+process (vae: one rank only; distill: every rank draws noise of its own). Experts see the base's density
+of σ, cut at the boundary; the paper does not say which.
 
 The machinery is in engine/: flags.py (every setting), run.py (folder, ranks, log), clips.py (the batch of a
 step), mistakes.py (what is injected), optim.py (precision, shards, averages), checkpoint.py, pictures.py.
@@ -107,9 +108,9 @@ def train_vae(run: Run) -> None:
     """Frames to latents of unit variance and back (losses in lightvae.py)."""
     cfg = run.cfg
     light = cfg.stage == "lightvae"
+    teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
     videos = read_videos(dataset(run))
     torch.manual_seed(cfg.seed)
-    teacher = load_vae(cfg, run.device).to(run.dtype) if light else None
     both = start_vae(run, teacher)
     model, helper = both
     opts = optim.optimizers(both, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype)
@@ -203,10 +204,10 @@ def train_base(run: Run) -> None:
     """Flow matching on the new latents, with memory, past and the model's own mistakes."""
     cfg = run.cfg
     decoder = load_vae(cfg, run.device)
+    model = start_model(run)  # before data are drawn, for minutes: --init may be wrong
     root = dataset(run)
     clips = seen_by(run.view, run, decoder, root)
     held = load_clips(run, decoder, root, "tune")
-    model = start_model(run)
     opts = optim.optimizers(model, cfg.lr, cfg.muon, cfg.decay, dtype=run.dtype)
     ema = optim.average(model)
     errors = start_errors(cfg)
@@ -301,15 +302,15 @@ def train_distill(run: Run) -> None:
     """Teacher, critic and student start as one base; the student learns on its own rollouts."""
     cfg = run.cfg
     decoder = load_vae(cfg, run.device)
-    root = dataset(run)
-    clips = load_clips(run, decoder, root, "train")
-    held = load_clips(run, decoder, root, "tune")
     how = dmd_config(cfg)
 
     # the teacher is asked; the student learns to draw, the critic what the student draws
     real = optim.low_precision_copy(start_model(run), run.dtype).requires_grad_(False)
     student = Learner.start(run, cfg.lr, cfg.student)
     critic = Learner.start(run, cfg.lr_critic, recompute=False)
+    root = dataset(run)
+    clips = load_clips(run, decoder, root, "train")
+    held = load_clips(run, decoder, root, "tune")
     judge = start_judge(dmd.Judge(network(cfg).dim), run)
     ema = optim.average(student.model)
     learners = {MODEL: student, "critic": critic} | ({"judge": judge} if cfg.adversarial else {})

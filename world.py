@@ -80,7 +80,7 @@ def cameras(scene: Scene, player: ndarray, view: str = "first") -> ndarray:
     if view == "third":
         pose = on_spring_arm(scene, pose)
     c2w = pose_to_c2w(torch.from_numpy(pose)).numpy()
-    return c2w.astype(np.float32).astype(np.float64)  # (4)
+    return c2w.astype(np.float32).astype(np.float64)  # (4), of a rounded pose
 
 
 def on_spring_arm(scene: Scene, pose: ndarray) -> ndarray:

@@ -126,10 +126,11 @@ def encode_umt5(
         with torch.no_grad():
             embedding = umt5(weights(), tokens.input_ids, tokens.attention_mask)[0]
 
-        # a stop while writing must not leave half a file under the final name
+        # a stop while writing must not leave half a file under the final name; all ranks write at once
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embedding": embedding.contiguous()}, f"{file}.part")
-        os.replace(f"{file}.part", file)
+        part = f"{file}.{os.getpid()}.part"
+        save_file({"embedding": embedding.contiguous()}, part)
+        os.replace(part, file)
     return load_file(file)["embedding"]
 
 

@@ -52,7 +52,7 @@ def save(
     weights["ema"] = weights[first] | unsharded(dict(zip(names, ema, strict=True)))
     state |= {"step": about["step"], "optimizers": [optimizer_state(o) for o in opts]}
 
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if writes():
         about = about | {"config": asdict(models[first].cfg)}
         final = folder / "ckpt" / f"{about['step']:06d}"
         write(final, about, weights, state)
@@ -69,15 +69,25 @@ def others_than(newest: Path) -> list[Path]:
     return sorted(others, key=lambda path: path.stat().st_mtime_ns)
 
 
+def writes() -> bool:
+    """Whether this rank writes: one does, all others help it to gather."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def unsharded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: optim.unshard(t).detach().cpu() for name, t in tensors.items()}
+    """Gathered one by one, and kept by the rank that writes, beside its device."""
+    kept = {}
+    for name, t in tensors.items():
+        whole = optim.unshard(t).detach()
+        if writes():
+            kept[name] = whole.cpu()
+    return kept
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict]:
     """Its moments, a dict for each parameter, in the order of the parameters."""
     params = optimizer.param_groups[0]["params"]
-    entries = [optimizer.state.get(p, {}) for p in params]
-    return [{key: optim.unshard(value) for key, value in entry.items()} for entry in entries]
+    return [unsharded(optimizer.state.get(p, {})) for p in params]
 
 
 def write(final: Path, about: dict, weights: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -131,7 +141,7 @@ def restore(
             state = torch.load(file, weights_only=True, map_location="cpu")
             if type(state["step"]) is not int:
                 raise ValueError(f"its step is {state['step']!r}")
-            for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+            for optimizer, saved in zip(opts, state.pop("optimizers"), strict=True):
                 params = optimizer.param_groups[0]["params"]
                 for p, entries in zip(params, saved, strict=True):
                     optimizer.state[p] = {key: placed(value, p) for key, value in entries.items()}

@@ -24,6 +24,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -97,6 +98,14 @@ class Parser(argparse.ArgumentParser):
             allowed = re.findall(r"[\w.-]+", choice[2])
             message += did_you_mean(choice[1], allowed).replace("; see --help", "")
         raise ValueError(message)
+
+
+def on_stop(handle: Callable[..., None]) -> None:
+    """Call this at Ctrl-C, at kill, and where the terminal goes away, unless nohup says to go on."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has all three
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handle)
 
 
 def is_too_little_memory(error: BaseException) -> bool:

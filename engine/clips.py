@@ -245,24 +245,24 @@ def joined(shards: list[dict[str, Tensor]]) -> Clips:
 
 def seen_by(view: str, run: Run, vae: nn.Module, root: Path) -> Clips:
     """The episodes of a view, or of both in equal shares."""
-    parts = [load_clips(run, vae, root, split) for split in SPLITS[view]]
-    shapes = [tuple(part.latents.shape[1:]) for part in parts]
+    views = [load_clips(run, vae, root, split) for split in SPLITS[view]]
+    shapes = [tuple(part.latents.shape[1:]) for part in views]
     if len(set(shapes)) > 1:
         got = " and ".join(
             f"{split} {shape}" for split, shape in zip(SPLITS[view], shapes, strict=True)
         )
         raise ValueError(f"episodes of both views must be alike, got latents (C, T, h, w): {got}")
-    most = max(len(part.latents) for part in parts)
+    most = max(len(part.latents) for part in views)
 
     # the smaller part comes round again until it is as long as the larger
     first = 0
     order = []
-    for part in parts:
+    for part in views:
         order.append(first + torch.arange(most) % len(part.latents))
         first += len(part.latents)
     columns = {}
     for field in dataclasses.fields(Clips):
-        files = [shard for part in parts for shard in getattr(part, field.name).parts]
+        files = [shard for part in views for shard in getattr(part, field.name).parts]
         columns[field.name] = Column(files, torch.cat(order))
     return Clips(**columns)
 
@@ -317,13 +317,14 @@ def draw_cut(clips: Clips, run: Run, step: int) -> Cut:
     chances = torch.tensor([cfg.p_i2v, cfg.p_memory_off])
     i2v, off = (torch.rand(2, generator=g) < chances).tolist()
 
-    # where the windows begin: anywhere with a whole past, or where an old place comes back into view
+    # where the windows begin: after a whole past and a latent to remember, or where an old place
+    # comes back into view
     anywhere = torch.ones(cfg.batch, latents)
     anywhere[:, : WINDOW.past + 1] = 0
     anywhere[:, latents - WINDOW.new + 1 :] = 0
     looks_back = torch.rand(cfg.batch, 1, generator=g) < cfg.revisit
-    weights = torch.where(looks_back, clips.revisit[rows] + 1e-6 * anywhere, anywhere)
-    start = torch.multinomial(weights, 1, generator=g)[:, 0]
+    odds = torch.where(looks_back, clips.revisit[rows] + 1e-6 * anywhere, anywhere)
+    start = torch.multinomial(odds, 1, generator=g)[:, 0]
     n_new, offset = draw_length(run, step)
     n_past = WINDOW.past
 

@@ -150,6 +150,8 @@ def check_names(wanted: dict[str, Tensor], got: dict[str, Tensor], file: Path) -
             hint = " It looks like plain Wan2.2-TI2V-5B: use it with train.py --init."
         elif any(name.endswith("weight_int8") for name in unexpected):
             hint = " It is quantised: load the float weights and give --int8."
+        elif any(name.startswith("decoder.") for name in unexpected):
+            hint = " It is a VAE, which train.py takes as --vae."
         raise Refusal(
             f"{file.name} is not a Matrix-Game 3 DiT: {_count(missing, 'missing')}, "
             f"{_count(unexpected, 'unexpected')}.{hint}"

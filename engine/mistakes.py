@@ -20,7 +20,7 @@ from engine.run import Run, share
 
 
 def start_errors(cfg: TrainConfig) -> error_buffer.ErrorBuffer:
-    """Empty; nothing is injected before the learning rate has warmed up."""
+    """Empty; nothing is injected while the learning rate warms up, or in 50 steps if that is longer."""
     how = error_buffer.ErrorConfig(probability=cfg.p_error, kind=cfg.error_kind)
     return error_buffer.ErrorBuffer(
         dataclasses.replace(how, warmup=min(how.warmup, cfg.warmup)),

@@ -90,7 +90,7 @@ def resolve(options: Options) -> Options:
     options = replace(
         options,
         device=device,
-        dtype=faster_dtype(device) if options.dtype == "auto" else options.dtype,
+        dtype=weights.faster_dtype(device) if options.dtype == "auto" else options.dtype,
         weights=options.weights or str(shipped),
     )
     if device.startswith("cuda"):
@@ -133,11 +133,6 @@ def check_device(device: str) -> None:
         )
 
 
-def faster_dtype(device: str) -> str:
-    """The name of what this machine computes faster in, float32 or bfloat16; measured."""
-    return str(weights.faster_dtype(device)).removeprefix("torch.")
-
-
 # ---- networks ----------------------------------------------------------------------------------------------
 
 
@@ -159,7 +154,7 @@ def load_parts(options: Options, *want: str) -> tuple[dict[str, nn.Module], dict
             nets[part], meta = load_dit(options)
         else:
             name = options.decoder if part == "decoder" else "full"
-            nets[part] = load_vae(Path(options.weights), options.preset, name)
+            nets[part] = weights.load_vae(vae_of(Path(options.weights), options.preset, name))
         if part == "encoder":
             nets[part].decoder = None  # one that decodes is loaded as such, and may be thinner
         dtype = getattr(torch, options.dtype)
@@ -199,10 +194,6 @@ def model_of(root: Path) -> Path:
     """The student of a folder, ours or the released one, else its base; or the one model that it is."""
     named = [root / name for name in ("student.safetensors", "base.safetensors")]
     return next(filter(Path.exists, [*named, root / "base_distilled_model"]), root)
-
-
-def load_vae(root: Path, preset: str, name: str) -> vae.VAE:
-    return weights.load_vae(vae_of(root, preset, name))
 
 
 def vae_of(root: Path, preset: str, name: str) -> Path:

@@ -12,14 +12,15 @@ rows (share): N ranks see the batches of one.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -43,6 +44,7 @@ MAY_CHANGE = {  # on resume: how long and how often, but nothing that changes a 
     "tensorboard",
     "checkpoint_activations",
 }
+PATIENCE = timedelta(hours=6)  # of the other ranks while the first one draws, encodes and writes
 # streams of draws, so far apart that no two of one run share a seed
 STREAMS = {
     "windows": 0,
@@ -207,7 +209,7 @@ def refuse_other_settings(folder: Path, old: dict, new: dict) -> None:
     for name, value in new.items():
         before = old.get(name, BEFORE.get(name, getattr(TrainConfig, name)))
         if name not in MAY_CHANGE and before != value:
-            rows.append(f"  {name:<24}{old.get(name)!s:<16}{value!s}")
+            rows.append(f"  {name:<24}{before!s:<16}{value!s}")
     if rows:
         table = "\n".join([f"  {'key':<24}{'old':<16}new", *rows])
         raise ValueError(
@@ -266,14 +268,15 @@ def meet(device: torch.device) -> None:
     """All ranks that torchrun started find each other."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def dtype_of(cfg: TrainConfig, old: dict, device: torch.device) -> str:
     """The precision of the computing copy. Each rank measures which is faster, rank 0 decides, for good."""
     name = cfg.dtype
     if name == "auto":
-        name = old.get("resolved_dtype") or str(weights.faster_dtype(device)).removeprefix("torch.")
+        name = old.get("resolved_dtype") or weights.faster_dtype(device)
     choice = torch.tensor(DTYPES.index(name), device=device)
     if dist.is_initialized():
         dist.broadcast(choice, 0)
@@ -291,8 +294,7 @@ def listen(run: Run) -> None:
             raise KeyboardInterrupt
         run.asked = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    cli.on_stop(ask_to_stop)
 
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -403,7 +405,15 @@ def record(run: Run, line: dict) -> None:
     with open(run.folder / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
     if run.cfg.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+        events = tensorboard(run.folder)
+        for name, value in line.items():
+            events.add_scalar(name, value, line["step"])
+        events.flush()
 
-        with SummaryWriter(str(run.folder)) as events:
-            events.add_scalars("training", line, line["step"])
+
+@functools.cache
+def tensorboard(folder: Path) -> object:
+    """What writes its events: one file for as long as the program runs."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))

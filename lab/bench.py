@@ -151,10 +151,9 @@ def vae_flops(
     return count + 2 * frames * places * 27 * widths[-1] * 3 * c.patch**2
 
 
-def exact_reuse(options: parts.Options) -> float:
+def exact_reuse(cost: Cost, steps: int) -> float:
     """How many times faster than the release a segment must be if only multiply-adds count."""
-    cost = total(costs_of(options))
-    return options.steps * cost.released / (cost.once + options.steps * cost.step)
+    return steps * cost.released / (cost.once + steps * cost.step)
 
 
 def costs_of(options: parts.Options) -> dict[str, Cost]:
@@ -298,7 +297,9 @@ def ladder(options: parts.Options, rounds: int) -> list[Row]:
         what = (
             f"{name}: {1e3 * middle:.1f} ms, IQR {1e3 * (high - low):.1f}; times faster per frame"
         )
-        wish = exact_reuse(options) if name == "exact reuse" else None
+        wish = None
+        if name == "exact reuse":
+            wish = exact_reuse(total(costs_of(options)), options.steps)
         made = 1.0 if name not in variants else variants[name].new / plain.new  # of the frames
         faster = made * timed.median("as released") / middle
         rows.append(Row(what, None, wish, faster, timed.errors[name]))
@@ -397,7 +398,7 @@ def against_plain(options: parts.Options, rounds: int) -> list[Row]:
     rows = []
     for name, config, side in wider(options):
         cost = total(dit_flops(config, side**2 // 4))
-        saved = options.steps * cost.released / (cost.once + options.steps * cost.step)
+        saved = exact_reuse(cost, options.steps)
         faster, apart = beside_plain(config, side, options.steps, rounds)
         rows.append(Row(f"{name} over its plain form", None, saved, faster, apart))
     return rows

@@ -29,7 +29,7 @@ import realtime
 import world
 from context import Clip, Lens
 from dataset.film import psnr
-from engine import actors, parts
+from engine import actors, parts, weights
 from lab import bench, players, revisits, worlds
 from lab.players import How, Player
 from lab.run import Run
@@ -132,7 +132,7 @@ def load_decoders(run: Run, dtype: torch.dtype) -> dict[str, nn.Module]:
     found = {}
     for row, name in PANES.items():
         try:
-            net = parts.load_vae(Path(run.weights), "tiny", name)
+            net = weights.load_vae(parts.vae_of(Path(run.weights), "tiny", name))
         except ValueError:
             stage = "vae" if name == "full" else "lightvae"
             for what in ("33 frames", "streaming", "float32, streaming"):
@@ -202,7 +202,7 @@ def time_decoders(run: Run, found: dict[str, nn.Module], z: Tensor) -> None:
 def decoders(run: Run) -> None:
     """M8: three decoders on true latents of 9 and 33 frames, in turns, and on generated ones."""
     p = players.player(run.weights, "student") or players.player(run.weights, "base", 8)
-    dtype = getattr(torch, parts.faster_dtype("cpu"))
+    dtype = getattr(torch, weights.faster_dtype("cpu"))
     found = load_decoders(run, dtype)
     if "Wan2.2" not in found:
         players.lacking("vae")

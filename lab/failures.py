@@ -36,7 +36,7 @@ from torch import Tensor
 import world
 from dataset.film import psnr
 from engine import cli, parts, weights
-from engine.run import run_folder
+from engine.run import lines_of, run_folder
 from lab import claims, figures, metrics, players, report, stats, summary, worlds
 from lab.run import as_png, origin
 
@@ -159,7 +159,14 @@ def command_of(stage: str, arm: str, args: Namespace) -> list[str]:
     steps = args.steps or study.steps
     words = ["train.py", *shlex.split(study.flags), "--steps", str(steps)]
     words += ["--run", f"failures-{stage}-{arm.replace(' ', '-')}"]
-    words += ["--save-every", str(steps // MOMENTS), "--keep", str(MOMENTS), "--sample-every", "0"]
+    words += [
+        "--save-every",
+        str(steps // MOMENTS),
+        "--keep",
+        str(2 * MOMENTS),
+        "--sample-every",
+        "0",
+    ]
     for name in PASSED_ON:
         if getattr(args, name):
             words += [f"--{name}", getattr(args, name)]
@@ -188,13 +195,16 @@ class Trained:
     @classmethod
     def read(cls, words: list[str]) -> "Trained":
         folder = run_folder(words[words.index("--run") + 1])
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = lines_of(folder / "log.jsonl")
         log = {}
         for name in LOGGED:
             if points := [[line["step"], line[name]] for line in lines if name in line]:
                 log[name] = points
         saved = sorted(folder.glob("ckpt/[0-9]*/ema.safetensors"))
         files = {int(file.parent.name): file for file in saved}
+        # a stop saves, too, between two moments
+        apart = int(words[words.index("--save-every") + 1])
+        files = {step: file for step, file in files.items() if step % apart == 0}
         return cls(f"python {shlex.join(words)}", log, files)
 
     def last(self) -> dict[str, float]:

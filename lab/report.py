@@ -238,11 +238,14 @@ def all_tables(out: Path, found: Results) -> dict[str, str]:
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
-    """The page with the tables that it asks for."""
+    """The page with the tables that it asks for; the summary stays where its sources were not measured."""
+    known = {*tables, "summary"}
 
     def between(mark: re.Match) -> str:
-        content = tables.get(mark[1], "not measured")
-        return f"<!-- table:{mark[1]} -->\n{content}\n<!-- /table -->"
+        if mark[1] not in known:
+            raise ValueError(f"{mark[1]} is no table; there are {', '.join(sorted(known))}")
+        content = tables.get(mark[1])
+        return f"<!-- table:{mark[1]} -->\n{content}\n<!-- /table -->" if content else mark[0]
 
     return MARK.sub(between, page)
 

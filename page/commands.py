@@ -66,6 +66,7 @@ def view(player: object, body: dict) -> None:
 
 def pace(player: object, body: dict) -> None:
     player.set["pace"] = swapped(player.tempo(), "live", "turn")
+    player.plan = None
     player.controls.forget()
 
 

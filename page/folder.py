@@ -80,7 +80,7 @@ ROWS = {"keyboard": 6, "mouse": 2, "poses": 5, "trail": 5}  # numbers in each
 def claim(out: str) -> Path:
     """--out or runs/play-<time>, with a number where that exists: nothing is ever overwritten."""
     base = Path(out) if out else cli.beside("runs", time.strftime("play-%Y%m%d-%H%M%S"))
-    if base.name in ("", ".."):
+    if base.name in ("", "..") or base.is_file():
         raise ValueError(f"--out must name a new folder, as in runs/walk, got {out}")
     base.parent.mkdir(parents=True, exist_ok=True)
     for k in range(1, 10_000):

@@ -172,6 +172,7 @@ class Player(threading.Thread):
     def enter(self, start: Start, newest: np.ndarray, poses: list[tuple]) -> None:
         """All that the player knows of a walk, from its newest frame on."""
         self.begun = start
+        self.words = self.prompt  # a new one waits for the next walk
         self.newest = newest
         self.poses = poses  # one per latent, as in the bank
         self.frame = LATENT * (len(poses) - 1)
@@ -205,7 +206,7 @@ class Player(threading.Thread):
             "fps": self.fps,
             "pose": self.poses[n - 1],
             "seed": self.seed,
-            "prompt": self.prompt,
+            "prompt": self.words,
             "truth": self.begun.truth,
             "trail": self.poses[: n - 1],
             "walls": self.session.inside if self.args.fake else self.begun.truth,

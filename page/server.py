@@ -115,6 +115,10 @@ class Handler(BaseHTTPRequestHandler):
         """An error that a page, or a person with curl, can read."""
         self.reply(status, {"ok": False, "error": error})
 
+    @property
+    def route(self) -> str:
+        return self.path.partition("?")[0]
+
     def refused(self) -> str:
         """Foreign hosts (DNS rebinding), foreign pages and missing tokens have no business here."""
         host = self.headers.get("Host", "")
@@ -127,8 +131,9 @@ class Handler(BaseHTTPRequestHandler):
             return f"host {host!r} is not this machine"
         if origin not in (None, f"http://{host}"):
             return f"origin {origin!r} is not this page"
-        # an <img> of another page sends no Origin, but browsers say where it stands
-        if self.headers.get("Sec-Fetch-Site") not in OURSELVES:
+        # an <img> of another page sends no Origin, but browsers say where it stands; a link may be followed
+        followed = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.route == "/"
+        if not followed and self.headers.get("Sec-Fetch-Site") not in OURSELVES:
             return "another page may not look in here"
         return ""
 
@@ -136,15 +141,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         error = self.refused()
-        route = self.path.partition("?")[0]
         player = self.server.player
         if error:
             self.refuse(403, error)
-        elif route == "/":
+        elif self.route == "/":
             self.reply(200, whole_page().encode(), "text/html; charset=utf-8")
-        elif route == "/state":
+        elif self.route == "/state":
             self.reply(200, player.state())
-        elif route == "/frames":
+        elif self.route == "/frames":
             with player.screen.seat() as viewer:
                 if viewer:
                     self.stream(player, viewer)
@@ -185,25 +189,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         error = self.refused()
-        route = self.path.partition("?")[0]
         length = self.headers.get("Content-Length", "")
-        limit = PICTURE if route == "/cmd" else BODY
+        limit = PICTURE if self.route == "/cmd" else BODY
         if error:
             self.refuse(403, error)
-        elif route not in ("/input", "/cmd"):
+        elif self.route not in ("/input", "/cmd"):
             self.refuse(404, "there is /input and /cmd")
         elif not re.fullmatch(r"\d{1,9}", length) or int(length) > limit:
             status = 413 if length.isdecimal() else 411
             self.refuse(status, f"Content-Length must be at most {limit}")
         else:
-            self.hear(route, int(length))
+            self.hear(int(length))
 
-    def hear(self, route: str, length: int) -> None:
+    def hear(self, length: int) -> None:
         """Whatever the body says, it is answered."""
         self.must_end_in(CARRIED)
         try:
             body = json.loads(self.rfile.read(length))
-            status, error = commands.heard(self.server.player, route, body)
+            status, error = commands.heard(self.server.player, self.route, body)
         except NOT_UNDERSTOOD as wrong:
             status, error = 400, f"not understood: {wrong}"
         if status == 204:

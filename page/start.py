@@ -111,7 +111,8 @@ def known_start(picture: Image.Image, size: tuple[int, int], name: str, view: st
     check_free(truth, poses[0])
     kept = "kept" in text
     image = fitted_start(picture, size, name).image if kept else true_views(truth, poses, *size)[0]
-    note = f"{name}: world {seed} ({kind}), held out"
+    known = "seen in training" if seed in world.SPLITS["train"] else "held out"
+    note = f"{name}: world {seed} ({kind}), {known}"
     return Start(image, note, truth, tuple(poses[0].tolist()), kept)
 
 

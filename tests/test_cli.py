@@ -1,5 +1,6 @@
 """The command line that all programs share: one line that helps, exit status 2, and any current folder."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_debug_shows_the_traceback_and_other_errors_are_never_hidden(monkeypatch
 def test_a_program_ends_with_what_main_returns(monkeypatch) -> None:
     assert ending(monkeypatch, len, "a", "b") == 2
     assert ending(monkeypatch, fail(KeyboardInterrupt())) == 130
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_lost_terminal_stops_a_program_unless_nohup_started_it(before) -> None:
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in stops]
+    try:
+        signal.signal(signal.SIGHUP, before)
+        cli.on_stop(fail)
+        handled = [signal.getsignal(number) is fail for number in stops]
+        assert handled == [True, True, before == signal.SIG_DFL]
+    finally:
+        for number, handler in zip(stops, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def test_places_nobody_named_lie_beside_the_code(tmp_path, monkeypatch) -> None:

@@ -32,7 +32,7 @@ def place(studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(parts, "ROOT", tmp_path)
     monkeypatch.setattr(failures, "call", lambda words: train.main(words[1:]))
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers, strict=True):

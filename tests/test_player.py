@@ -13,6 +13,7 @@ import realtime
 from dataset.episode import read_episode
 from dataset.film import psnr
 from page import commands
+from page.folder import read_journal
 from page.player import Player, explain, give_back
 from page.start import true_views
 
@@ -143,6 +144,28 @@ def test_the_start_picture_is_seen_while_the_model_is_loaded(
     differing = {key for key in early if early[key] != later[key]}
     assert differing <= {"slots", "recording"}, "only what a loaded model knows is new"
     assert (seen[0]["frame"] == player.begun.image).all()
+
+
+def test_a_recording_that_begins_late_says_the_words_of_its_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--prompt", "a garden")
+    commands.obey(player, {"cmd": "record"})
+    act(player, "w")
+    commands.obey(player, {"cmd": "prompt", "text": "a swamp"})
+    commands.obey(player, {"cmd": "record"})
+    assert read_journal(player.recording.folder)[0]["prompt"] == "a garden"
+    commands.obey(player, {"cmd": "restart"})
+    assert read_journal(player.recording.folder)[0]["prompt"] == "a swamp"
+
+
+def test_a_plan_of_one_pace_is_forgotten_in_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--pace", "live")
+    commands.obey(player, {"cmd": "run", "plan": ["w"]})
+    commands.obey(player, {"cmd": "pace"})
+    assert player.tempo() == "turn" and not player.due()
 
 
 def test_a_failing_model_is_told_on_the_page_and_the_session_is_saved(

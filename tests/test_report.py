@@ -84,13 +84,19 @@ def test_arms_are_compared_by_seed_with_a_t_interval(tmp_path: Path) -> None:
     assert both in readme.read_text()
 
 
-def test_a_table_that_nobody_measured_says_so_and_all_else_is_kept(tmp_path: Path) -> None:
+def test_a_summary_of_what_nobody_measured_stays_and_a_misspelt_table_is_named(
+    tmp_path: Path,
+) -> None:
     readme = tmp_path / "README.md"
-    empty = "<!-- table:rope:raw -->\nold\n<!-- /table -->\n"
-    readme.write_text(f"# x\n{empty}kept\n")
-    report.report(tmp_path, readme, tmp_path / "figures")
-    filled = "<!-- table:rope:raw -->\nnot measured\n<!-- /table -->\n"
-    assert readme.read_text() == f"# x\n{filled}kept\n"
+    for name in ("summary", "sumary"):
+        page = f"# x\n<!-- table:{name} -->\nold\n<!-- /table -->\nkept\n"
+        readme.write_text(page)
+        if name == "summary":
+            report.report(tmp_path, readme, tmp_path / "figures")
+        else:
+            with pytest.raises(ValueError, match="sumary is no table; there are summary"):
+                report.report(tmp_path, readme, tmp_path / "figures")
+        assert readme.read_text() == page
 
 
 def test_ways_to_remember_are_a_table_by_place_of_the_test_worlds_and_of_the_last(

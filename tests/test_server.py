@@ -312,6 +312,14 @@ def test_a_picture_in_a_foreign_page_takes_no_seat(served, site: str, status: in
     assert not player.screen.viewers and player.screen.serial >= seen
 
 
+def test_a_link_in_a_foreign_page_opens_ours_and_nothing_else(served) -> None:
+    _, server = served
+    click = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    found = [ask(server, "GET", path, headers=click)[0] for path in ("/", "/state", "/frames")]
+    assert found == [200, 403, 403]
+    assert ask(server, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 403
+
+
 def test_the_page_cannot_be_framed_and_loads_nothing_else(served) -> None:
     _, server = served
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)

@@ -52,6 +52,7 @@ def test_a_start_picture_carries_its_world_and_the_truth(tmp_path: Path) -> None
         "held out: no training has seen this world"
     )
     assert np.array_equal(start.image, np.array(Image.open(ROOT / "assets/start.png")))
+    assert start.note.endswith("held out")
     start.save(tmp_path / "again.png")
     again = open_start(tmp_path / "again.png", (128, 128), "again.png")
     assert again.pose == start.pose and again.image.shape == (128, 128, 3), (

@@ -74,7 +74,8 @@ def place(studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(error_buffer, "ErrorConfig", EARLY)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in stops}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -1158,7 +1159,7 @@ def test_distill_without_base_says_what_to_do_and_then_works(reference, monkeypa
             ["--net", "dim=100 heads=3"],
             "dim must be a multiple of twice heads, got 100 and 3",
         ),
-        (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--accum", "0"], "--accum must be 1 or more, got 0"),
         (["--accum", "0", "--dry-run"], "--accum must be 1 or more, got 0"),
         (
@@ -1351,3 +1352,13 @@ def test_plot_says_how_to_get_matplotlib_and_what_a_run_is(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert script(monkeypatch, "--plot", "runs/none") == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["base", "distill"])
+def test_weights_of_another_kind_are_refused_before_data_are_drawn(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "dataset", lambda _: pytest.fail("data were drawn"))
+    vae = str(ROOT / "assets/tiny/vae.safetensors")
+    with pytest.raises(ValueError, match="is not a Matrix-Game 3 DiT.* It is a VAE, which train"):
+        train.main(["--stage", stage, "--vae", vae, "--init", vae, "--run", "other"])
