@@ -183,7 +183,8 @@ def make_dataset(
         jobs = missing_episodes(root, cfg)
         if not jobs:
             return root
-        failed = render_all(root, cfg, jobs, workers)
+        with cli.claim(root):
+            failed = render_all(root, cfg, jobs, workers)
     if failed:
         others = f"the others are in {root}"
         raise ValueError(
@@ -314,9 +315,9 @@ def check(root: Path) -> int:
         if not wrong:
             wrong = [f"filter: {reason}" for reason in filters(e)]
         shape = "x".join(map(str, e.video.shape[:3])) if e else "-"
-        source = str(e.meta.get("source", "?")) if e else "-"
+        source = cli.printable(str(e.meta.get("source", "?")), 40) if e else "-"
         bad += bool(wrong)
-        name = str(path.relative_to(root))
+        name = cli.printable(str(path.relative_to(root)), 80)
         print(f"{name:30} {shape:>12} {source:>9}  {'; '.join(wrong) or 'good'}")
     print(f"{len(clips)} clips, {bad} bad" if bad else f"all {len(clips)} clips are good")
     return bad
@@ -449,7 +450,7 @@ def run(args: argparse.Namespace) -> int | None:
         episode = read_episode(list_episodes(args.paths[0])[0])
         out = args.out or Path("view.mp4")
         view(episode, out)
-        print(f"{out}: {episode.path}, {episode.prompt['simple']['full']}")
+        print(f"{out}: {episode.path}, {cli.printable(episode.prompt['simple']['full'])}")
     else:
         demo()
     return None

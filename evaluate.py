@@ -28,6 +28,7 @@ Try it: python evaluate.py memory --worlds 4      Tests: pytest tests/test_evalu
 """
 
 import json
+import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -151,8 +152,9 @@ def measure_outside(names: list[str], args: Namespace) -> None:
     place of its last run."""
     guest = outside.load(args.model)
     out = Path(args.out)
-    path = out / f"outside-{args.model.rpartition(':')[2]}.json"
-    out.mkdir(parents=True, exist_ok=True)
+    whose = re.sub(r"[^\w.]+", "-", args.model)
+    path = out / f"outside-{whose}.json"
+    lock = cli.claim(out)  # another one would write back what it read before
     stored = report.stored(path) if path.exists() else {}
     for name in names:
         if name in outside.LEFT_OUT:
@@ -166,6 +168,7 @@ def measure_outside(names: list[str], args: Namespace) -> None:
         weights.write_text(path, json.dumps(stored))
         print(f"\n## {name}\n", report.raw_table(stored[name]), sep="\n", flush=True)
     weights.write_text(path, json.dumps(stored))
+    lock.close()
     print(f"\nstored in {path}")
 
 

@@ -29,6 +29,7 @@ import gzip
 import importlib.util
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -388,12 +389,23 @@ def facts(session: realtime.Session, source: str, starts: list[Path]) -> dict:
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Networks are packed: not every static host does that on its way."""
+    """Networks are packed: not every static host does that on its way.
+
+    The files of before are replaced when all are there: a page of two exports would not run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        packed = name.endswith(".onnx")
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(content, 9, mtime=0) if packed else content)
+    drafts = {}
+    try:
+        for name, content in files.items():
+            packed = name.endswith(".onnx")
+            path = folder / (f"{name}.gz" if packed else name)
+            drafts[path] = path.with_name(f"{path.name}.tmp")
+            drafts[path].write_bytes(gzip.compress(content, 9, mtime=0) if packed else content)
+        for path, draft in drafts.items():
+            os.replace(draft, path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 def megabytes(paths: list[Path]) -> float:

@@ -61,7 +61,6 @@ from page.server import addresses, bind
 from page.start import open_start
 
 BENCH = 10 * SHOW_FPS  # frames, ten seconds: the first half warms up, the second is timed
-SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
 LARGEST = 2048  # pixels of a side of the fake world
 NO_MODEL = """No model for preset {} yet: walk in the game itself (python play.py --fake), or:
   python train.py --stage base         train tiny on this machine, minutes
@@ -386,7 +385,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_ranges(args: argparse.Namespace) -> None:
     """Numbers that would only fail later, and say less."""
     ranges = {
-        "seed": (0, SEEDS),
+        "seed": (0, folder.SEEDS),
         "steps": (1, 1000),
         "guidance": (1, 100),
         "fps": (0, 240),

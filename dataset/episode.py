@@ -54,7 +54,10 @@ def key_of(arrays: dict, name: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+    if not path.is_file():
+        return "missing"
+    with open(path, "rb") as file:  # bit by bit: a stranger's may be larger than memory
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def poses_to_c2w(pose5: np.ndarray) -> np.ndarray:
@@ -230,7 +233,13 @@ def write_episode(path: Path, episode: Episode) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     for folder in ("rgb", "prompt", *(Path(file).parent for file in ARRAYS)):
         (draft / folder).mkdir(parents=True)
-    write_files(draft, episode)
+    try:
+        write_files(draft, episode)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(
+            f"cannot write {path}: {error}; make room, then the same command goes on"
+        ) from error
     shutil.rmtree(path, ignore_errors=True)
     os.replace(draft, path)
     return path
@@ -305,13 +314,15 @@ def read_files(path: Path) -> Episode:
         meta = json.loads((path / "meta.json").read_text())
     with reading(WORDS):
         prompt = json.loads((path / WORDS).read_text())
+    with reading(FRAMES):
+        video = np.load(path / FRAMES, mmap_mode="r")
     values = {}
     for file, arrays in ARRAYS.items():
         with reading(file), np.load(path / file) as stored:
+            if sum(part.file_size for part in stored.zip.infolist()) > 10_000 + 1000 * len(video):
+                raise ValueError("it would be unpacked to more than its frames can need")
             for name, (dtype, _) in arrays.items():
                 values[name] = stored[key_of(arrays, name)].astype(dtype, copy=False)
-    with reading(FRAMES):
-        video = np.load(path / FRAMES, mmap_mode="r")
     return Episode(video, **values, prompt=prompt, meta=meta, path=path)
 
 

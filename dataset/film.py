@@ -5,6 +5,7 @@ Tests: pytest tests/test_episode.py tests/test_data.py
 """
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -48,7 +49,7 @@ def write_png(path: Path, image: Frames) -> None:
     Image.fromarray(in_bytes(image)[0]).save(path)
 
 
-def write_mp4(path: Path, frames: Frames, fps: int = 16, crf: int = 12) -> None:
+def write_mp4(path: Path, frames: Frames, fps: float = 16, crf: int = 12) -> None:
     """Full colour resolution; crf 12 keeps about 34 dB of 64x64 frames, 0 nearly everything."""
     height, width = in_bytes(frames[:1]).shape[1:3]
     if height % 2 or width % 2:
@@ -57,7 +58,8 @@ def write_mp4(path: Path, frames: Frames, fps: int = 16, crf: int = 12) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        rate = Fraction(fps).limit_denominator(1001)  # films of 29.97 have 30000/1001
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width = width
         stream.height = height
         stream.pix_fmt = "yuv444p"

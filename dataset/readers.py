@@ -7,6 +7,7 @@ Tests: pytest tests/test_data.py
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,6 +271,9 @@ READERS = {
 
 def read(format: str, path: Path, size: Size) -> Episode:
     """By the name of its set; a file that is not in its layout is named."""
+    path = Path(os.path.abspath(path))  # a layout may be looked for in the folders above
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is neither a file nor a folder")
     try:
         return READERS[format](path, size)
     except Exception as error:  # a stranger's files can make a reader say anything

@@ -22,6 +22,7 @@ Two processes that write into one folder ruin it: the first one claims it (cli.c
 
 import argparse
 import difflib
+import io
 import os
 import re
 import signal
@@ -74,6 +75,12 @@ def claim(folder: Path) -> TextIO:
     return lock
 
 
+def printable(text: str, letters: int = 300) -> str:
+    """What a stranger's file says, fit for a terminal: one line, no escape codes, not endless."""
+    plain = re.sub(r"\x1b\[\d*m", "", text)
+    return "".join(c if c.isprintable() else "?" for c in plain)[:letters]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known."""
     near = difflib.get_close_matches(word, [*known], 1)
@@ -114,10 +121,23 @@ def is_too_little_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
+def fall_silent() -> None:
+    """Nobody reads what is printed from here on: `| head` has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """The last line of a program: its exit status, or its mistake in one line and 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no σ is told "?"
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        fall_silent()
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise

@@ -161,8 +161,8 @@ def digest_of(vae: nn.Module, root: Path, paths: list[Path], run: Run) -> str:
     return digest.hexdigest()[:12]
 
 
-def refuse_unequal(paths: list[Path]) -> None:
-    """A batch is cut out of episodes of one shape, each as long as a first segment."""
+def refuse_unequal(paths: list[Path], size: tuple[int, int]) -> None:
+    """A batch is cut out of episodes of one shape, each as long as a first segment, of the preset's size."""
     shapes = {path: read_episode(path).video.shape[:3] for path in paths}
     usual = statistics.mode(shapes.values())
     shortest = WINDOW.frames(1)
@@ -172,6 +172,12 @@ def refuse_unequal(paths: list[Path]) -> None:
                 f"{path} has {in_words(shape)}, most of this split have {in_words(usual)}: "
                 f"all must be alike, and {shortest} frames or longer"
             )
+    if usual[1:] != size:
+        wanted = in_words((usual[0], *size))
+        raise ValueError(
+            f"{paths[0].parent} has {in_words(usual)}, and this --preset {wanted}: "
+            "read them again with --size, or take another --preset"
+        )
 
 
 def in_words(shape: tuple[int, ...]) -> str:
@@ -221,7 +227,7 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     count = -(-len(paths) // SHARD)
     files = [cache / f"{number:05d}.safetensors" for number in range(count)]
     if not all(map(is_whole, files)):
-        refuse_unequal(paths)
+        refuse_unequal(paths, parts.SIZES[run.cfg.preset])
     if run.rank == 0:
         encode_episodes(run, vae, paths, files)
     if run.world > 1:

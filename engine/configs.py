@@ -7,7 +7,6 @@ tests/test_weights.py
 """
 
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +17,11 @@ from torch import Tensor
 
 import moe
 from dit import DiTConfig
+from engine.cli import printable
 
 
 class Refusal(ValueError):
     """A sentence about a file that needs no more words."""
-
-
-def printable(text: str, letters: int = 300) -> str:
-    """What a stranger's file says, fit for a terminal: one line, no escape codes, not endless."""
-    plain = re.sub(r"\x1b\[\d*m", "", text)
-    return "".join(c if c.isprintable() else "?" for c in plain)[:letters]
 
 
 @contextmanager

@@ -395,7 +395,11 @@ class Progress:
 
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
         if self.bar.disable:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # whoever read along is gone, as after Ctrl-C
+                cli.fall_silent()
+                run.asked = True
         else:
             self.bar.set_postfix_str(text)
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import moe
 from dit import DiT, DiTConfig
-from engine.configs import Refusal, check_names, config_of, is_new, printable, reading
+from engine.cli import printable
+from engine.configs import Refusal, check_names, config_of, is_new, reading
 from vae import PRESETS, VAE, VAEConfig
 
 # ---- what a path means ---------------------------------------------------------------------------
@@ -200,7 +201,10 @@ def write_weights(
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     words = {name: json.dumps(value) for name, value in (metadata or {}).items()}
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as of any file here; safetensors' own is for its owner alone
         save_file(plain, tmp, words)
+        tmp.chmod(mode)
         with open(tmp, "r+b") as f:
             _sort_metadata(f)
             os.fsync(f.fileno())

@@ -34,7 +34,7 @@ import torch
 import dit
 import realtime
 from dit import DiT
-from engine import actors, cli, parts
+from engine import actors, cli, parts, weights
 from lab import plain
 from lab.run import origin
 from vae import VAEConfig
@@ -449,6 +449,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
+    if args.threads < 0:
+        raise ValueError(f"--threads must be 0 or more, got {args.threads}")
     args.weights = str(cli.find(args.weights))
     return args
 
@@ -464,16 +466,16 @@ def main(argv: Sequence[str]) -> None:
         device=a.device,
         dtype="bfloat16",
     )
+    Path(a.out).mkdir(parents=True, exist_ok=True)
     rows = bench(options, a.suite, a.rounds)
     threads = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     about = f"{a.preset} on {a.device}, torch {torch.__version__}, {threads}"
     command = f"python lab/bench.py {' '.join(argv)}"
     table = written(rows, command, about)
     print("\n".join(table))
-    Path(a.out).mkdir(exist_ok=True)
     made = origin(command, "none", [], weight_files(Path(a.weights)))
     stored = json.dumps({**made, "rows": rows, "table": table}, indent=1)
-    (Path(a.out) / f"bench-{a.preset}-{a.suite}.json").write_text(stored)
+    weights.write_text(Path(a.out) / f"bench-{a.preset}-{a.suite}.json", stored)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ It is asked for nothing else: no latents, no cameras, no bank. That has a price.
 measured behind 177 true frames, which lie in their bank. An outside model can be told one picture:
 it walks every script from there by itself, and its own mistakes go with it. So compare outside
 models with each other, and with our own behind the same door (lab.guests:Shipped), not with
-results/*.json. Its numbers go into a file of their own, OUT/outside-CLASS.json, which no table
+results/*.json. Its numbers go into a file of their own, OUT/outside-MODULE-CLASS.json, which no table
 reads.
 """
 

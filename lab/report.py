@@ -185,8 +185,9 @@ def contrast(
 def results(out: Path) -> Results:
     paths = [path for path in sorted(out.glob("*.json")) if path.stem in CLAIMS]
     found = {path.stem: stored(path, *ALL_SAY) for path in paths}
-    for result in found.values():
-        fill_from_gpu(result, out)
+    for path in paths:
+        with configs.reading(path):
+            fill_from_gpu(found[path.stem], out)
     return found
 
 
@@ -223,11 +224,13 @@ def check_measures(found: Results, out: Path) -> None:
 def all_tables(out: Path, found: Results) -> dict[str, str]:
     tables = {}
     for name, result in found.items():
-        tables[name] = claim_table(result)
-        tables[f"{name}:raw"] = raw_table(result)
+        with configs.reading(out / f"{name}.json"):
+            tables[name] = claim_table(result)
+            tables[f"{name}:raw"] = raw_table(result)
     last = results(out / "final")
     for name, result in last.items():
-        tables[f"final-{name}"] = claim_table(result)
+        with configs.reading(out / f"final/{name}.json"):
+            tables[f"final-{name}"] = claim_table(result)
     for kind, those in (("", found), ("final-", last)):
         if facts := those.get("rivals", {}).get("facts"):
             tables[f"{kind}rivals:places"] = rivals_table(facts["rivals"])
@@ -266,7 +269,12 @@ def report(out: Path, readme: Path, pictures: Path) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     for result in found.values():
         for name, content in result.get("pictures", {}).items():
-            (pictures / f"{name}.png").write_bytes(base64.b64decode(content))
+            # a name with dots and slashes leads out of the folder
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"a result names a picture {name!r:.80}: it may have letters alone"
+                )
+            (pictures / f"{name}.png").write_bytes(base64.b64decode(content, validate=True))
     ladder = out / "bench-tiny-ladder.json"
     rows = json.loads(ladder.read_text())["rows"] if ladder.exists() else []
     try:

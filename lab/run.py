@@ -25,7 +25,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from dataset.film import psnr
-from engine import cli
+from engine import cli, configs
 from lab import metrics, players, registration, truth, worlds
 from lab.claims import Raw
 
@@ -111,8 +111,12 @@ class Run:
     @cached_property
     def tau(self) -> float:
         path = self.results / "sanity.json"
-        raw = json.loads(path.read_text())["raw"] if path.exists() else {}
-        return raw.get("lost threshold tau/zncc", [LOST])[0]
+        if not path.exists():
+            return LOST
+        with configs.reading(path):
+            return float(
+                json.loads(path.read_text())["raw"].get("lost threshold tau/zncc", [LOST])[0]
+            )
 
     @property
     def player(self) -> players.Player:

@@ -119,7 +119,7 @@ def numbers(result: dict, key: str) -> list[float]:
 def mean(result: dict, key: str) -> str:
     """Over the worlds that could be measured."""
     values = [x for x in numbers(result, key) if math.isfinite(x)]
-    return digits(sum(values) / len(values))
+    return digits(sum(values) / len(values)) if values else "nan"
 
 
 def table(found: dict[str, dict]) -> str:

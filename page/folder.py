@@ -30,12 +30,13 @@ import torch
 import camera
 from dataset import episode, prompt
 from dataset.episode import Episode
-from engine import cli, configs, parts, weights
+from engine import cli, parts, weights
 from engine.weights import write_text
 from memory import POLICIES
 from page.film import settle
 from page.start import player_cameras
 
+SEEDS = 1 << 40  # they are multiplied by a million, and must stay 64-bit numbers
 JOURNAL = "session.jsonl"
 FRAMES = "frames.tmp"
 FILMS = ("play.mp4", "play_memory.mp4")
@@ -145,7 +146,7 @@ def about(args: argparse.Namespace) -> dict:
 def as_many_threads(recorded: dict) -> None:
     """As it was played: a sum that other threads share is rounded otherwise."""
     threads = recorded["versions"].get("threads")
-    if isinstance(threads, int) and 1 <= threads <= MOST_THREADS:
+    if type(threads) is int and 1 <= threads <= MOST_THREADS:
         torch.set_num_threads(threads)
 
 
@@ -169,7 +170,7 @@ def judging(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
-        problem = configs.printable(str(error) or type(error).__name__)
+        problem = cli.printable(str(error) or type(error).__name__)
         raise ValueError(f"{path} is damaged: {problem}") from error
 
 
@@ -204,6 +205,8 @@ def check_session(session: object) -> None:
     check_rows(session, *ROWS)
     if not 1 <= session["fps"] <= 240:
         raise ValueError(f"fps must be 1 to 240, not {session['fps']!r:.20}")
+    if not 0 <= session["seed"] <= SEEDS:
+        raise ValueError(f"seed must be 0 to {SEEDS}")
 
     # every action leads to a pose, and the first pose is where it began
     F = len(session["keyboard"])

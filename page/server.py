@@ -55,9 +55,10 @@ def whole_page() -> str:
     def put_in(found: re.Match) -> str:
         style, script = found.groups()
         tag = "style" if style else "script"
-        return f"<{tag}>\n{(HERE / (style or script)).read_text()}</{tag}>"
+        content = (HERE / (style or script)).read_text("utf-8")
+        return f"<{tag}>\n{content}</{tag}>"
 
-    return INSIDE.sub(put_in, (HERE / "index.html").read_text())
+    return INSIDE.sub(put_in, (HERE / "index.html").read_text("utf-8"))
 
 
 class Handler(BaseHTTPRequestHandler):

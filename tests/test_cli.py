@@ -1,6 +1,8 @@
 """The command line that all programs share: one line that helps, exit status 2, and any current folder."""
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +120,21 @@ def test_places_nobody_named_lie_beside_the_code(tmp_path, monkeypatch) -> None:
     )
     assert cli.shown(tmp_path / "runs/a") == "runs/a" == cli.shown(Path("runs/a"))
     assert cli.shown(cli.ROOT / "runs") == str(cli.ROOT / "runs")
+
+
+def test_a_reader_who_has_seen_enough_ends_a_program_in_silence() -> None:
+    code = "from engine import cli; cli.run(lambda argv: [print(k) for k in range(10**5)] and 0)"
+    command = f"{sys.executable} -c '{code}' | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=cli.ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
+def test_a_terminal_that_knows_few_letters_is_no_error() -> None:
+    code = "from engine import cli; cli.run(lambda argv: print('±1 dB'))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cli.ROOT, env=env, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"?1 dB\n")

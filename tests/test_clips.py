@@ -111,7 +111,7 @@ def test_latents_with_words_that_no_player_reads_are_not_used_again(
 def write_clips(root: Path, frames: list[int], first: int = 0) -> None:
     """The same names whatever is in them."""
     for number, count in enumerate(frames):
-        clip = data.render_episode(data.DataConfig(size=32, frames=count), "train", first + number)
+        clip = data.render_episode(data.DataConfig(size=64, frames=count), "train", first + number)
         episode.write_episode(root / f"train/{number}", clip)
 
 
@@ -144,9 +144,9 @@ def test_clips_that_are_written_again_under_their_names_are_encoded_again(
     [
         (
             [61, 57, 61],
-            "train/1 has 57 frames of 32x32, most of this split have 61 frames of 32x32",
+            "train/1 has 57 frames of 64x64, most of this split have 61 frames of 64x64",
         ),
-        ([53, 53], "train/0 has 53 frames of 32x32.* 57 frames or longer"),
+        ([53, 53], "train/0 has 53 frames of 64x64.* 57 frames or longer"),
     ],
 )
 def test_an_episode_that_does_not_fit_is_named_before_any_is_encoded(
@@ -161,7 +161,7 @@ def test_an_episode_that_does_not_fit_is_named_before_any_is_encoded(
 
 def test_a_clip_too_short_for_the_vae_is_named(tmp_path: Path):
     write_clips(tmp_path, [33, 29])
-    with pytest.raises(ValueError, match="train/1 has 29 frames of 32x32; .* 33 frames or more"):
+    with pytest.raises(ValueError, match="train/1 has 29 frames of 64x64; .* 33 frames or more"):
         clips.read_videos(tmp_path)
 
 

@@ -638,3 +638,27 @@ def test_a_stop_while_drawing_begins_no_other_episode(
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(drawn) < 250
+
+
+def test_two_makers_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
+    cfg = data.DataConfig(size=32, frames=9, train=1, third=0, tune=0, test=0)
+    with cli.claim(tmp_path / "set"):
+        with pytest.raises(ValueError, match="another process is at work in"):
+            data.make_dataset(tmp_path / "set", workers=1, cfg=cfg)
+    data.make_dataset(tmp_path / "set", workers=1, cfg=cfg)
+    assert data.check(tmp_path / "set") == 0
+
+
+def test_what_a_stranger_calls_a_clip_cannot_write_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "set/new\nline\x1b[7m/rgb").mkdir(parents=True)
+    assert data.check(tmp_path / "set") == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 2 and "\x1b" not in said and "new?line" in said
+
+
+def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        data.ingest("re10k", [tmp_path / "pipe.txt"], tmp_path / "out", 32)

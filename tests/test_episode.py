@@ -13,7 +13,7 @@ import torch
 
 import data
 from dataset.episode import FILES, inspect, read_episode, sha256_of, write_episode
-from dataset.film import psnr
+from dataset.film import psnr, read_video, write_mp4
 from lab import metrics
 
 
@@ -186,3 +186,31 @@ def test_only_an_episode_or_a_part_of_one_is_replaced(clip: Path, tmp_path: Path
     (tmp_path / "link").symlink_to(place)
     with pytest.raises(ValueError, match="link is no folder"):
         write_episode(tmp_path / "link", e)
+
+
+def test_what_would_be_unpacked_to_more_than_its_frames_need_is_refused(clip: Path) -> None:
+    with np.load(clip / "pose/video.npz") as stored:
+        arrays = dict(stored)
+    np.savez_compressed(clip / "pose/video.npz", **arrays, more=np.zeros(1_000_000))
+    assert (clip / "pose/video.npz").stat().st_size < 20_000
+    with pytest.raises(ValueError, match="more than its frames can need"):
+        read_episode(clip)
+
+
+def test_a_film_of_any_rate_is_written(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 29.97)
+    frames, native = read_video(tmp_path / "a.mp4")
+    assert len(frames) == 4 and native == (32, 32)
+
+
+def test_a_full_disk_is_named_with_the_episode_and_leaves_no_draft(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("1000 requested and 53 written")
+
+    good = read_episode(clip)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="cannot write .*other: 1000 requested .*; make room"):
+        write_episode(clip.with_name("other"), good)
+    assert [path.name for path in clip.parent.iterdir()] == ["clip"]

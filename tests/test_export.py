@@ -232,3 +232,25 @@ def test_the_shipped_weights_become_a_page(tmp_path: Path) -> None:
     assert len(facts["starts"]) * np.prod(facts["latent"]) * 4 == len(
         (page / "model/starts.bin").read_bytes()
     )
+
+
+def test_a_page_is_never_half_of_one_export_and_half_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.write(tmp_path, {"network.onnx": b"old", "facts.json": b"old"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = []
+
+    def fills_up(path: Path, content: bytes) -> int:
+        written.append(path)
+        if len(written) > 1:
+            raise OSError("no space left")
+        return len(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fills_up)
+        with pytest.raises(OSError, match="no space left"):
+            export.write(tmp_path, {"network.onnx": b"new", "facts.json": b"new"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    export.write(tmp_path, {"network.onnx": b"new", "facts.json": b"new"})
+    assert (tmp_path / "facts.json").read_bytes() == b"new" and len(before) == 2

@@ -205,9 +205,12 @@ def test_a_model_has_a_file_of_its_own_in_which_commands_keep_their_places(
     words = ["--tune", "--worlds", "1", "--model", COPYCAT, "--out", str(tmp_path)]
     evaluate.main(["explore", *words])
     evaluate.main(["int8", *words])
-    assert [path.name for path in tmp_path.iterdir()] == ["outside-Copycat.json"]
-    assert "outside-Copycat" not in CLAIMS
-    stored = json.loads((tmp_path / "outside-Copycat.json").read_text())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "lock",
+        "outside-lab.guests-Copycat.json",
+    ]
+    assert "outside-lab.guests-Copycat" not in CLAIMS
+    stored = json.loads((tmp_path / "outside-lab.guests-Copycat.json").read_text())
     assert list(stored) == ["explore", "int8"]
     assert stored["int8"]["absent"]["*"] == outside.LEFT_OUT["int8"]
     raw = stored["explore"]["raw"]

@@ -248,7 +248,9 @@ def short(tmp_path: Path) -> Path:
     return tmp_path / "walk"
 
 
-@pytest.mark.parametrize(("threads", "taken"), [(3, 3), (0, 2), (10**9, 2), ("3", 2), (None, 2)])
+@pytest.mark.parametrize(
+    ("threads", "taken"), [(3, 3), (0, 2), (10**9, 2), ("3", 2), (True, 2), (None, 2)]
+)
 def test_a_replay_has_the_threads_of_its_session(
     short: Path, threads: object, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,3 +164,18 @@ def test_a_damaged_result_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "memory.json").rename(tmp_path / "bench-tiny-plain.json")
     with pytest.raises(ValueError, match="bench-tiny-plain.json is damaged"):
         report.all_tables(tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", ""])
+def test_a_stranger_s_picture_stays_in_the_folder_of_pictures(tmp_path: Path, name: str) -> None:
+    store(tmp_path / "up/rope.json", result(pictures={name: "aGk="}))
+    with pytest.raises(ValueError, match="it may have letters alone"):
+        report.report(tmp_path / "up", tmp_path / "none.md", tmp_path / "up/pictures")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("change", [{"claims": 5}, {"claims": [{}]}, {"raw": {"a/b": ["x"]}}])
+def test_a_result_that_is_damaged_within_is_named(tmp_path: Path, change: dict) -> None:
+    store(tmp_path / "rope.json", result(**change))
+    with pytest.raises(ValueError, match="rope.json is damaged"):
+        report.all_tables(tmp_path, report.results(tmp_path))

@@ -1362,3 +1362,21 @@ def test_weights_of_another_kind_are_refused_before_data_are_drawn(
     vae = str(ROOT / "assets/tiny/vae.safetensors")
     with pytest.raises(ValueError, match="is not a Matrix-Game 3 DiT.* It is a VAE, which train"):
         train.main(["--stage", stage, "--vae", vae, "--init", vae, "--run", "other"])
+
+
+def test_a_log_that_nobody_reads_any_more_stops_a_training_which_is_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    silent = []
+    monkeypatch.setattr(run, "print", gone, raising=False)
+    monkeypatch.setattr(cli, "fall_silent", lambda: silent.append(1))
+    here = SimpleNamespace(asked=False, folder=Path(), cfg=TrainConfig(), step=1)
+    monkeypatch.setattr(run, "record", lambda *_: None)
+    progress = SimpleNamespace(
+        run=here, sums={}, first=0, start=0.0, bar=SimpleNamespace(disable=True)
+    )
+    Progress.write(progress)
+    assert here.asked and silent

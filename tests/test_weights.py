@@ -639,3 +639,10 @@ def test_who_loads_a_model_does_not_wait_for_the_compiler() -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]", "it takes seconds to load"
+
+
+def test_a_file_is_for_whom_the_umask_says(tmp_path):
+    weights.write_weights(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "b").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
