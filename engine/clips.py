@@ -229,7 +229,13 @@ def load_clips(run: Run, vae: nn.Module, root: Path, split: str) -> Clips:
     if not all(map(is_whole, files)):
         refuse_unequal(paths, parts.SIZES[run.cfg.preset])
     if run.rank == 0:
-        encode_episodes(run, vae, paths, files)
+        try:
+            encode_episodes(run, vae, paths, files)
+        except OSError as error:
+            raise OSError(
+                f"{error}; episodes are kept as latents beside them, in {cache}: make room there, or "
+                "copy the data to where one may write"
+            ) from error
     if run.world > 1:
         dist.barrier()
     return joined([weights.read_weights(file)[0] for file in files])

@@ -191,7 +191,6 @@ def measure(name: str, options: parts.Options, out: Path) -> str:
     table = bench.written(rows, command_of(name, options), about)
     print("\n".join(table), flush=True)
     stored = {"rows": rows, "table": table, "claims": {} if differs(options) else claims}
-    out.mkdir(exist_ok=True)
     words = [name, *differs(options).values()]
     (out / f"gpu-{'-'.join(words)}.json").write_text(json.dumps(stored, indent=1))
     return ""
@@ -211,13 +210,17 @@ def main(argv: list[str]) -> int:
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         print(NOTHING)
         return 0
+    parts.check_device(a.device)
+    Path(a.out).mkdir(parents=True, exist_ok=True)
     dtype = "float32" if a.device == "cpu" else "bfloat16"
     options = parts.Options(a.preset, "random", device=a.device, dtype=dtype)
+    measured = 0
     for name in a.parts.split():
         problem = measure(name, options, Path(a.out))
+        measured += not problem
         if problem:
             print(problem, flush=True)
-    return 0
+    return 0 if measured else 1
 
 
 if __name__ == "__main__":

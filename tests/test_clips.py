@@ -139,6 +139,23 @@ def test_clips_that_are_written_again_under_their_names_are_encoded_again(
     assert not torch.equal(clips.load_clips(half, encoder, tmp_path, "train").latents[:], new)
 
 
+def test_episodes_of_another_size_and_folders_that_cannot_be_written_are_said(
+    tmp_path: Path, here: run.Run, encoder: vae.VAE, monkeypatch: pytest.MonkeyPatch
+):
+    write_clips(tmp_path, [57])
+    with monkeypatch.context() as patch:
+        patch.setitem(parts.SIZES, "micro", (32, 32))
+        with pytest.raises(ValueError, match="57 frames of 64x64, and this --preset .* of 32x32"):
+            clips.load_clips(here, encoder, tmp_path, "train")
+
+    def full(*_: object) -> None:
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(clips.weights, "write_weights", full)
+    with pytest.raises(OSError, match="Read-only .*; episodes are kept as latents beside them, in"):
+        clips.load_clips(here, encoder, tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     "frames, says",
     [

@@ -42,6 +42,12 @@ def test_a_part_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_device_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be auto, cpu, .* got 'banana'"):
+        gpu.main(["--device", "banana", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_that_cannot_run_is_one_line_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -49,7 +55,7 @@ def test_a_part_that_cannot_run_is_one_line_and_no_file(
         raise RuntimeError("out of memory\nand a trace")
 
     monkeypatch.setitem(gpu.PARTS, "segment", broken)
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "segment"]) == 0
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "segment"]) == 1
     assert capsys.readouterr().out == "segment: not measured (out of memory)\n"
     assert not list(tmp_path.iterdir())
 
