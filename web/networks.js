@@ -10,21 +10,29 @@ export class Trouble extends Error {}
 
 // ---- files --------------------------------------------------------------------------------------
 
-/** A reply's bytes; a visitor can do nothing but try again, whoever made the page can make the file. */
-export async function download(url, command) {
+/**
+ * A reply's bytes, and how many come at a time. A visitor can do nothing but try again, whoever made the
+ * page can make the file.
+ */
+export async function download(url, command, come = () => {}) {
   const lost = new Trouble("The connection was lost. Reload the page to try again.");
   const reply = await fetch(url).catch(() => {
     throw lost;
   });
   if (!reply.ok) throw new Trouble(`${url.pathname} is missing. Make it with: ${command}`);
-  return reply.arrayBuffer().catch(() => {
+  const count = (part, out) => {
+    come(part.byteLength);
+    out.enqueue(part);
+  };
+  const counted = reply.body.pipeThrough(new TransformStream({ transform: count }));
+  return new Response(counted).arrayBuffer().catch(() => {
     throw lost;
   });
 }
 
 /** The bytes of a file that was packed with gzip; some hosts say so, and the browser has unpacked it. */
-async function unzip(url, command) {
-  const bytes = await download(url, command);
+async function unzip(url, command, come) {
+  const bytes = await download(url, command, come);
   const [one, two] = new Uint8Array(bytes, 0, Math.min(2, bytes.byteLength));
   if (one !== 0x1f || two !== 0x8b) return bytes;
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -58,7 +66,7 @@ export async function readFacts(folder) {
  * made 46 frames per second where 16 are shown. WebGPU opens the networks, but its pictures have not
  * been compared on a graphics card yet, so it is for those who ask: ?backend=webgpu
  */
-async function openRuntime(base, backend) {
+async function openRuntime(base, backend, come) {
   if (typeof WebAssembly !== "object") {
     throw new Trouble("This browser has no WebAssembly, which the world model needs to run in it.");
   }
@@ -68,7 +76,7 @@ async function openRuntime(base, backend) {
   const runtime = await import(script).catch(() => {
     throw new Trouble(`${script.pathname} is missing. Fetch it with: ${INSTALL}`);
   });
-  runtime.env.wasm.wasmBinary = await unzip(new URL(`runtime/${binary}`, base), INSTALL);
+  runtime.env.wasm.wasmBinary = await unzip(new URL(`runtime/${binary}`, base), INSTALL, come);
   // several threads need a page that is isolated by its headers, which few static hosts send
   const cores = globalThis.navigator?.hardwareConcurrency ?? 1;
   runtime.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, cores) : 1;
@@ -76,8 +84,8 @@ async function openRuntime(base, backend) {
 }
 
 /** A function of named tensors out of one file. */
-async function openNetwork({ runtime, backend }, url) {
-  const bytes = await unzip(url, EXPORT);
+async function openNetwork({ runtime, backend }, url, come) {
+  const bytes = await unzip(url, EXPORT, come);
   const options = {
     executionProviders: backend === "webgpu" ? ["webgpu", "wasm"] : ["wasm"],
     logSeverityLevel: 3, // errors alone
@@ -92,9 +100,9 @@ async function openNetwork({ runtime, backend }, url) {
 }
 
 /** One after the other: a graphics card opens one at a time. */
-async function openAll(place, folder) {
+async function openAll(place, folder, come) {
   const opened = [];
-  for (const name of FILES) opened.push(await openNetwork(place, new URL(name, folder)));
+  for (const name of FILES) opened.push(await openNetwork(place, new URL(name, folder), come));
   return opened;
 }
 
@@ -102,13 +110,17 @@ async function openAll(place, folder) {
 
 export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
-  let place = await openRuntime(base, wanted === "webgpu" ? "webgpu" : "wasm");
-  progress("loading the network");
-  const opened = await openAll(place, folder).catch(async (error) => {
+  let bytes = 0;
+  const come = (more) => {
+    bytes += more;
+    progress(`loading the world model: ${(bytes / 1e6).toFixed(0)} MB`);
+  };
+  let place = await openRuntime(base, wanted === "webgpu" ? "webgpu" : "wasm", come);
+  const opened = await openAll(place, folder, come).catch(async (error) => {
     if (place.backend === "wasm") throw error;
     // what this graphics card cannot run, the processor can
-    place = await openRuntime(base, "wasm");
-    return openAll(place, folder);
+    place = await openRuntime(base, "wasm", come);
+    return openAll(place, folder, come);
   });
   const [network, first, next] = opened;
 
