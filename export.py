@@ -33,7 +33,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -58,7 +58,7 @@ from engine.exported import ExportedDecoder, ExportedNetwork, HashedDenoiser
 from engine.parts import SIZES, Options, model_of
 from world import MAX_PITCH
 
-FORMAT = 1  # number of the layout of web/model/; web/networks.js reads this one
+FORMAT = 2  # number of the layout of web/model/; web/networks.js reads this one
 PRESET = "tiny"
 DECODER = "light75"
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
@@ -370,21 +370,13 @@ def facts(session: realtime.Session, source: str, starts: list[Path]) -> dict:
         "preset": PRESET,
         "latent": [session.nets["dit"].cfg.in_dim, *latent_size()],
         "frame": list(SIZES[PRESET]),
-        "window": asdict(Window()),
         "lengths": session.lengths,
         "sigmas": flow.sigma_grid(session.options.steps, meta["shift"]).tolist(),
         "method": meta["method"],
         "sink": bool(meta["sink"]),
         "memory": meta["p_memory_off"] < 1,
-        "units": {
-            "step": camera.STEP,
-            "degrees": camera.DEGREES,
-            "dead_zone": camera.DEAD_ZONE,
-            "max_pitch": MAX_PITCH,
-            "look": camera.LOOK,
-        },
+        "max_pitch": MAX_PITCH,
         "starts": [path.stem for path in starts],
-        "config": asdict(session.nets["dit"].cfg),
     }
 
 

@@ -114,7 +114,7 @@ $("help").addEventListener("click", () => {
 // a click into the picture catches the mouse, which then looks around; Escape lets it go
 $("screen").addEventListener("click", () => {
   $("help").hidden = true;
-  if (!$("screen").requestPointerLock) return;
+  if (play.pace === "turn" || !$("screen").requestPointerLock) return; // a plan is clicked together
   Promise.resolve($("screen").requestPointerLock()).catch(() => {});
 });
 document.addEventListener("pointerlockchange", () => {

@@ -175,9 +175,10 @@ function drawPanels(made) {
   drawMemory(now);
 
   // these two tell of the picture that is seen, not of what is set now
-  $("badge").hidden = made.view !== "truth" && !now.fake;
+  const seen = made.seen ?? made; // a picture that is shown again says how it was made
+  $("badge").hidden = seen.view !== "truth" && !now.fake;
   $("badge").textContent = now.fake ? "the game itself, no model" : "true renderer";
-  $("stage").dataset.memory = made.policy === "none" ? "off" : "on";
+  $("stage").dataset.memory = seen.policy === "none" ? "off" : "on";
   $("chip").textContent = `memory ${$("stage").dataset.memory}`;
 }
 

@@ -75,8 +75,7 @@ def give_back() -> None:
 
 def filled(rows: np.ndarray, n: int) -> np.ndarray:
     """n rows of actions: what is missing at the end is standing still."""
-    rest = np.zeros((n - len(rows), rows.shape[1]), np.float32)
-    return np.concatenate([rows, rest])
+    return np.concatenate([rows, np.zeros((n - len(rows), rows.shape[1]), np.float32)])
 
 
 class Player(threading.Thread):
@@ -352,7 +351,9 @@ class Player(threading.Thread):
     def show_again(self) -> None:
         """The last chunk until there is a plan; what was set in the meantime is said now."""
         frames, headers, period = self.shown
-        self.screen.put(frames, [h | self.facts() | {"again": True} for h in headers], period)
+        now = self.facts() | {"again": True}
+        again = [h | now | {"seen": {"policy": h["policy"], "view": h["view"]}} for h in headers]
+        self.screen.put(frames, again, period)
 
     @property
     def max_pitch(self) -> float:
@@ -458,10 +459,9 @@ class Player(threading.Thread):
         """What was looked back at, where it was seen, and a small picture of it if one is kept."""
         picks = []
         for pick in memory:
-            thumb = self.thumbs.get(pick["frame"], b"")
+            thumb = base64.b64encode(self.thumbs.get(pick["frame"], b"")).decode()
             seen_from = self.poses[-(-pick["frame"] // LATENT)]
-            shown = {"thumb": base64.b64encode(thumb).decode(), "pose": seen_from}
-            picks.append({**pick, **shown})
+            picks.append({**pick, "thumb": thumb, "pose": seen_from})
         return picks
 
     def remember(self, frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
@@ -487,8 +487,7 @@ class Player(threading.Thread):
             taken += n
             rows = self.walked.pop()
             if self.script:  # the walk of a link goes on from here: what was taken back comes again
-                pairs = zip(rows, self.script, strict=True)
-                self.script = [np.concatenate(pair) for pair in pairs]
+                self.script = [np.concatenate(pair) for pair in zip(rows, self.script, strict=True)]
             if self.ring:
                 self.ring.pop()
         self.frame -= taken
@@ -497,4 +496,5 @@ class Player(threading.Thread):
             # it began after the place where the player stands now: it holds nothing, and a new one begins
             self.save()
             self.record()
+        self.set["view"] = "model"  # whose picture it is
         self.show(self.newest[None], self.poses[-1:], {"keys": [], "ms": {}}, clear=True)

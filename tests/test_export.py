@@ -1,5 +1,6 @@
 """Export: what is traced is what play computes, what a page cannot run is refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -169,7 +170,7 @@ def weight_file(folder: Path, **metadata: object) -> Path:
 
 
 def config(preset: str) -> dict:
-    return json.loads(json.dumps(export.asdict(dit.PRESETS[preset])))
+    return json.loads(json.dumps(dataclasses.asdict(dit.PRESETS[preset])))
 
 
 @pytest.mark.parametrize(

@@ -289,3 +289,19 @@ def test_holes_between_what_is_kept_are_given_back() -> None:
     del blocks
     give_back()
     assert before - megabytes() > 100 and len(kept) == 150
+
+
+def test_a_picture_that_is_shown_again_says_how_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = dreaming(tmp_path, monkeypatch, "--pace", "turn")
+    act(player, "w")
+    made = player.shown[1][-1]
+    commands.obey(player, {"cmd": "memory"})
+    commands.obey(player, {"cmd": "view"})
+    player.show_again()
+    again = player.screen.frames[-1]["header"]
+    assert again["seen"] == {"policy": made["policy"], "view": made["view"]}
+    assert again["policy"] != made["policy"] and again["view"] != made["view"]
+    player.undo()
+    assert player.shown[1][-1]["view"] == "model", "what is taken back to is a picture of the model"

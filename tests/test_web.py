@@ -208,7 +208,7 @@ def test_of_many_old_frames_only_the_promising_ones_are_scored() -> None:
 def test_nobody_looks_up_further_than_the_world_was_drawn() -> None:
     """So that the way back, every key its opposite, ends where it began."""
     program = """
-        const made = new session.Session({ latent: [1, 1, 1], units: { max_pitch: 35 } }, {});
+        const made = new session.Session({ latent: [1, 1, 1], max_pitch: 35 }, {});
         made.walk = { poses: [camera.START_POSE], actions: [] };
         const chords = made.advance([...Array(80).fill("w+i"), ...Array(40).fill("l")]);
         const top = Math.max(...made.walk.poses.map((pose) => pose[3]));

@@ -142,7 +142,7 @@ def test_a_replay_cannot_be_paused() -> None:
 
         // stopping it is a new walk: the model's thread no longer stands where the player stood
         const { world } = page.state;
-        clicks["game-stop"]();
+        clicks["game-stop"]({});
         return { paused, phase: game.phase, restarted: page.state.world > world };
         """
     )
@@ -154,7 +154,7 @@ def test_a_replay_cannot_be_paused() -> None:
     "doing",
     [
         'page.controls.onCommand("KeyR", { preventDefault() {} });',
-        'clicks["game-start"]();',
+        'clicks["game-start"]({});',
         REPLAY,
     ],
 )
@@ -216,3 +216,79 @@ def test_only_what_went_down_is_a_tap() -> None:
     held, after = javascript(program)
     assert held == ["w"] * 4
     assert after == ["a"] * 4 + ["_"] * 4
+
+
+@needs_node
+def test_who_stops_the_game_is_led_home_no_further() -> None:
+    program = """
+        page.state.script = Array(100).fill("s");
+        page.state.homeward = true;
+        page.game.phase = "home";
+        clicks["game-stop"]({});
+        return [page.state.script.length, page.state.homeward, page.game.phase];
+    """
+    assert javascript(PAGE + program) == [0, False, "off"]
+
+
+@needs_node
+def test_after_a_step_that_failed_going_on_is_a_new_walk() -> None:
+    program = """
+        pass(5000);
+        await settle("step", null, "The world stopped: no room");
+        const { world, paused } = page.state;
+        page.controls.onCommand("KeyP", { preventDefault() {} });
+        await settle("reset", () => chunk(0, 1));
+        return [paused, page.state.world > world, elements.banner.className];
+    """
+    assert javascript(PAGE + program) == [True, True, ""]
+
+
+@needs_node
+def test_a_first_walk_that_does_not_begin_is_not_the_last() -> None:
+    before, loading, _ = PAGE.partition('await import("./page.js");')
+    program = """
+        await settle("open", () => ({ facts, backend: "wasm" }));
+        await settle("reset", null, "The world stopped: no picture");
+        page.controls.onCommand("KeyR", { preventDefault() {} });
+        await settle("reset", () => chunk(0, 1));
+        pass(1);
+        const { question: told } = await question("step");
+        return told.chords.length;
+    """
+    assert javascript(before + loading + program) > 0
+
+
+@needs_node
+def test_frames_that_were_never_painted_do_not_count_as_shown() -> None:
+    program = """
+        page.screen.drawn = [];
+        page.screen.put(chunk(100, 40), 10);
+        for (let k = 0; k < 4; k++) pass(100);
+        return page.screen.drawn.length;
+    """
+    assert javascript(PAGE + program) <= 4
+
+
+@needs_node
+def test_a_chunk_that_arrives_in_a_pause_is_late_once() -> None:
+    program = """
+        pass(60000);
+        page.controls.onCommand("KeyP", { preventDefault() {} });
+        pass(8000);
+        page.screen.put(chunk(100, 4), 10);
+        pass(2000);
+        page.controls.onCommand("KeyP", { preventDefault() {} });
+        return page.screen.left();
+    """
+    assert javascript(PAGE + program) == 40
+
+
+@needs_node
+def test_a_model_without_memory_gets_none_in_the_game() -> None:
+    program = """
+        page.state.facts.memory = false;
+        clicks["game-start"]({});
+        await settle("reset", () => chunk(0, 1));
+        return page.state.remember;
+    """
+    assert javascript(PAGE + program) is False

@@ -142,7 +142,9 @@ function listenDrag(controls, screen) {
     last = event;
   });
   for (const end of ["pointerup", "pointercancel"]) {
-    screen.addEventListener(end, () => (last = null));
+    screen.addEventListener(end, (event) => {
+      if (event.pointerId === last?.pointerId) last = null;
+    });
   }
 }
 

@@ -1,6 +1,6 @@
 // Find the old frames that saw what we are about to see: memory.py, rule "uniform".
 //
-//     s(q, c) ≈ (1/n)·Σ_i [p_i in V_c],   p_i evenly spread in the view V_q                   (2)
+//     s(q, c) ≈ (1/n)·Σ_i [p_i in V_c],   p_i evenly spread in the view V_q                   (1)
 //
 // The share of the new view q that the old view c has seen is the share of sample points of q that
 // lie in c's frustum as well. Five questions, each takes the best of what no other has taken; the
@@ -24,9 +24,9 @@ export function frustumPoints(n = POINTS) {
     // the R3 sequence fills a cube evenly for any n; rounded where Python has float32
     const u = [1, 2, 3].map((k) => {
       const stride = Math.fround(Math.fround(1.2207440846057596) ** -k);
-      return Math.fround(((i + 0.5) * stride + 0.5) % 1);
+      return Math.fround(((i + 0.5) * stride + 0.5) % 1); // (4)
     });
-    const z = Math.fround(FAR * Math.fround(Math.cbrt(u[2]))); // (3)
+    const z = Math.fround(FAR * Math.fround(Math.cbrt(u[2]))); // (2)
     const x = Math.fround(Math.fround(2 * u[0] - 1) * z);
     const y = Math.fround(Math.fround(2 * u[1] - 1) * z);
     points.push([x, y, z]);

@@ -1,33 +1,42 @@
 // The networks that export.py wrote, as functions of typed arrays. The only file that knows ONNX.
 
-export const FORMAT = 1; // of model/facts.json; export.py writes the same number
+export const FORMAT = 2; // of model/facts.json; export.py writes the same number
 export const EXPORT = "python export.py --web web";
 const FILES = ["network.onnx.gz", "decoder_first.onnx.gz", "decoder_next.onnx.gz"];
 const INSTALL = "npm ci --prefix web";
+// a program with one function that uses a vector of 128 bits
+const SIMD = [
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98,
+  11,
+];
 
 /** What went wrong in one sentence, and what to type; shown as it is. */
 export class Trouble extends Error {}
 
 // ---- files --------------------------------------------------------------------------------------
 
+function lost() {
+  throw new Trouble("The connection was lost. Reload the page to try again.");
+}
+
+/** A reply. The host is asked whether the file is still the same: of two exports half would not run. */
+function ask(url) {
+  return fetch(url, { cache: "no-cache" }).catch(lost);
+}
+
 /**
  * A reply's bytes, and how many come at a time. A visitor can do nothing but try again, whoever made the
  * page can make the file.
  */
 export async function download(url, command, come = () => {}) {
-  const lost = new Trouble("The connection was lost. Reload the page to try again.");
-  const reply = await fetch(url).catch(() => {
-    throw lost;
-  });
+  const reply = await ask(url);
   if (!reply.ok) throw new Trouble(`${url.pathname} is missing. Make it with: ${command}`);
   const count = (part, out) => {
     come(part.byteLength);
     out.enqueue(part);
   };
   const counted = reply.body.pipeThrough(new TransformStream({ transform: count }));
-  return new Response(counted).arrayBuffer().catch(() => {
-    throw lost;
-  });
+  return new Response(counted).arrayBuffer().catch(lost);
 }
 
 /** The bytes of a file that was packed with gzip; some hosts say so, and the browser has unpacked it. */
@@ -47,9 +56,15 @@ function damaged(url, command) {
 
 /** What the exported model is: sizes, lengths of segments, start pictures. */
 export async function readFacts(folder) {
-  const reply = await fetch(new URL("facts.json", folder)).catch(() => null);
-  if (!reply?.ok) throw new Trouble(`There is no model here yet. Make one with: ${EXPORT}`);
-  const facts = await reply.json().catch(() => ({}));
+  const reply = await ask(new URL("facts.json", folder));
+  if (!reply.ok) throw new Trouble(`There is no model here yet. Make one with: ${EXPORT}`);
+  const text = await reply.text().catch(lost);
+  let facts = {};
+  try {
+    facts = JSON.parse(text);
+  } catch {
+    // no JSON is no format
+  }
   if (facts.format !== FORMAT) {
     throw new Trouble(
       `These model files have format ${facts.format ?? "unknown"}, this page reads ${FORMAT}. ` +
@@ -70,12 +85,15 @@ async function openRuntime(base, backend, come) {
   if (typeof WebAssembly !== "object") {
     throw new Trouble("This browser has no WebAssembly, which the world model needs to run in it.");
   }
+  if (!WebAssembly.validate(Uint8Array.from(SIMD))) {
+    throw new Trouble("This browser's WebAssembly has no SIMD, which the world model needs.");
+  }
   const variant = backend === "webgpu" ? ".asyncify" : "";
   const binary = `ort-wasm-simd-threaded${variant}.wasm.gz`;
   const script = new URL(`runtime/ort.${backend}.bundle.min.mjs`, base);
-  const runtime = await import(script).catch(() => {
-    throw new Trouble(`${script.pathname} is missing. Fetch it with: ${INSTALL}`);
-  });
+  const there = await ask(script);
+  if (!there.ok) throw new Trouble(`${script.pathname} is missing. Fetch it with: ${INSTALL}`);
+  const runtime = await import(script).catch(lost);
   runtime.env.wasm.wasmBinary = await unzip(new URL(`runtime/${binary}`, base), INSTALL, come);
   // several threads need a page that is isolated by its headers, which few static hosts send
   const cores = globalThis.navigator?.hardwareConcurrency ?? 1;
@@ -112,8 +130,10 @@ export async function openNetworks(base, facts, wanted, progress) {
   const folder = new URL("model/", base);
   let bytes = 0;
   const come = (more) => {
+    const before = Math.floor(bytes / 1e6);
     bytes += more;
-    progress(`loading the world model: ${(bytes / 1e6).toFixed(0)} MB`);
+    const now = Math.floor(bytes / 1e6);
+    if (now > before) progress(`loading the world model: ${now} MB`);
   };
   let place = await openRuntime(base, wanted === "webgpu" ? "webgpu" : "wasm", come);
   const opened = await openAll(place, folder, come).catch(async (error) => {

@@ -216,11 +216,13 @@ function toggleMemory() {
 let pausedAt = 0;
 function setPaused(paused) {
   if (paused === state.paused) return;
-  if (!paused && game.phase === "over") return restart(); // the walk has ended
+  const ended = game.phase === "over" || $("banner").className === "trouble";
+  if (!paused && ended) return restart();
   if (paused) pausedAt = performance.now();
   else screen.delay(performance.now() - pausedAt);
   controls.forget();
-  state.paused = screen.frozen = paused;
+  state.paused = paused;
+  screen.frozen = paused && pausedAt;
   $("pause").setAttribute("aria-pressed", paused);
 }
 
@@ -289,19 +291,21 @@ for (const [id, code] of Object.entries(BUTTONS)) {
 
 async function startGame() {
   game.stop();
-  setMemory(true);
+  setMemory(state.facts.memory);
   await begin();
   await until(() => state.path.length);
   game.begin(screen.kept.get(0), state.path[0]);
 }
 
-$("game-start").addEventListener("click", () => state.facts && startGame().catch(fail));
-$("game-home").addEventListener("click", () => {
+onClick($("game-start"), () => state.facts && startGame().catch(fail));
+onClick($("game-home"), () => {
   if (!state.script.length) state.homeward = true; // led already: no way back from the way back
 });
-$("game-stop").addEventListener("click", () => {
-  if (game.phase === "replay") restart();
-  else game.stop();
+onClick($("game-stop"), () => {
+  if (game.phase === "replay") return restart();
+  state.script = [];
+  state.homeward = false;
+  game.stop();
 });
 
 function describeGame(phase, { frames, least, scores, best, first, without }, away) {
@@ -385,14 +389,14 @@ function fillGallery({ starts }) {
   $("gallery").replaceChildren(...buttons);
 }
 
-/** The walk that the address asks for, or a plain one and a note. */
+/** The walk that the address asks for; or none, and a note. */
 function fromAddress() {
   const { starts, lengths } = state.facts;
   try {
     return parseHash(location.hash, { starts: starts.length, lengths });
   } catch (error) {
     say(`The walk in this link is ignored: ${error.message}.`, 9000);
-    return {};
+    return null;
   }
 }
 
@@ -404,9 +408,9 @@ async function open() {
   if (!facts.memory) setMemory(false);
   say("");
   fillGallery(facts);
-  await begin(fromAddress());
+  play().catch(fail); // first: where the first walk does not begin, the next one may
+  await begin(fromAddress() ?? {});
   window.page.ready = true;
-  play().catch(fail);
 }
 
 listen(controls, {
@@ -422,7 +426,10 @@ function useTouch(touch) {
 }
 useTouch(matchMedia("(pointer: coarse)").matches);
 addEventListener("pointerdown", (event) => event.pointerType === "touch" && useTouch(true), true);
-addEventListener("hashchange", () => state.facts && restart(fromAddress()));
+addEventListener("hashchange", () => {
+  const walk = state.facts && fromAddress();
+  if (walk) restart(walk);
+});
 drawStrip($("strip"), [], screen.kept);
 if (typeof WebAssembly !== "object" || typeof DecompressionStream !== "function") {
   trouble("This browser is too old: the world model needs WebAssembly and DecompressionStream.");

@@ -59,11 +59,11 @@ export class Session {
    */
   advance(chords) {
     const { poses, actions } = this.walk;
-    const limit = this.facts.units?.max_pitch ?? MAX_PITCH;
+    const limit = this.facts.max_pitch ?? MAX_PITCH;
     this.count = actions.length / WINDOW.stride + 1; // latents so far
     return chords.map((chord) => {
       const pitch = poses.at(-1)[3] + pitchOf(chord);
-      const walked = Math.abs(pitch) > limit ? withoutPitch(chord) : chord;
+      const walked = Math.abs(pitch) > limit + 0.01 ? withoutPitch(chord) : chord;
       const action = actionOf(walked);
       actions.push(action);
       poses.push(stepPose(poses.at(-1), action, limit));

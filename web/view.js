@@ -33,7 +33,7 @@ export class Screen {
   put({ frames, first, poses, chords = [], remember }, period) {
     const { width, height } = this.canvas;
     const size = 4 * width * height;
-    this.due = Math.max(this.due, performance.now());
+    this.due = Math.max(this.due, this.frozen || performance.now()); // delay() adds the pause
     poses.forEach((pose, k) => {
       const bytes = frames.subarray(k * size, (k + 1) * size);
       const pixels = new ImageData(new Uint8ClampedArray(bytes), width, height);
@@ -69,9 +69,11 @@ export class Screen {
     while (this.waiting.length && this.waiting[0].due <= now) {
       frame = this.waiting.shift();
       this.onFrame(frame, now);
+    }
+    if (frame) {
+      this.context.putImageData(frame.pixels, 0, 0);
       this.drawn.push(now);
     }
-    if (frame) this.context.putImageData(frame.pixels, 0, 0);
     this.drawn = this.drawn.filter((time) => time > now - 2000);
   }
 
