@@ -149,6 +149,9 @@ def load_flash() -> Callable | None:
     return kernel
 
 
+# who compiles (engine/parts.py) takes the answers of these two for constants
+
+
 def flash_kernel() -> Callable | None:
     return load_flash()
 

@@ -159,14 +159,8 @@ def command_of(stage: str, arm: str, args: Namespace) -> list[str]:
     steps = args.steps or study.steps
     words = ["train.py", *shlex.split(study.flags), "--steps", str(steps)]
     words += ["--run", f"failures-{stage}-{arm.replace(' ', '-')}"]
-    words += [
-        "--save-every",
-        str(steps // MOMENTS),
-        "--keep",
-        str(2 * MOMENTS),
-        "--sample-every",
-        "0",
-    ]
+    often = f"--save-every {steps // MOMENTS} --keep {2 * MOMENTS} --sample-every 0"
+    words += often.split()
     for name in PASSED_ON:
         if getattr(args, name):
             words += [f"--{name}", getattr(args, name)]
