@@ -611,6 +611,7 @@ def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeyp
 # ---- behaviour: what is learned, and from what
 
 
+@pytest.mark.long
 def test_loss_falls_on_one_clip():
     start(*("--steps 60 --overfit 1 --lr 3e-3 --warmup 5 --p-error 0 --p-null 0 --p-i2v 0").split())
     curve = losses("runs/base-micro")
@@ -778,6 +779,7 @@ def with_flags(clips: tuple[Clips, Run], **flags: object) -> tuple[Clips, Run]:
 # ---- what a batch is
 
 
+@pytest.mark.long
 def test_shares_of_batches_are_what_was_asked_for(clips):
     shares = dict(p_i2v=0.3, p_memory_off=0.4, p_null=0.2)
     clips = with_flags(clips, **shares)

@@ -101,6 +101,7 @@ def test_the_released_size_needs_what_one_would_expect() -> None:
     assert int8 == pytest.approx(30 * 4 * 3072**2 / 1e9, rel=0.01), "a byte for each weight"
 
 
+@pytest.mark.long
 def test_a_small_gpu_is_told_what_would_fit() -> None:
     text = parts.will_not_fit(GPU, 22.1)
     assert text.startswith("5b bfloat16 at 1280×704 needs ~34 GB, cuda:0 has 22.1 GB free")

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,7 @@ def compare_pictures(printed: str, written: str) -> None:
     assert alike >= ALIKE * len(steps), "the pictures are others"
 
 
+@pytest.mark.long
 def test_the_walkthrough_prints_what_it_says() -> None:
     text = DOCUMENT.read_text()
     written = [found[2] or "" for found in BLOCK.finditer(text)]

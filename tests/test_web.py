@@ -568,7 +568,7 @@ def test_a_walk_is_the_walk_of_a_session(browser: str, tmp_path: Path) -> None:
     "case, says",
     [
         ("no model", "There is no model here yet. Make one with: python export.py --web web"),
-        ("another version", "format 99, this page reads 1. Make them again with: python export"),
+        ("another version", "format 99, this page reads 2. Make them again with: python export"),
         ("no runtime", "is missing. Fetch it with: npm ci --prefix web"),
         ("damaged", "is damaged. Make it again with: python export.py --web web"),
         ("no WebAssembly", "needs WebAssembly"),
