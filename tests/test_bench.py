@@ -119,6 +119,7 @@ def test_bench_ladder_keeps_the_exact_row_exact(tmp_path: Path) -> None:
     assert rows["fast"][4] < 0.3
 
 
+@pytest.mark.long
 def test_bench_ablation_says_what_int8_costs_in_quality(tmp_path: Path) -> None:
     rows = rows_of("ablation", tmp_path, rounds=1)  # its times are not asked for
     for name in ("slow projections", "bfloat16", "all layers"):

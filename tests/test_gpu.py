@@ -181,6 +181,7 @@ def full_size(preset: str, device: str) -> tuple[dit.DiT, Context, torch.Tensor]
     return expert.to(device, torch.bfloat16), context.to(device), noise.to(device)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["5b", "28b-moe"])
 def test_a_step_of_the_full_size_fits_together(preset: str, apart: Callable):
     apart(step_of, preset)

@@ -416,6 +416,7 @@ def test_base_leaves_a_run_that_loads_and_draws(reference):
     } == {file.name for file in newest(reference).iterdir()}
 
 
+@pytest.mark.long
 def test_the_vae_stages_leave_vaes_that_encode_and_decode():
     video = torch.rand(1, 3, 9, 64, 64) * 2 - 1
     start("--stage", "vae", "--steps", "2", "--batch", "1")
@@ -501,6 +502,7 @@ def test_every_rollout_that_distill_draws_by_default_fits_into_an_episode(preset
     assert Window().frames(cfg.segments) <= data.PRESETS[preset].frames
 
 
+@pytest.mark.long
 def test_experts_are_trained_one_by_one_and_joined(monkeypatch):
     levels, plain = [], flow.add_noise
     monkeypatch.setattr(
@@ -600,6 +602,7 @@ def test_samples_and_held_out_scores_appear_while_training():
     ].keys()
 
 
+@pytest.mark.long
 def test_a_folder_without_a_vae_says_which_command_makes_one_and_it_does(monkeypatch, capsys):
     Path("assets").unlink()
     with pytest.raises(ValueError, match="python train.py --stage vae --preset micro"):
@@ -635,6 +638,7 @@ def test_only_new_latents_carry_loss(clips, monkeypatch):
     torch.testing.assert_close(losses("runs/base-micro")[0], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_errors_perturb_past_and_memory_but_never_the_target(clips, monkeypatch):
     given = []
     targets = []
@@ -827,6 +831,7 @@ def test_without_a_sink_the_oldest_latent_is_remembered_only_where_it_is_asked_f
     assert any(t > 1 for row in last[1] for t in row)
 
 
+@pytest.mark.long
 def test_some_memories_are_from_long_ago_and_nothing_else_changes(clips):
     sure = dict(p_i2v=0.0, p_memory_off=0.0)
     waits = []
@@ -1313,6 +1318,7 @@ def test_a_batch_of_the_big_presets_has_the_released_rays(preset, clips):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["5b", "14b"])
 def test_big_presets_build_in_shards_on_meta(preset):
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -79,6 +79,7 @@ def dense_overlap(query: Tensor, candidate: Tensor) -> float:
     return total * 4 * depth / n / WHOLE
 
 
+@pytest.mark.long
 def test_exact_volume_agrees_with_dense_sampling() -> None:
     query = random_cameras(1, 3, spread=5)
     ahead = [2, 1, -3, 12, 25]

@@ -33,6 +33,7 @@ def test_a_ledger_counts_what_was_made_inside_and_lives() -> None:
         assert (ledger.now, ledger.peak) == (4000, 8000)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("layers", ["", "qkvo"])
 def test_a_walk_without_numbers_takes_what_real_tensors_take(device: str, layers: str) -> None:
@@ -49,6 +50,7 @@ def test_a_walk_without_numbers_takes_what_real_tensors_take(device: str, layers
     assert attention.attention.__name__ == "attention", "the walk leaves things as they were"
 
 
+@pytest.mark.long
 def test_the_walk_is_a_segment_of_a_real_session() -> None:
     session = realtime.Session(replace(OPTIONS, steps=1, method="euler"))
     session.reset(IMAGE)

@@ -351,6 +351,7 @@ def seen_from_behind(scene):
     raise AssertionError("no such place")
 
 
+@pytest.mark.long
 def test_every_character_slot_changes_pixels():
     scene = make_scene(2, "plaza")
     player, c2w = seen_from_behind(scene)

@@ -66,6 +66,7 @@ def test_scripts_are_free_of_contact_and_come_back(name: str) -> None:
     assert turned == pytest.approx(360, abs=1e-3)
 
 
+@pytest.mark.long
 def test_a_path_without_room_says_so() -> None:
     with pytest.raises(ValueError, match="shorten it"):
         worlds.place(TEST, "w:400")
