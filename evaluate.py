@@ -12,7 +12,7 @@ old frame saw, where a generated frame was taken (registration).
     KCtrl = share of pairs of opposite keys that both act, as W and S: standing still earns nothing
     TWFD  = Fréchet distance of drawn and true thumbnails of walks, by up to 64 principal components
 
-PSNR is computed in dataset/film.py (of pixels from 0 to 1), who can know which pixel in
+PSNR is computed in dataset/film.py (of pixels from 0 to 1), what only memory can know in
 lab/truth.py, ZNCC (of frames that are slightly blurred first), adoption, KCtrl and TWFD in
 lab/metrics.py, gain in lab/walks.py, reliance in lab/claims.py.
 

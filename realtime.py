@@ -30,7 +30,7 @@ only two may (QUEUE), then the denoiser waits as well.
 
 A key does not act sooner for it. Keys are read when a segment is submitted, at 40 FPS once in R = n
 / 40 seconds. A key waits for that, R/2 on average; then its segment is denoised, then decoded, and
-its frames are handed over together (one more submitted ahead: 2·max(D, V) for D + V). It takes
+its frames are handed over together. In all (2·max(D, V) for D + V if one more was submitted ahead)
 
     mean  = R/2 + D + V             pressed at a random moment                        (4)
     worst = R + D + V               pressed just after the keys were read             (5)

@@ -56,7 +56,7 @@ def key_of(arrays: dict, name: str) -> str:
 def sha256_of(path: Path) -> str:
     if not path.is_file():
         return "missing"
-    with open(path, "rb") as file:  # bit by bit: a stranger's may be larger than memory
+    with open(path, "rb") as file:  # piece by piece: a stranger's may be larger than memory
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -228,9 +228,8 @@ class Server(ThreadingHTTPServer):
         self.token = token
         self.slots = threading.Semaphore(SLOTS)
         self.deadlines: dict[socket.socket, float] = {}
-        self.name = secrets.token_hex(
-            4
-        )  # a page that comes back knows whether it is still this one
+        # a page that comes back knows by it whether it still talks to the same one
+        self.name = secrets.token_hex(4)
 
     def server_close(self) -> None:
         """Who watches the deadlines goes home, too."""
